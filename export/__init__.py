@@ -1,0 +1,1 @@
+"""The road out: PyTorch checkpoints become bundles of ONNX graphs."""

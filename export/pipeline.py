@@ -1,0 +1,241 @@
+"""From a checkpoint to a bundle. The manifest is written last: a bundle is whole or absent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflow.checkpoint import load
+from tarflow.config import Config, Hints
+from tarflow.model import Block, TarFlow
+from tarflow.reference import Twin
+
+from ..runtime.bundle import (
+    GOLDEN,
+    MANIFEST,
+    PARITY,
+    WEIGHTS,
+    BlockEntry,
+    Bundle,
+    FileEntry,
+    Manifest,
+    ModelShape,
+)
+from ..runtime.errors import CheckFailed, InputError
+from ..runtime.files import replacing_folder, sha256
+from ..runtime.flow import Flow
+from ..runtime.ort import OrtBackend
+from . import verify
+from .card import markdown
+from .emulate import emulate_bfloat16
+from .precision import PRECISIONS, Precision, typed
+from .trace import KINDS, OPSET, Stored, place, trace
+from .weights import rename, weights_size, write_weights
+
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an export will write and take. Sizes in bytes; the time is an estimate for a two-core machine."""
+
+    name: str
+    config: Config
+    precision: str
+    files: dict[str, int]
+    peak_memory: int
+    seconds: float
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    engine: str = "fp32",
+    hints: Hints | None = None,
+    force: bool = False,
+    check: bool = True,
+    watch: Watch = lambda stage: None,
+) -> Bundle:
+    """Export a checkpoint to a bundle at ``folder``: per block a step, a forward and a gradient graph.
+
+    ``check`` verifies the bundle against PyTorch before it appears. Raises CheckFailed, and leaves no bundle, if it
+    is out of the precision's tolerance; InputError if ``folder`` exists and not ``force``; what ``load`` raises.
+    """
+    precision = precision_named(engine)
+    with replacing_folder(folder, force) as partial:
+        watch(f"load {checkpoint}")
+        model = open_checkpoint(checkpoint, hints)
+        stored = _weights(model, precision, partial, watch)
+        blocks = _graphs(model, precision, stored, partial, watch)
+        parity = _parity(model, _manifest(model, checkpoint, precision, blocks), partial, check, watch)
+        _finish(replace(_manifest(model, checkpoint, precision, blocks), parity=parity), partial)
+    return Bundle.open(folder)
+
+
+def plan(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hints | None = None) -> Plan:
+    """What :func:`export` would do, without doing it."""
+    precision = precision_named(engine)
+    model = open_checkpoint(checkpoint, hints)
+    config, weights = model.config, weights_size(model, precision)
+    sizes = {"step": (14, 14), "forward": (14, 11), "gradient": (16, 34)}  # KiB: per graph, per layer, measured
+    mask = config.tokens**2
+    files = {WEIGHTS: weights + 4096, GOLDEN: verify.SAMPLES * config.tokens * config.patch_dim * 12 + 512}
+    for k in range(config.blocks):
+        for kind, (fixed, per_layer) in sizes.items():
+            files[_graph_name(k, kind)] = (fixed + per_layer * config.layers) * 1024 + (kind != "step") * mask
+    files |= {MANIFEST: 2048 + 400 * config.blocks * len(sizes), PARITY: 1024 + 100 * config.blocks}
+    full = sum(p.numel() * 4 for p in model.parameters())
+    return Plan(
+        name=_name(checkpoint),
+        config=config,
+        precision=precision.name,
+        files=files,
+        peak_memory=int(full * (1 + 3 / config.blocks) + (700 << 20)),
+        seconds=10 + min(config.blocks, 2) * (8 + 3 * config.layers) + 5e-8 * full,
+    )
+
+
+def precision_named(engine: str) -> Precision:
+    """Raises InputError for a precision that is not one of ours."""
+    if engine not in PRECISIONS:
+        raise InputError(f"engine '{engine}' is unknown; expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[engine]
+
+
+def open_checkpoint(checkpoint: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
+    """Load a model; if it is a bundle, after checking its weights' hash."""
+    if (Path(checkpoint) / MANIFEST).is_file():
+        Bundle.open(checkpoint).check(WEIGHTS)
+    return load(checkpoint, hints)
+
+
+def twin_flow(model: TarFlow, bundle: Bundle) -> Flow:
+    """The oracle: the bundle's flow with PyTorch computing every block."""
+    return Flow(bundle, Twin(model))
+
+
+def _weights(model: TarFlow, precision: Precision, folder: Path, watch: Watch) -> dict[str, Stored]:
+    watch(f"write {WEIGHTS}")
+    return write_weights(model, precision, folder / WEIGHTS)
+
+
+def _graphs(
+    model: TarFlow, precision: Precision, stored: dict[str, Stored], folder: Path, watch: Watch
+) -> tuple[BlockEntry, ...]:
+    """Trace each kind once for each direction; blocks of one direction differ in nothing but their weights."""
+    for parity in range(min(2, model.config.blocks)):
+        first = typed(_block(model, parity), precision)
+        for kind, module in KINDS.items():
+            watch(f"trace {kind}, {'reversed' if first.reversed else 'in order'}")
+            graph = trace(kind, first, precision.dtype)
+            for k in range(parity, model.config.blocks, 2):
+                place(graph, k, stored, rename(module(first), k), folder / _graph_name(k, kind))
+    return tuple(
+        BlockEntry(_block(model, k).reversed, {kind: _graph_name(k, kind) for kind in KINDS})
+        for k in range(model.config.blocks)
+    )
+
+
+def _parity(model: TarFlow, manifest: Manifest, folder: Path, check: bool, watch: Watch) -> dict[str, Any]:
+    """Write golden pairs made by PyTorch; compare the graphs just written with it."""
+    from safetensors.numpy import save_file
+
+    with torch.no_grad():
+        oracle = twin_flow(model, Bundle(folder, manifest, ""))
+        pairs = verify.make_pairs(oracle, sum(p.numel() for p in model.parameters()), watch)
+        save_file(pairs.tensors(), str(folder / GOLDEN))
+        if not check:
+            return {}
+        with _runnable(manifest, folder) as bundle:
+            backend = OrtBackend(bundle, low_memory=True)
+            card = verify.verify(Flow(bundle, backend), oracle, pairs, watch)
+    if manifest.precision == "bf16":
+        card["backend"] += ", bfloat16 emulated by rounding float32"
+    precision = PRECISIONS[manifest.precision]
+    wrong = verify.failures(card, precision.sample_rms, precision.bits_per_dim)
+    if wrong:
+        raise CheckFailed(
+            "the exported graphs are not within tolerance of PyTorch, and no bundle was left:\n  "
+            + "\n  ".join(wrong)
+            + f"\nTry a wider type ({'bf16 or ' if precision.name == 'fp16' else ''}fp32), or --no-verify to look closer with: tarflow bisect"
+        )
+    return card
+
+
+class _runnable:
+    """The bundle as this machine's CPU can run it: as it is, or for bf16 through temporary emulated graphs."""
+
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
+        self.manifest, self.folder = manifest, folder
+
+    def __enter__(self) -> Bundle:
+        self.emulated: list[Path] = []
+        if self.manifest.precision != "bf16":
+            return Bundle(self.folder, self.manifest, "")
+        blocks = []
+        for block in self.manifest.blocks:
+            graphs = {kind: f"emulated.{name}" for kind, name in block.graphs.items()}
+            for kind, name in block.graphs.items():
+                self.emulated.append(self.folder / graphs[kind])
+                emulate_bfloat16(self.folder / name, self.emulated[-1])
+            blocks.append(replace(block, graphs=graphs))
+        return Bundle(self.folder, replace(self.manifest, blocks=tuple(blocks)), "")
+
+    def __exit__(self, *_: object) -> None:
+        for path in self.emulated:
+            path.unlink(missing_ok=True)
+
+
+def _finish(manifest: Manifest, folder: Path) -> None:
+    """Write the card, then the manifest with every other file's hash."""
+    (folder / PARITY).write_text(markdown(manifest))
+    names = sorted(path.name for path in folder.iterdir())
+    files = {name: FileEntry(sha256(folder / name), (folder / name).stat().st_size) for name in names}
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+def _manifest(
+    model: TarFlow, checkpoint: str | os.PathLike[str], precision: Precision, blocks: tuple[BlockEntry, ...]
+) -> Manifest:
+    packages = ("tarflow", "torch", "onnx", "onnxruntime")
+    return Manifest(
+        name=_name(checkpoint),
+        precision=precision.name,
+        config=ModelShape(**asdict(model.config)),
+        blocks=blocks,
+        files={},
+        opset=OPSET,
+        exporter={package: _version(package) for package in packages},
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _name(checkpoint: str | os.PathLike[str]) -> str:
+    """The data set's name from 'imagenet_model_2_768_8_8_0.05.pth', a bundle's own name, or the file's."""
+    path = Path(checkpoint)
+    if (path / MANIFEST).is_file():
+        return Bundle.open(path).manifest.name
+    return re.sub(r"_model_.*$", "", path.stem)
+
+
+def _graph_name(block: int, kind: str) -> str:
+    return f"block_{block:02d}.{kind}.onnx"
+
+
+def _block(model: TarFlow, k: int) -> Block:
+    block = model.blocks[k]
+    assert isinstance(block, Block)
+    return block

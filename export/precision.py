@@ -1,0 +1,57 @@
+"""Where precision is decided, once: which tensors are half, and what error each precision may have.
+
+Matmul operands, attention and the KV cache are stored and computed in the precision's type. The residual stream,
+LayerNorm, softmax, GELU, exp, the affine update, guidance and the flow state stay in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tarflow.model import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A precision and the largest errors, against float32 PyTorch, with which a bundle may leave the house."""
+
+    name: str
+    dtype: torch.dtype
+    sample_rms: float  # of raw samples from the same noise
+    bits_per_dim: float  # largest shift of an image's likelihood
+    onnx_name: str  # of the type, as the manifest spells it
+
+
+PRECISIONS = {
+    p.name: p
+    for p in (
+        Precision("fp32", torch.float32, 1e-4, 1e-4, "float32"),
+        Precision("fp16", torch.float16, 5e-3, 5e-3, "float16"),
+        Precision("bf16", torch.bfloat16, 5e-2, 5e-2, "bfloat16"),
+    )
+}
+
+
+def half_names(block: Block) -> set[str]:
+    """Names, within a block, of the parameters stored in the precision's type: every matrix product's."""
+    return {
+        f"{name}.{part}"
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+        for part in ("weight", "bias")
+    }
+
+
+def typed(block: Block, precision: Precision) -> Block:
+    """The block with its matrix products in ``precision``; the same object in float32."""
+    if precision.dtype == torch.float32:
+        return block
+    block = copy.deepcopy(block)
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            module.to(precision.dtype)
+    return block

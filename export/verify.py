@@ -1,0 +1,186 @@
+"""Compare a backend with an oracle on the same noise: error per block, of samples, of likelihood; the certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.backend import Array, Backend, Branches
+from ..runtime.decode import serial
+from ..runtime.flow import Flow
+from ..runtime.image import patchify, unpatchify
+
+SAMPLES = 4
+_SWEEP_WINDOW = 128
+_SERIAL_STEPS = 16  # the first steps of a sweep, one position at a time
+_SERIAL_LIMIT = 60.0  # seconds: longer serial decoding in PyTorch gives way to a sweep
+_MEMORY_SPEED = 5e9  # bytes/s a PyTorch step reads weights with, for that estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far ``found`` is from ``expected``: cosine, ratio of norms, and quantiles of the absolute difference."""
+
+    cosine: float
+    norm_ratio: float
+    rms: float
+    p99: float
+    max: float
+
+    @classmethod
+    def between(cls, found: NDArray[Any], expected: NDArray[Any]) -> Difference:
+        a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return cls(*([float("inf")] * 5))  # a sample that overflows on one side agrees with nothing
+        delta, norms = np.abs(a - b), (np.linalg.norm(a), np.linalg.norm(b))
+        return cls(
+            cosine=float(a @ b / max(norms[0] * norms[1], 1e-300)),
+            norm_ratio=float(norms[0] / max(norms[1], 1e-300)),
+            rms=float(np.sqrt(np.mean(delta**2))),
+            p99=float(np.quantile(delta, 0.99)),
+            max=float(delta.max()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What the oracle makes of a few noises: the content of ``golden.safetensors``. ``images`` are not denoised."""
+
+    noise: Array
+    labels: NDArray[np.int64]
+    images: Array
+    denoised: Array | None
+    states: tuple[Array, ...]  # input of each block's inverse, block 0's last, then the raw patches; not stored
+    serial: bool  # decoded position by position; else encoded from the images
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        stored: dict[str, NDArray[Any]] = {"noise": self.noise, "labels": self.labels, "images": self.images}
+        return stored if self.denoised is None else {**stored, "denoised": self.denoised}
+
+
+def make_pairs(oracle: Flow, parameters: int, watch: Callable[[str], None] = lambda stage: None) -> Pairs:
+    """Noise, samples and denoised samples by the oracle: by decoding where that is quick, else by encoding images.
+
+    Both give true pairs of a flow and its inverse; a serial decode of a large model in PyTorch takes an hour.
+    """
+    config = oracle.config
+    decode = config.tokens * parameters * 4 / _MEMORY_SPEED < _SERIAL_LIMIT  # every step reads one block's weights
+    count = SAMPLES if decode else 1
+    labels = np.arange(count, dtype=np.int64) % max(config.classes, 1) if config.classes else np.full(count, -1)
+    if config.classes and count > 1:
+        labels[-1] = -1  # the null class has weights of its own
+    labels = labels.astype(np.int64)
+    plain = Branches.plain(labels, config.tokens)
+    noise = oracle.noise(0, range(count))
+    deviation = np.sqrt(oracle.bundle.prior_variance())
+    states: list[Array]
+    if decode:
+        states = [noise * deviation]
+        for block in reversed(range(config.blocks)):
+            watch(f"PyTorch decodes block {block}")
+            states.append(serial(oracle.backend.decoding(block, states[-1], plain), config.tokens))
+        images = unpatchify(states[-1], config.patch_size, config.channels)
+    else:
+        images = np.tanh(unpatchify(noise, config.patch_size, config.channels)).astype(np.float32)
+        encoded = [patchify(images, config.patch_size)]
+        for block in range(config.blocks):
+            watch(f"PyTorch encodes block {block}")
+            encoded.append(oracle.backend.forward(block, encoded[-1], plain)[0])
+        states = encoded[::-1]
+        noise = (states[0] / np.where(deviation > 0, deviation, 1)).astype(np.float32)
+    watch("PyTorch denoises")
+    denoised = oracle.denoise(images, labels) if config.noise_std else None
+    return Pairs(noise, labels, images, denoised, tuple(states), decode)
+
+
+def verify(flow: Flow, oracle: Flow, pairs: Pairs, watch: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
+    """The parity card of ``flow`` against ``oracle``: a JSON document, see FORMAT.md."""
+    config = flow.config
+    plain = Branches.plain(pairs.labels, config.tokens)
+    blocks = []
+    for place, block in enumerate(reversed(range(config.blocks))):
+        watch(f"verify block {block}")
+        found = _decode(flow.backend, block, pairs.states[place], pairs.states[place + 1], plain, pairs.serial)
+        blocks.append({"block": block, **asdict(Difference.between(found, pairs.states[place + 1]))})
+    watch("verify likelihood")
+    bits = flow.bits_per_dim(pairs.images, pairs.labels).astype(np.float64)
+    shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
+    card: dict[str, Any] = {
+        "oracle": oracle.backend.description,
+        "backend": flow.backend.description,
+        "method": "serial decode" if pairs.serial else "fixed-point sweep of oracle patches",
+        "samples": len(pairs.noise),
+        "blocks": blocks,
+        "bits_per_dim_shift": float(shift),
+    }
+    if pairs.serial:
+        watch("verify samples")
+        found_images = flow.sample(noise=pairs.noise, labels=pairs.labels, denoise=False, certify=True)
+        assert found_images.report is not None and found_images.report.certificate is not None
+        card["sample"] = asdict(Difference.between(found_images, pairs.images))
+        card["certificate"] = float(found_images.report.certificate.max())
+    else:  # the images are the oracle's: encoding them must give back its latents
+        latent, _ = flow.encode(pairs.images, pairs.labels)
+        card["sample"] = asdict(
+            max((Difference(**{k: v for k, v in b.items() if k != "block"}) for b in blocks), key=lambda d: d.rms)
+        )
+        card["certificate"] = float(np.abs(latent - pairs.states[0]).max())
+    if pairs.denoised is not None:
+        watch("verify denoising")
+        card["denoised"] = asdict(Difference.between(flow.denoise(pairs.images, pairs.labels), pairs.denoised))
+    return card
+
+
+def verify_golden(flow: Flow, tensors: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """The part of the card that needs no PyTorch: the bundle's golden pairs, and the certificate of new samples."""
+    noise, labels, images = tensors["noise"], tensors["labels"], tensors["images"]
+    found = flow.sample(noise=noise, labels=labels, denoise=False, certify=True)
+    assert found.report is not None and found.report.certificate is not None
+    card: dict[str, Any] = {
+        "oracle": "golden pairs made by PyTorch",
+        "backend": flow.backend.description,
+        "method": "serial decode",
+        "samples": len(noise),
+        "sample": asdict(Difference.between(found, images)),
+        "certificate": float(found.report.certificate.max()),
+    }
+    if "denoised" in tensors:
+        card["denoised"] = asdict(Difference.between(flow.denoise(images, labels), tensors["denoised"]))
+    return card
+
+
+def failures(card: dict[str, Any], sample_rms: float, bits_per_dim: float) -> list[str]:
+    """Sentences about what in a card is out of tolerance; empty if all is well."""
+    found = []
+    for part in ("sample", "denoised"):
+        if part in card and not card[part]["rms"] <= sample_rms:
+            found.append(f"{part} rms error {card[part]['rms']:.2g} is above {sample_rms:.2g}")
+    for block in card.get("blocks", ()):
+        if not block["rms"] <= sample_rms:
+            found.append(f"block {block['block']} rms error {block['rms']:.2g} is above {sample_rms:.2g}")
+    shift = card.get("bits_per_dim_shift")
+    if shift is not None and not shift <= bits_per_dim:
+        found.append(f"bits/dim shift {shift:.2g} is above {bits_per_dim:.2g}")
+    return found
+
+
+def _decode(backend: Backend, block: int, z: Array, x: Array, branches: Branches, whole: bool) -> Array:
+    """Invert a block serially; or, faster, check in one sweep that the oracle's x is the graph's fixed point."""
+    decoding, tokens = backend.decoding(block, z, branches), x.shape[1]
+    if whole:
+        return serial(decoding, tokens)
+    decoding.guess(x)
+    for start, stop in _windows(tokens):
+        decoding.step(start, stop - start)
+    return decoding.patches()
+
+
+def _windows(tokens: int) -> Iterator[tuple[int, int]]:
+    for start in range(min(_SERIAL_STEPS, tokens - 1)):
+        yield start, start + 1
+    for start in range(_SERIAL_STEPS, tokens - 1, _SWEEP_WINDOW):
+        yield start, min(start + _SWEEP_WINDOW, tokens - 1)

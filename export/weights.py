@@ -1,0 +1,108 @@
+"""Write ``weights.safetensors``: every tensor once, streamed, at offsets the graphs can point to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tarflow.checkpoint import CONFIG_KEY, DERIVED, reference_name, reference_state
+from tarflow.model import Block, TarFlow
+
+from ..runtime.errors import InputError
+from .graphs import BlockGraph
+from .precision import Precision, half_names
+from .trace import Stored, weight_names
+
+_ALIGNMENT = 4096  # of the first tensor: a page, so that mapping the file keeps tensors aligned
+_TYPES = {
+    torch.float32: ("F32", ir.DataType.FLOAT),
+    torch.float16: ("F16", ir.DataType.FLOAT16),
+    torch.bfloat16: ("BF16", ir.DataType.BFLOAT16),
+}
+
+
+def rename(module: BlockGraph, block: int) -> dict[str, str]:
+    """Names a graph gives its weights -> names of block ``block``'s tensors in the weights file."""
+    names = {}
+    for name in weight_names(module):
+        if name == "null_class":
+            names[name] = null_class_name(block)
+        else:
+            names[name] = reference_name(f"blocks.{block}.{name.removeprefix('block.')}")
+    return names
+
+
+def null_class_name(block: int) -> str:
+    return f"{DERIVED}blocks.{block}.null_class"
+
+
+def weights_size(model: TarFlow, precision: Precision) -> int:
+    """Bytes of all tensors, without the header."""
+    return sum(tensor.numel() * dtype.itemsize for _, tensor, dtype in _tensors(model, precision))
+
+
+def write_weights(model: TarFlow, precision: Precision, path: Path) -> dict[str, Stored]:
+    """Write the file and return where each tensor lies. One tensor is converted at a time.
+
+    The layout is safetensors, the configuration in its metadata, so that the file is a checkpoint too. Raises
+    InputError if a weight is not finite, or does not fit the precision.
+    """
+    tensors = sorted(_tensors(model, precision), key=_packing)
+    entries, offset = {}, 0
+    for name, tensor, dtype in tensors:
+        length = tensor.numel() * dtype.itemsize
+        entries[name] = (dtype, tuple(tensor.shape), offset, length)
+        offset += length
+    header: dict[str, object] = {
+        "__metadata__": {CONFIG_KEY: json.dumps(model.config.to_dict()), "tarflow.precision": precision.name}
+    }
+    for name, (dtype, shape, start, length) in entries.items():
+        header[name] = {"dtype": _TYPES[dtype][0], "shape": list(shape), "data_offsets": [start, start + length]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
+    first = 8 + len(encoded)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name, tensor, dtype in tensors:
+            file.write(_bytes(name, tensor, dtype))
+    return {
+        name: Stored(first + start, length, _TYPES[dtype][1], shape)
+        for name, (dtype, shape, start, length) in entries.items()
+    }
+
+
+def _tensors(model: TarFlow, precision: Precision) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    half = {reference_name(f"blocks.{k}.{name}") for k in range(len(model.blocks)) for name in half_names(block)}
+    for name, tensor in reference_state(model).items():
+        yield name, tensor, precision.dtype if name in half else torch.float32
+    for k, block in enumerate(model.blocks):
+        if isinstance(block, Block) and block.class_embed is not None:
+            yield null_class_name(k), block.class_embed.detach().mean(0), torch.float32
+
+
+def _packing(entry: tuple[str, Tensor, torch.dtype]) -> tuple[int, bool]:
+    """Wide types first, odd sizes last: every tensor is aligned to its type, most to a cache line."""
+    _, tensor, dtype = entry
+    return -dtype.itemsize, tensor.numel() * dtype.itemsize % 64 != 0
+
+
+def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    converted = tensor.detach().cpu().to(dtype).contiguous()
+    if not torch.isfinite(converted).all():
+        if torch.isfinite(tensor).all():
+            raise InputError(
+                f"weight {name} reaches {tensor.abs().max():.3g}, more than float16 can hold; use --engine bf16 or fp32"
+            )
+        raise InputError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
+    raw: NDArray[np.uint8] = converted.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)

@@ -1,0 +1,410 @@
+"""Flow: an opened bundle that draws samples, encodes images, and says how far each result can be trusted.
+
+    from tarflow.runtime.flow import Flow, Guidance
+
+    flow = Flow.open("tarflow-bundle")
+    images = flow.sample(64, labels=np.arange(64) % 10, guidance=Guidance(1.0), certify=True)
+    images.report.certificate.max()
+
+Shapes: N images, T patches in a sequence, D numbers in a patch. Images are (N, channels, size, size) float32 in
+[-1, 1] units, unclipped. Everything is numpy; a Flow may be used from several threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import decode
+from . import noise as noise_source
+from .backend import Array, Backend, Branches, open_backend
+from .bundle import GOLDEN, PARITY, Bundle, ModelShape
+from .errors import InputError
+from .image import patchify, unpatchify
+
+REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
+REDRAWS = 8  # attempts at a sample that is not finite
+_CACHE_BUDGET = 2 << 30  # bytes of KV cache a default batch may take
+_LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2412.06329, section 3.4): (1 + scale) * conditional - scale * unconditional.
+
+    ``what`` names the parts guided: "a" (log_scale), "b" (shift) or "ab". ``annealed`` lets the scale grow linearly
+    along the sequence. ``attention_temperature`` divides the attention logits of the unconditional branch only; it
+    is what guides an unconditional model. Raises InputError for values that make no guidance.
+    """
+
+    scale: float = 0.0
+    what: str = "ab"
+    annealed: bool = False
+    attention_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < math.inf:
+            raise InputError(f"guidance scale is {self.scale}; expected 0 (none) or a positive number, 1 to 3 is usual")
+        if self.what not in ("a", "b", "ab"):
+            raise InputError(f"guidance of '{self.what}' is unknown; expected ab, a (log_scale) or b (shift)")
+        if not 0 < self.attention_temperature < math.inf:
+            raise InputError(f"attention temperature is {self.attention_temperature}; expected a positive number")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: ``done`` of ``total`` sequential steps, now in ``block`` at ``position``."""
+
+    done: int
+    total: int
+    block: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a batch of samples was drawn, and what was checked.
+
+    ``certificate`` (N,) is the largest round-trip error of each sample: the raw sample, before denoising, encoded
+    again by the parallel graphs, against the noise it came from; None if not asked for. ``nonfinite`` lists the
+    sample indices that overflowed and still are not finite, ``redrawn`` those drawn again. Times in seconds.
+    """
+
+    seed: int | None
+    first_sample: int
+    level: str
+    backend: str
+    nonfinite: tuple[int, ...]
+    redrawn: tuple[int, ...]
+    certificate: Array | None
+    seconds: float
+    certificate_seconds: float
+    denoise_seconds: float
+
+
+class Samples(np.ndarray[Any, np.dtype[np.float32]]):
+    """Images (N, channels, size, size) that remember in ``report`` how they were drawn; what is derived does not."""
+
+    report: Report | None
+
+    def __array_finalize__(self, parent: object) -> None:
+        self.report = None
+
+
+class Flow:
+    """A bundle, open on one provider. Create it with :meth:`open`."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        self._deviation = np.sqrt(bundle.prior_variance())  # (T, D)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        provider: str = "cpu",
+        threads: int | None = None,
+        spinning: bool | None = None,
+        low_memory: bool = False,
+    ) -> Flow:
+        """Open a bundle after checking the hashes of its graphs and weights.
+
+        ``provider`` is "cpu", "cuda" or "auto". ``threads`` (None: one a core) and ``spinning`` (False where cores
+        are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory. Raises BundleError
+        for a damaged bundle, MachineError if the provider is not to be had, InputError for an unknown one.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        opened.check(*(name for name in opened.manifest.files if name not in (GOLDEN, PARITY)))
+        return cls(opened, open_backend(provider, opened, threads, spinning, low_memory))
+
+    @property
+    def config(self) -> ModelShape:
+        return self.bundle.manifest.config
+
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        noise: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        denoise: bool | float | None = None,
+        certify: bool = False,
+        batch_size: int | None = None,
+        reproducible: bool = False,
+        redraw_nonfinite: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Samples:
+        """Draw samples ``first_sample ... first_sample + n - 1`` of ``seed``, or invert ``noise`` (N, T, D).
+
+        ``labels`` is one class for all or (N,); a label below 0, or None, is the null class. ``denoise`` None means
+        wherever the model has Gaussian noise to remove; a number is a strength, the factor on sigma^2.
+        ``reproducible`` computes in aligned tiles of 16 rows, so that a sample is bitwise the same whatever n, batch
+        size and thread count on one machine. ``progress`` is told each step; an exception it raises cancels.
+        Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
+        """
+        latents, count = self._noise(n, noise, seed, first_sample)
+        classes = self._labels(labels, count)
+        guidance = guidance or Guidance()
+        self._refuse_idle_guidance(guidance, classes)
+        if redraw_nonfinite and latents is not None:
+            raise InputError("samples of given noise cannot be redrawn: drop redraw_nonfinite, or draw by seed")
+        strength = self._strength(denoise)
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch size is {batch_size}; expected 1 or more")
+        tile = REPRODUCIBLE_TILE if reproducible else (batch_size or self._default_batch(guidance))
+        tiles = list(_tiles(first_sample, count, tile, aligned=reproducible))
+        counter = _Counter(progress, len(tiles) * self.config.blocks * (self.config.tokens - 1))
+
+        started = time.perf_counter()
+        images = np.empty((count, *self.config.image), np.float32)
+        certificate = np.empty(count, np.float32) if certify else None
+        redrawn: list[int] = []
+        certificate_seconds = denoise_seconds = 0.0
+        for start, stop in tiles:
+            inside = slice(max(start, first_sample) - start, min(stop, first_sample + count) - start)
+            output = slice(start + inside.start - first_sample, start + inside.stop - first_sample)
+            z = np.zeros((stop - start, self.config.tokens, self.config.patch_dim), np.float32)
+            z[inside] = latents[output] if latents is not None else self.noise(seed, range(start, stop)[inside])
+            tile_classes = np.full(stop - start, -1, np.int64)
+            tile_classes[inside] = classes[output]
+            branches = self._branches(guidance, tile_classes)
+
+            x = self._decode(z, branches, counter)
+            if redraw_nonfinite:
+                redrawn += self._redraw(x, z, branches, range(start, stop), inside, seed)
+            if certificate is not None:
+                clock = time.perf_counter()
+                certificate[output] = self._round_trip(x, z, branches)[inside]
+                certificate_seconds += time.perf_counter() - clock
+            if strength is not None:
+                clock = time.perf_counter()
+                x = self._denoise(x, tile_classes, strength)
+                denoise_seconds += time.perf_counter() - clock
+            images[output] = unpatchify(x[inside], self.config.patch_size, self.config.channels)
+
+        samples = images.view(Samples)
+        broken = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
+        samples.report = Report(
+            seed=None if latents is not None else seed,
+            first_sample=first_sample,
+            level=self._level(reproducible),
+            backend=self.backend.description,
+            nonfinite=tuple(int(i) + first_sample for i in broken),
+            redrawn=tuple(redrawn),
+            certificate=certificate,
+            seconds=time.perf_counter() - started,
+            certificate_seconds=certificate_seconds,
+            denoise_seconds=denoise_seconds,
+        )
+        return samples
+
+    def noise(self, seed: int, samples: range, stream: int = noise_source.SAMPLING) -> Array:
+        """Noise of the given sample indices: (N, T, D) standard normal float32. Needs no engine."""
+        return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
+
+    def encode(self, images: ArrayLike, labels: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form."""
+        x, classes = self._inputs(images, labels)
+        z, log_det = self._encode(x, Branches.plain(classes, self.config.tokens))
+        return z, (log_det / z[0].size).astype(np.float32)
+
+    def denoise(self, images: ArrayLike, labels: ArrayLike | None = None, strength: float = 1.0) -> Array:
+        """One step along the score (Tweedie, section 3.3): x + strength * sigma^2 * grad log p(x | labels).
+
+        Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
+        """
+        checked = self._strength(float(strength))
+        x, classes = self._inputs(images, labels)
+        assert checked is not None
+        return unpatchify(self._denoise(x, classes, checked), self.config.patch_size, self.config.channels)
+
+    def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
+        """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training."""
+        z, log_det = self.encode(images, labels)
+        per_dimension = log_det - 0.5 * (z * z).mean((1, 2)) - 0.5 * math.log(2 * math.pi)
+        return (per_dimension * z[0].size).astype(np.float32)
+
+    def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
+        """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units."""
+        dimensions = math.prod(self.config.image)
+        return ((math.log(128) - self.log_likelihood(images, labels) / dimensions) / math.log(2)).astype(np.float32)
+
+    # --- one tile, patches in and patches out -------------------------------------------------------------------
+
+    def _decode(self, z: Array, branches: Branches, counter: _Counter) -> Array:
+        x = z * self._deviation
+        for block in reversed(range(self.config.blocks)):
+            decoding = self.backend.decoding(block, x, branches)
+            x = decode.serial(decoding, self.config.tokens, lambda position, block=block: counter.step(block, position))
+        return x
+
+    def _encode(self, x: Array, branches: Branches) -> tuple[Array, Array]:
+        log_det = np.zeros(len(x), np.float32)
+        for block in range(self.config.blocks):
+            x, block_log_det = self.backend.forward(block, x, branches)
+            log_det = log_det + block_log_det
+        return x, log_det
+
+    def _denoise(self, x: Array, classes: NDArray[np.int64], strength: float) -> Array:
+        """Encode keeping every block's input, then walk the gradient back through the blocks."""
+        assert self.config.noise_std is not None
+        states, plain = [x], Branches.plain(classes, self.config.tokens)
+        for block in range(self.config.blocks):
+            states.append(self.backend.forward(block, states[-1], plain)[0])
+        grad = -states.pop()
+        ones = np.ones(len(x), np.float32)
+        for block in reversed(range(self.config.blocks)):
+            grad = self.backend.gradient(block, states.pop(), classes, grad, ones)
+        return x + np.float32(strength * self.config.noise_std**2) * grad
+
+    def _round_trip(self, x: Array, z: Array, branches: Branches) -> Array:
+        """(B,): largest difference of the encoded samples from the latents they were decoded from."""
+        found, _ = self._encode(x, branches)
+        error: Array = np.abs(found - z * self._deviation).max((1, 2))
+        return error
+
+    def _redraw(self, x: Array, z: Array, branches: Branches, indices: range, inside: slice, seed: int) -> list[int]:
+        """Replace, in place, what is not finite by later attempts of the same sample; the tile keeps its shape."""
+        redrawn: list[int] = []
+        for attempt in range(1, REDRAWS + 1):
+            broken = [row for row in range(len(indices))[inside] if not np.isfinite(x[row]).all()]
+            if not broken:
+                break
+            for row in broken:
+                z[row] = self.noise(seed, indices[row : row + 1], stream=attempt)[0]
+            x[broken] = self._decode(z, branches, _Counter(None, 0))[broken]
+            redrawn = sorted({*redrawn, *(indices[row] for row in broken)})
+        return redrawn
+
+    # --- what the caller said, checked --------------------------------------------------------------------------
+
+    def _noise(self, n: int | None, noise: ArrayLike | None, seed: int, first_sample: int) -> tuple[Array | None, int]:
+        shape = (self.config.tokens, self.config.patch_dim)
+        if noise is None:
+            if n is None:
+                raise InputError("nothing to draw: give n, the number of samples, or noise")
+            if n < 1:
+                raise InputError(f"n is {n}; expected 1 or more samples")
+            noise_source.normal(seed, [first_sample, first_sample + n - 1], (1,))  # refuses what is out of range
+            return None, int(n)
+        array = np.asarray(noise)
+        if array.ndim != 3 or array.shape[1:] != shape or not len(array):
+            raise InputError(
+                f"noise has shape {array.shape}; expected (N, {shape[0]}, {shape[1]}): samples, patches, numbers in a patch"
+            )
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"noise has type {array.dtype}; expected float32")
+        if n is not None and n != len(array):
+            raise InputError(f"n is {n} but noise holds {len(array)} samples; drop one of the two")
+        if not np.isfinite(array).all():
+            bad = np.flatnonzero(~np.isfinite(array).all((1, 2)))
+            raise InputError(f"noise is not finite in {len(bad)} of {len(array)} samples, the first at row {bad[0]}")
+        return np.ascontiguousarray(array, np.float32), len(array)
+
+    def _labels(self, labels: ArrayLike | None, count: int) -> NDArray[np.int64]:
+        if labels is None:
+            return np.full(count, -1, np.int64)
+        array = np.asarray(labels)
+        if array.dtype.kind not in "iu" or array.dtype == bool:
+            raise InputError(f"labels have type {array.dtype}; expected integers")
+        if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
+            raise InputError(f"labels have shape {array.shape}; expected one label or ({count},), one a sample")
+        if not self.config.classes:
+            if (array >= 0).any():
+                raise InputError("this model is unconditional and takes no labels; drop them")
+        elif array.size and array.max() >= self.config.classes:
+            raise InputError(
+                f"label {array.max()} is out of range; this model has classes 0 to {self.config.classes - 1}, and -1 for none"
+            )
+        return np.broadcast_to(array.astype(np.int64), (count,)).copy()
+
+    def _inputs(self, images: ArrayLike, labels: ArrayLike | None) -> tuple[Array, NDArray[np.int64]]:
+        array = np.asarray(images)
+        if array.ndim != 4 or array.shape[1:] != self.config.image or not len(array):
+            raise InputError(f"images have shape {array.shape}; expected (N, {', '.join(map(str, self.config.image))})")
+        if array.dtype.kind != "f":
+            raise InputError(
+                f"images have type {array.dtype}; expected floats in [-1, 1]: dequantise 8-bit images first"
+            )
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
+            raise InputError(f"{len(bad)} of {len(array)} images are not finite, the first at row {bad[0]}")
+        return patchify(array, self.config.patch_size), self._labels(labels, len(array))
+
+    def _strength(self, denoise: bool | float | None) -> float | None:
+        """The factor on sigma^2, or None for no denoising."""
+        if denoise is None:
+            return 1.0 if self.config.noise_std else None
+        if denoise is False:
+            return None
+        if self.config.noise_std is None:
+            raise InputError(
+                "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; use --no-denoise"
+            )
+        if not 0 <= float(denoise) < math.inf:
+            raise InputError(f"denoising strength is {denoise}; expected a number of 0 or more, 1 is the theory's")
+        return float(denoise)
+
+    def _refuse_idle_guidance(self, guidance: Guidance, classes: NDArray[np.int64]) -> None:
+        if guidance.scale and guidance.attention_temperature == 1 and (classes < 0).all():
+            kind = "an unconditional model" if not self.config.classes else "samples without a label"
+            cure = "" if not self.config.classes else "give labels, or "
+            raise InputError(
+                f"guidance {guidance.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
+                f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
+            )
+
+    def _branches(self, guidance: Guidance, classes: NDArray[np.int64]) -> Branches:
+        tokens = self.config.tokens
+        if not guidance.scale:
+            return Branches.plain(classes, tokens)
+        ramp = np.arange(1, tokens + 1) / max(tokens - 1, 1) if guidance.annealed else np.ones(tokens)
+        scale = np.stack([guidance.scale * ramp * (part in guidance.what) for part in "ab"])  # (2, T)
+        return Branches(
+            labels=np.stack([classes, np.full_like(classes, -1)]),
+            mix=np.stack([1 + scale, -scale], 1).astype(np.float32),
+            inverse_temperature=np.array([1, 1 / guidance.attention_temperature], np.float32),
+        )
+
+    def _default_batch(self, guidance: Guidance) -> int:
+        config = self.config
+        half = 2 if self.bundle.manifest.precision != "fp32" else 4
+        row = 2 * config.layers * config.width * config.tokens * half * (2 if guidance.scale else 1)
+        return max(1, min(_LARGEST_BATCH, _CACHE_BUDGET // row))
+
+    def _level(self, reproducible: bool) -> str:
+        if reproducible:
+            return "L1: bitwise the same for any n, batch size and thread count, on this machine and engine"
+        agreement = "1e-5" if self.bundle.manifest.precision == "fp32" else f"{self.bundle.manifest.precision} rounding"
+        return f"L2: noise the same anywhere to the bit; samples agree across batch sizes to {agreement}"
+
+
+class _Counter:
+    """Counts sequential steps for whoever watches."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def step(self, block: int, position: int) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(Progress(self.done, self.total, block, position))
+
+
+def _tiles(first: int, count: int, size: int, aligned: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of sample indices covering ``first ... first + count - 1``; aligned ones begin at multiples of size."""
+    start, end = (first // size * size if aligned else first), first + count
+    while start < end:
+        yield start, (start + size if aligned else min(start + size, end))
+        start += size

@@ -1,0 +1,97 @@
+"""Patches <-> pixels, grids, PNG. Images are (N, channels, size, size) float32 in [-1, 1] units."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .files import replacing
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def patchify(images: NDArray[Any], patch_size: int) -> NDArray[Any]:
+    """(N, C, H, W) -> (N, T, D): patches in rows, each in channel, row, column order (PyTorch's ``unfold``)."""
+    n, c, h, w = images.shape
+    p = patch_size
+    x = images.reshape(n, c, h // p, p, w // p, p).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(x.reshape(n, (h // p) * (w // p), c * p * p))
+
+
+def unpatchify(patches: NDArray[Any], patch_size: int, channels: int) -> NDArray[Any]:
+    """(N, T, D) -> (N, C, H, W); the inverse of :func:`patchify` for square images."""
+    n, t, _ = patches.shape
+    side, p = math.isqrt(t), patch_size
+    x = patches.reshape(n, side, side, channels, p, p).transpose(0, 3, 1, 4, 2, 5)
+    return np.ascontiguousarray(x.reshape(n, channels, side * p, side * p))
+
+
+def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """[-1, 1] -> 0..255, clipped; what is not a number becomes black."""
+    scaled = np.nan_to_num((np.asarray(images, np.float32) + 1) * 127.5, nan=0.0, posinf=255.0, neginf=0.0)
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def grid(images: NDArray[Any], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
+    """(N, C, H, W) in [-1, 1] -> one picture (rows, columns, C) uint8, images in reading order on white."""
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(to_uint8(images)):
+        top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        canvas[top : top + h, left : left + w] = image.transpose(1, 2, 0)
+    return canvas
+
+
+def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Mapping[str, str], zoom: int = 1) -> None:
+    """Write (rows, columns, C) uint8 as PNG, with text chunks, replacing ``path`` whole or not at all.
+
+    C is 1, 3 or 4; other channel counts show their first channel. ``zoom`` repeats each pixel.
+    """
+    from PIL import Image, PngImagePlugin
+
+    channels = picture.shape[2]
+    if channels not in (3, 4):
+        picture = picture[:, :, 0]
+    picture = picture.repeat(zoom, 0).repeat(zoom, 1)
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    with replacing(path) as file:
+        Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
+
+
+def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Every image below ``folder``, in name order -> (N, channels, size, size) uint8, and their relative names.
+
+    Raises InputError for an unreadable image, one of another size, a channel count that is not 1 or 3, or no image.
+    """
+    from PIL import Image
+
+    if channels not in (1, 3):
+        raise InputError(f"picture files have 1 or 3 channels; this model has {channels}: pass an .npy array instead")
+    root = Path(folder)
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"no images below '{folder}'; expected files ending in {', '.join(SUFFIXES)}")
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                pixels = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"'{path}' cannot be read as an image ({error}); remove or replace it") from None
+        if pixels.shape[:2] != (size, size):
+            raise InputError(
+                f"'{path}' is {pixels.shape[1]}x{pixels.shape[0]} pixels; this model takes {size}x{size}: resize it"
+            )
+        images.append(pixels.reshape(size, size, channels).transpose(2, 0, 1))
+    return np.stack(images), [str(p.relative_to(root)) for p in paths]

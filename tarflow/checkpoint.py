@@ -1,0 +1,204 @@
+"""Load and save TarFlow weights. The reference implementation's state-dict names live here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import Config, Hints, infer
+from .model import TarFlow
+
+CONFIG_KEY = "tarflow.config"  # safetensors metadata: the Config as JSON, so that nothing need be inferred
+DERIVED = "derived."  # tensors computed from others for the graphs; not part of a checkpoint
+
+# Our module names -> the reference's, applied in this order.
+_RENAME = (
+    (re.compile(r"^prior$"), "var"),
+    (re.compile(r"\.layers\.(\d+)\.norm\."), r".attn_blocks.\1.mlp.norm."),
+    (re.compile(r"\.layers\.(\d+)\.up\."), r".attn_blocks.\1.mlp.main.0."),
+    (re.compile(r"\.layers\.(\d+)\.down\."), r".attn_blocks.\1.mlp.main.2."),
+    (re.compile(r"\.layers\.(\d+)\."), r".attn_blocks.\1."),
+)
+_MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
+_WRAPPED = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+_RELATIVES = {
+    "STARFlow": ("sos_embed", "gate_proj", "proj_txt", "q_norm", "k_norm", "rope", "feature_map"),
+    "iTARFlow": ("time", "t_embed", "t_emb", "adaln", "modulation"),
+}
+
+
+class CheckpointError(ValueError):
+    """A file that is not a TarFlow checkpoint, or is damaged."""
+
+    exit_code = 4
+
+
+def reference_name(name: str) -> str:
+    """The name a parameter of :class:`~tarflow.model.TarFlow` has in the reference's state dict."""
+    for pattern, replacement in _RENAME:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
+    """Read a checkpoint: the reference's ``.pth`` state dict, a ``.safetensors`` file, or a bundle folder.
+
+    Returns the model in float32, in eval mode, its weights mapped from the file where the format allows.
+    Raises :class:`~tarflow.config.ConfigError` naming the options still needed, :class:`CheckpointError` for
+    damaged, foreign or unsafe files, FileNotFoundError if there is nothing at ``path``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "weights.safetensors").is_file():
+            raise CheckpointError(
+                f"'{path}' is a folder without weights.safetensors; expected a bundle or a checkpoint"
+            )
+        path = path / "weights.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at '{path}'")
+    if path.suffix == ".safetensors":
+        state, config = _read_safetensors(path)
+    else:
+        state, config = _read_pickle(path), None
+    state = _strip(state)
+    if config is None:
+        _require_core(path, state)
+        config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints or Hints())
+    return build(config, state, str(path))
+
+
+def build(config: Config, state: Mapping[str, Tensor], source: str) -> TarFlow:
+    """A model from a reference-named state dict. Tensors are adopted, not copied, where they are float32."""
+    with torch.device("meta"):
+        model = TarFlow(config)
+    wanted = {reference_name(name): name for name in model.state_dict()}
+    state = dict(state)
+    if "var" not in state and config.nvp:
+        state["var"] = torch.ones(config.tokens, config.patch_dim)
+    _compare(source, state, {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in wanted.items()})
+    model.load_state_dict(
+        {ours: state[theirs].detach().float().contiguous() for theirs, ours in wanted.items()}, assign=True
+    )
+    return model.eval()
+
+
+def reference_state(model: TarFlow) -> dict[str, Tensor]:
+    """The model's weights under the reference's names."""
+    return {reference_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
+    """Write ``.pth`` (as the reference trainer does, masks included) or ``.safetensors``, atomically."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    state = reference_state(model)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(tensors, str(partial), {CONFIG_KEY: json.dumps(model.config.to_dict())})
+        else:
+            mask = torch.tril(torch.ones(model.config.tokens, model.config.tokens))
+            state |= {f"blocks.{k}.attn_mask": mask for k in range(model.config.blocks)}
+            torch.save(state, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError):  # files older than the zip format cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"'{path}' holds more than tensors and was not loaded: unpickling it could run code. Expected a "
+                "state_dict of tensors; save one with torch.save(model.state_dict(), path)"
+            ) from None
+        raise CheckpointError(f"'{path}' is not a PyTorch checkpoint, or is damaged") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{path}' is truncated, damaged or no PyTorch checkpoint ({str(error).splitlines()[0][:120]}); "
+            "copy it again and compare checksums"
+        ) from None
+    if isinstance(state, dict):
+        for key in ("model", "state_dict"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"'{path}' is not a state_dict: expected names mapped to tensors")
+    return state
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        config = Config(**json.loads(metadata[CONFIG_KEY])) if CONFIG_KEY in metadata else None
+    except (SafetensorError, json.JSONDecodeError, TypeError) as error:
+        raise CheckpointError(f"'{path}' is truncated, damaged or no safetensors file ({error})") from None
+    return state, config
+
+
+def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _WRAPPED:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in state.items() if not _MASK.match(name) and not name.startswith(DERIVED)}
+
+
+def _require_core(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse files from which not even the configuration can be inferred."""
+    core = ("blocks.0.pos_embed", "blocks.0.proj_in.weight", "blocks.0.proj_out.weight")
+    missing = [n for n in (*core, "blocks.0.attn_blocks.0.attention.qkv.weight") if n not in state]
+    missing += [f"{n} (as a matrix)" for n in core if n in state and state[n].dim() != 2]
+    relative = _relative(state)
+    if missing or relative:
+        extra = [n for n in state if any(mark in n.lower() for mark in _RELATIVES.get(relative or "", ()))]
+        raise CheckpointError(_foreign(str(path), missing, extra or sorted(state), relative))
+
+
+def _compare(source: str, state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    missing = sorted(wanted.keys() - state.keys())
+    extra = sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        raise CheckpointError(_foreign(source, missing, extra, _relative(state)))
+    for name, shape in wanted.items():
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(
+                f"'{source}': {name} has shape {tuple(state[name].shape)}; expected {shape} from the other weights"
+            )
+
+
+def _relative(state: Mapping[str, Tensor]) -> str | None:
+    for family, marks in _RELATIVES.items():
+        if any(mark in name.lower() for name in state for mark in marks):
+            return family
+    return None
+
+
+def _foreign(source: str, missing: list[str], extra: list[str], relative: str | None) -> str:
+    def few(names: list[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    message = f"'{source}' is not a TarFlow checkpoint"
+    if relative:
+        message += f"; it looks like {relative}, a later family with other layers, which is not supported"
+    if missing:
+        message += f"\n  missing: {few(missing)}"
+    if extra:
+        message += f"\n  not part of TarFlow: {few(extra)}"
+    return message + "\n  expected the state_dict of a model as published with arXiv 2412.06329"

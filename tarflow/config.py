@@ -1,0 +1,163 @@
+"""The numbers of a TarFlow model, and how they are read off a checkpoint's shapes and file name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+HEAD_DIM = 64  # every published model; shapes cannot tell it
+_FILE_NAME = re.compile(
+    r"^(?P<dataset>.+)_model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)"
+    r"_(?P<noise>\d+(?:\.\d+)?|uniform)\.(?:pth|pt|safetensors)$"
+)
+
+
+class ConfigError(ValueError):
+    """Numbers that make no model, or a checkpoint whose numbers cannot all be inferred."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The shape of a TarFlow model (arXiv 2412.06329, section 3).
+
+    ``noise_std`` is the Gaussian training noise in [-1, 1] image units, or None for a model trained with
+    uniform dequantisation. ``classes`` is 0 for an unconditional model. ``nvp=False`` is the
+    volume-preserving variant with a learned prior variance.
+    """
+
+    image_size: int
+    channels: int
+    patch_size: int
+    width: int
+    blocks: int
+    layers: int
+    classes: int = 0
+    nvp: bool = True
+    noise_std: float | None = None
+    head_dim: int = HEAD_DIM
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.classes < 0:
+            raise ConfigError(f"classes is {self.classes}; expected 0 (unconditional) or more")
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}; "
+                f"pass a --patch-size that divides {self.image_size}"
+            )
+        if self.width % self.head_dim:
+            raise ConfigError(f"width {self.width} is not a multiple of the head dimension {self.head_dim}")
+        if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
+            raise ConfigError(f"noise_std is {self.noise_std}; expected 0 or a positive number")
+
+    @property
+    def tokens(self) -> int:
+        """T: patches in an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """D: numbers in a patch."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def file_name(self, dataset: str, suffix: str = ".pth") -> str:
+        """The name the reference trainer would give this model's checkpoint."""
+        noise = "uniform" if self.noise_std is None else f"{self.noise_std:.2f}"
+        return f"{dataset}_model_{self.patch_size}_{self.width}_{self.blocks}_{self.layers}_{noise}{suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What shapes cannot tell. ``noise`` is a standard deviation or "uniform"; None means not said."""
+
+    patch_size: int | None = None
+    channels: int | None = None
+    noise: float | str | None = None
+    head_dim: int | None = None
+
+
+def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> Config:
+    """Read a model's numbers off the shapes of its (reference-named) state dict and its file name.
+
+    What is said in ``hints`` wins over the file name. Raises :class:`ConfigError` that names exactly the
+    options still needed. The names in ``shapes`` must be complete: see ``checkpoint``.
+    """
+    tokens, width = shapes["blocks.0.pos_embed"]
+    patch_dim = shapes["blocks.0.proj_in.weight"][1]
+    blocks = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    layers = 1 + max(int(name.split(".")[3]) for name in shapes if name.startswith("blocks.0.attn_blocks."))
+    classes = shapes["blocks.0.class_embed"][0] if "blocks.0.class_embed" in shapes else 0
+    nvp = shapes["blocks.0.proj_out.weight"][0] == 2 * patch_dim
+
+    grid = math.isqrt(tokens)
+    if grid * grid != tokens:
+        raise ConfigError(f"the position embedding has {tokens} tokens; expected a square number of patches")
+
+    named = _FILE_NAME.match(file_name)
+    if named and (int(named["width"]), int(named["blocks"]), int(named["layers"])) != (width, blocks, layers):
+        named = None  # the name speaks of another model: none of it can be trusted
+    patch_size = hints.patch_size
+    if patch_size is None and hints.channels is not None:
+        patch_size = math.isqrt(max(patch_dim // max(hints.channels, 1), 0))
+    if patch_size is None and named:
+        patch_size = int(named["patch"])
+    noise = hints.noise if hints.noise is not None else (named["noise"] if named else None)
+
+    missing = []
+    if patch_size is None:
+        missing.append("--patch-size N (or --channels N): " + _patch_choices(patch_dim))
+    if noise is None:
+        missing.append("--noise-std X: the training noise, or 'uniform' for uniform dequantisation")
+    if missing:
+        raise ConfigError(
+            f"'{file_name}' does not say everything about its model; expected a name like "
+            f"imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  " + "\n  ".join(missing)
+        )
+    assert patch_size is not None and noise is not None
+    channels = hints.channels if hints.channels is not None else patch_dim // max(patch_size**2, 1)
+    if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
+        raise ConfigError(
+            f"patch size {patch_size} with {channels} channels makes patches of {channels * patch_size**2} numbers; "
+            f"these weights have {patch_dim}: {_patch_choices(patch_dim)}"
+        )
+    return Config(
+        image_size=grid * patch_size,
+        channels=channels,
+        patch_size=patch_size,
+        width=width,
+        blocks=blocks,
+        layers=layers,
+        classes=classes,
+        nvp=nvp,
+        noise_std=parse_noise(noise),
+        head_dim=hints.head_dim or HEAD_DIM,
+    )
+
+
+def parse_noise(noise: float | str) -> float | None:
+    """'uniform' -> None, anything else -> a standard deviation."""
+    if noise == "uniform":
+        return None
+    try:
+        return float(noise)
+    except ValueError:
+        raise ConfigError(f"noise '{noise}' is neither a number nor 'uniform'") from None
+
+
+def _patch_choices(patch_dim: int) -> str:
+    choices = [p for p in range(1, math.isqrt(patch_dim) + 1) if patch_dim % (p * p) == 0]
+    return "one of " + ", ".join(f"{p} ({patch_dim // (p * p)} channels)" for p in choices)

@@ -1,0 +1,111 @@
+"""The PyTorch twin of a runtime backend: the same methods on the same arrays, computed by the model itself.
+
+The oracle for parity. Gradients come from autograd, attention from PyTorch's own kernel, so that it shares no code
+with the graphs it judges.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .model import Block, Branch, Cache, TarFlow
+
+Array = NDArray[np.float32]
+
+
+class Branches(Protocol):
+    """What the twin needs to know of a batch's guidance; see the runtime's type of the same name."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def mix(self) -> Array: ...
+    @property
+    def inverse_temperature(self) -> Array: ...
+
+
+class Twin:
+    """A backend that runs the model itself in PyTorch, float32, on the model's device."""
+
+    description = f"PyTorch {torch.__version__}"
+
+    def __init__(self, model: TarFlow) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+
+    def decoding(self, block: int, z: Array, branches: Branches) -> TwinDecoding:
+        return TwinDecoding(self._block(block), self.tensor(z), branches)
+
+    @torch.no_grad()
+    def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
+        if len(branches.labels) > 1:
+            return self._guided_forward(self._block(block), self.tensor(x), branches)
+        z, log_det = self._block(block).encode(self.tensor(x), self.tensor(branches.labels[0]))
+        return z.cpu().numpy(), log_det.cpu().numpy()
+
+    def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
+        inputs = self.tensor(x).requires_grad_(True)
+        with torch.enable_grad():
+            z, log_det = self._block(block).encode(inputs, self.tensor(labels))
+            total = (z * self.tensor(grad_z)).sum() + (log_det * self.tensor(grad_log_det)).sum()
+            (grad,) = torch.autograd.grad(total, inputs)
+        result: Array = grad.cpu().numpy()
+        return result
+
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _block(self, index: int) -> Block:
+        block = self.model.blocks[index]
+        assert isinstance(block, Block)
+        return block
+
+    def _guided_forward(self, block: Block, x: Tensor, branches: Branches) -> tuple[Array, Array]:
+        """The inverse of guided decoding: walk the steps, solving each for z instead of x."""
+        x = block.order(x)
+        passes = _passes(block, x, branches)
+        mix = torch.from_numpy(branches.mix).to(x)
+        z, log_det = [x[:, :1]], torch.zeros(len(x), device=x.device)
+        for i in range(x.shape[1] - 1):
+            log_scale, shift = block.step(x[:, i : i + 1], i, passes, mix[:, :, i])
+            z.append((x[:, i + 1 : i + 2] - shift) * torch.exp(-log_scale))
+            log_det = log_det - log_scale.sum((1, 2))
+        return block.order(torch.cat(z, 1)).cpu().numpy(), log_det.cpu().numpy()
+
+
+class TwinDecoding:
+    """One block being inverted in PyTorch."""
+
+    def __init__(self, block: Block, z: Tensor, branches: Branches) -> None:
+        self.block, self.z = block, block.order(z)
+        self.x = torch.zeros_like(self.z)
+        self.x[:, 0] = self.z[:, 0]
+        self.mix = torch.from_numpy(branches.mix).to(z)
+        self.passes = _passes(block, z, branches)
+
+    def guess(self, patches: Array) -> None:
+        self.x = self.block.order(torch.from_numpy(np.ascontiguousarray(patches)).to(self.z)).clone()
+
+    @torch.no_grad()
+    def step(self, position: int, window: int = 1) -> None:
+        known = self.x.clone()
+        for i in range(position, position + window):
+            log_scale, shift = self.block.step(known[:, i : i + 1], i, self.passes, self.mix[:, :, i])
+            self.x[:, i + 1 : i + 2] = self.z[:, i + 1 : i + 2] * log_scale.exp() + shift
+
+    def patches(self) -> Array:
+        result: Array = self.block.order(self.x).cpu().numpy().copy()
+        return result
+
+
+def _passes(block: Block, like: Tensor, branches: Branches) -> list[Branch]:
+    labels = torch.from_numpy(np.ascontiguousarray(branches.labels)).to(like.device)
+    return [
+        Branch(labels[g], 1.0 / float(inverse), Cache(block.config, len(like), like))
+        for g, inverse in enumerate(branches.inverse_temperature)
+    ]
