@@ -6,15 +6,12 @@ files that ship: wherever the graph makes a bfloat16, the float32 in its place i
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 
-def emulate_bfloat16(source: Path, target: Path) -> None:
-    """Rewrite the graph at ``source``. ``target`` must lie in the same folder: both refer to its weights."""
-    model = onnx.load(source, load_external_data=False)
+def emulate_bfloat16(model: ModelProto) -> ModelProto:
+    """Rewrite a graph, in place; its weights stay where they are."""
     names = _bfloat16_values(model)
     nodes: list[NodeProto] = [
         _cast(value.name, _wide(value.name), TensorProto.FLOAT)
@@ -33,7 +30,7 @@ def emulate_bfloat16(source: Path, target: Path) -> None:
             nodes.append(_cast(name, _wide(name), TensorProto.FLOAT))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    onnx.save(model, target)
+    return model
 
 
 def _bfloat16_values(model: ModelProto) -> set[str]:

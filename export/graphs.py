@@ -42,9 +42,6 @@ class BlockGraph(nn.Module):
         if block.class_embed is not None:
             self.register_buffer("null_class", block.class_embed.detach().mean(0))  # (1, C)
 
-    def layers(self) -> list[Layer]:
-        return [layer for layer in self.block.layers if isinstance(layer, Layer)]
-
     def embed(self, x: Tensor, positions: Tensor, labels: Tensor, branches: int) -> Tensor:
         """x (B, W, D), positions (W, C), labels (G, B) -> (G, B, W, C)."""
         batch, window, _ = x.shape
@@ -76,7 +73,7 @@ class BlockGraph(nn.Module):
         weights = mix.unsqueeze(2).unsqueeze(-1)  # (2, G, 1, W, 1)
         if not self.config.nvp:
             return None, (out * weights[1]).sum(0)
-        log_scale, shift = out.split(self.config.patch_dim, -1)
+        log_scale, shift = out.chunk(2, -1)
         return (log_scale * weights[0]).sum(0), (shift * weights[1]).sum(0)
 
 
@@ -116,13 +113,13 @@ class Step(BlockGraph):
         past_bias = torch.where(slots < position, 0.0, MASKED)  # (S,)
         window_bias = torch.where(offsets <= offsets.unsqueeze(1), 0.0, MASKED)  # (W, W)
         fresh = []
-        for j, layer in enumerate(self.layers()):
+        for j, layer in enumerate(self.block.layers):
             attention, keys, values = layer.attention, cache[2 * j], cache[2 * j + 1]
             query, key, value = self.heads(attention, attention.norm(h), rows, tempering)
             past = (query @ keys.transpose(2, 3)).float() + past_bias
             own = (query @ key.transpose(2, 3)).float() + window_bias
             weights = softmax(torch.cat([past, own], -1)).to(query.dtype)
-            past_weights, own_weights = weights.split([cache[0].shape[2], window], -1)
+            past_weights, own_weights = torch.split(weights, [cache[0].shape[2], window], -1)
             mixed = past_weights @ values + own_weights @ value
             h = h + product(mixed.transpose(1, 2).reshape(rows * window, -1), attention.proj).float()
             h = h + product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
@@ -146,7 +143,7 @@ class Forward(BlockGraph):
         h = self.embed(x, self.block.pos_embed, labels, branches).reshape(rows * tokens, -1)
         tempering = self.tempering(inverse_temperature, batch)
         mask = self.causal(tokens)
-        for layer in self.layers():
+        for layer in self.block.layers:
             attention = layer.attention
             query, key, value = self.heads(attention, attention.norm(h), rows, tempering)
             weights = softmax((query @ key.transpose(2, 3)).float().masked_fill(mask, MASKED)).to(query.dtype)
@@ -185,13 +182,13 @@ class Gradient(Forward):
         mask = self.causal(tokens)
         h = self.embed(x, self.block.pos_embed, labels, 1).reshape(batch * tokens, -1)
         tapes = []
-        for layer in self.layers():
+        for layer in self.block.layers:
             h, tape = self.layer_forward(layer, h, batch, mask)
             tapes.append(tape)
         out = product(h, self.block.proj_out).float().view(batch, tokens, -1)
 
         if self.config.nvp:
-            log_scale, shift = (self.shifted(part) for part in out.split(self.config.patch_dim, -1))
+            log_scale, shift = (self.shifted(part) for part in out.chunk(2, -1))
             scale = torch.exp(-log_scale)
             grad_x = grad_z * scale
             grad_log_scale = -grad_z * (x - shift) * scale - grad_log_det.view(-1, 1, 1)
@@ -201,7 +198,7 @@ class Gradient(Forward):
             grad_out = self.unshifted(-grad_z)
 
         grad_h = product_vjp(grad_out.reshape(batch * tokens, -1), self.block.proj_out)
-        for layer, tape in zip(reversed(self.layers()), reversed(tapes), strict=True):
+        for layer, tape in zip(reversed(self.block.layers), reversed(tapes), strict=True):
             grad_h = self.layer_vjp(layer, grad_h, tape, batch)
         return grad_x + product_vjp(grad_h, self.block.proj_in).view(batch, tokens, -1)
 
@@ -270,6 +267,6 @@ def norm_vjp(grad: Tensor, standard: Tensor, spread: Tensor, norm: nn.LayerNorm)
 
 def gelu_slope(u: Tensor) -> Tensor:
     """d/du of u * Phi(u)."""
-    cumulative = 0.5 * (1 + torch.erf(u * 2**-0.5))
+    cumulative: Tensor = 0.5 * (1 + torch.erf(u * 2**-0.5))
     density = torch.exp(-0.5 * u * u) * (2 * torch.pi) ** -0.5
     return cumulative + u * density

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 from tarflow.checkpoint import load
 from tarflow.config import Config, Hints
-from tarflow.model import Block, TarFlow
+from tarflow.model import TarFlow
 from tarflow.reference import Twin
 
+from ..runtime.backend import open_backend
 from ..runtime.bundle import (
     GOLDEN,
     MANIFEST,
@@ -33,6 +37,7 @@ from ..runtime.files import replacing_folder, sha256
 from ..runtime.flow import Flow
 from ..runtime.ort import OrtBackend
 from . import verify
+from .bisect import Finding, bisect
 from .card import markdown
 from .emulate import emulate_bfloat16
 from .precision import PRECISIONS, Precision, typed
@@ -116,6 +121,65 @@ def open_checkpoint(checkpoint: str | os.PathLike[str], hints: Hints | None = No
     return load(checkpoint, hints)
 
 
+def verify_bundle(
+    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    hints: Hints | None = None,
+    provider: str = "cpu",
+    watch: Watch = lambda stage: None,
+) -> dict[str, Any]:
+    """The parity card of a bundle against PyTorch on ``checkpoint`` (None: on its own weights), and its golden pairs.
+
+    Raises InputError if the checkpoint is another model's; what opening either raises.
+    """
+    with _beside_pytorch(folder, checkpoint, hints, provider, watch) as (flow, oracle, model):
+        pairs = verify.make_pairs(oracle, _parameters(model), watch)
+        card = verify.verify(flow, oracle, pairs, watch)
+        if pairs.serial:
+            watch("verify golden pairs")
+            card["golden"] = verify.verify_golden(flow)["sample"]
+        card["backend"] += _emulation(flow.bundle.manifest)
+        return card
+
+
+def bisect_bundle(
+    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    hints: Hints | None = None,
+    provider: str = "cpu",
+    tolerance: float | None = None,
+    watch: Watch = lambda stage: None,
+) -> tuple[Finding, dict[str, Any]] | None:
+    """Where a bundle leaves PyTorch, and the tensors that show it; None if nowhere. Raises as :func:`verify_bundle`."""
+    with _beside_pytorch(folder, checkpoint, hints, provider, watch) as (flow, oracle, model):
+        pairs = verify.make_pairs(oracle, _parameters(model), watch)
+        return bisect(flow, oracle, model, pairs, tolerance, watch)
+
+
+@contextlib.contextmanager
+def _beside_pytorch(
+    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None,
+    hints: Hints | None,
+    provider: str,
+    watch: Watch,
+) -> Iterator[tuple[Flow, Flow, TarFlow]]:
+    """A bundle's flow, and the oracle's: the same bundle with PyTorch computing, on a checkpoint's weights."""
+    bundle = Bundle.open(folder)
+    bundle.check()
+    watch("load the checkpoint")
+    model = open_checkpoint(checkpoint if checkpoint is not None else folder, hints)
+    if ModelShape(**asdict(model.config)) != bundle.manifest.config:
+        theirs, ours = asdict(model.config), asdict(bundle.manifest.config)
+        differing = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
+        raise InputError(
+            f"'{checkpoint}' is not the model in '{folder}': {differing}; name the checkpoint it was exported from"
+        )
+    with torch.no_grad(), runnable(bundle) as here:
+        backend = open_backend(provider, here) if here is bundle else OrtBackend(here, low_memory=True)
+        yield Flow(here, backend), twin_flow(model, bundle), model
+
+
 def twin_flow(model: TarFlow, bundle: Bundle) -> Flow:
     """The oracle: the bundle's flow with PyTorch computing every block."""
     return Flow(bundle, Twin(model))
@@ -131,14 +195,14 @@ def _graphs(
 ) -> tuple[BlockEntry, ...]:
     """Trace each kind once for each direction; blocks of one direction differ in nothing but their weights."""
     for parity in range(min(2, model.config.blocks)):
-        first = typed(_block(model, parity), precision)
+        first = typed(model.blocks[parity], precision)
         for kind, module in KINDS.items():
             watch(f"trace {kind}, {'reversed' if first.reversed else 'in order'}")
             graph = trace(kind, first, precision.dtype)
             for k in range(parity, model.config.blocks, 2):
                 place(graph, k, stored, rename(module(first), k), folder / _graph_name(k, kind))
     return tuple(
-        BlockEntry(_block(model, k).reversed, {kind: _graph_name(k, kind) for kind in KINDS})
+        BlockEntry(model.blocks[k].reversed, {kind: _graph_name(k, kind) for kind in KINDS})
         for k in range(model.config.blocks)
     )
 
@@ -149,48 +213,48 @@ def _parity(model: TarFlow, manifest: Manifest, folder: Path, check: bool, watch
 
     with torch.no_grad():
         oracle = twin_flow(model, Bundle(folder, manifest, ""))
-        pairs = verify.make_pairs(oracle, sum(p.numel() for p in model.parameters()), watch)
+        pairs = verify.make_pairs(oracle, _parameters(model), watch)
         save_file(pairs.tensors(), str(folder / GOLDEN))
         if not check:
             return {}
-        with _runnable(manifest, folder) as bundle:
-            backend = OrtBackend(bundle, low_memory=True)
-            card = verify.verify(Flow(bundle, backend), oracle, pairs, watch)
-    if manifest.precision == "bf16":
-        card["backend"] += ", bfloat16 emulated by rounding float32"
-    precision = PRECISIONS[manifest.precision]
-    wrong = verify.failures(card, precision.sample_rms, precision.bits_per_dim)
+        with runnable(Bundle(folder, manifest, "")) as bundle:
+            card = verify.verify(Flow(bundle, OrtBackend(bundle, low_memory=True)), oracle, pairs, watch)
+            card["backend"] += _emulation(manifest)
+    wrong = verify.failures(card)
     if wrong:
+        wider = "bf16 or fp32" if manifest.precision == "fp16" else "fp32"
         raise CheckFailed(
             "the exported graphs are not within tolerance of PyTorch, and no bundle was left:\n  "
             + "\n  ".join(wrong)
-            + f"\nTry a wider type ({'bf16 or ' if precision.name == 'fp16' else ''}fp32), or --no-verify to look closer with: tarflow bisect"
+            + f"\nTry --engine {wider}; or look closer: tarflow export --no-verify, then tarflow bisect"
         )
     return card
 
 
-class _runnable:
-    """The bundle as this machine's CPU can run it: as it is, or for bf16 through temporary emulated graphs."""
+@contextlib.contextmanager
+def runnable(bundle: Bundle) -> Iterator[Bundle]:
+    """A bundle as this machine's CPU can run it: as it is, or for bf16 a temporary one of emulated graphs."""
+    if bundle.manifest.precision != "bf16":
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory(prefix=".tarflow-bf16.", dir=bundle.folder.parent) as name:
+        folder = Path(name)
+        for file in (WEIGHTS, GOLDEN):  # hard links: graphs may only refer to weights in their own folder
+            if (bundle.folder / file).exists():
+                os.link(bundle.folder / file, folder / file)
+        for block in bundle.manifest.blocks:
+            for graph in block.graphs.values():
+                model = onnx.load(bundle.folder / graph, load_external_data=False)
+                onnx.save(emulate_bfloat16(model), folder / graph)
+        yield Bundle(folder, bundle.manifest, bundle.hash)
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
-        self.manifest, self.folder = manifest, folder
 
-    def __enter__(self) -> Bundle:
-        self.emulated: list[Path] = []
-        if self.manifest.precision != "bf16":
-            return Bundle(self.folder, self.manifest, "")
-        blocks = []
-        for block in self.manifest.blocks:
-            graphs = {kind: f"emulated.{name}" for kind, name in block.graphs.items()}
-            for kind, name in block.graphs.items():
-                self.emulated.append(self.folder / graphs[kind])
-                emulate_bfloat16(self.folder / name, self.emulated[-1])
-            blocks.append(replace(block, graphs=graphs))
-        return Bundle(self.folder, replace(self.manifest, blocks=tuple(blocks)), "")
+def _emulation(manifest: Manifest) -> str:
+    return ", bfloat16 emulated by rounding float32" if manifest.precision == "bf16" else ""
 
-    def __exit__(self, *_: object) -> None:
-        for path in self.emulated:
-            path.unlink(missing_ok=True)
+
+def _parameters(model: TarFlow) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _finish(manifest: Manifest, folder: Path) -> None:
@@ -233,9 +297,3 @@ def _name(checkpoint: str | os.PathLike[str]) -> str:
 
 def _graph_name(block: int, kind: str) -> str:
     return f"block_{block:02d}.{kind}.onnx"
-
-
-def _block(model: TarFlow, k: int) -> Block:
-    block = model.blocks[k]
-    assert isinstance(block, Block)
-    return block

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.checkpoint import CONFIG_KEY, DERIVED, reference_name, reference_state
-from tarflow.model import Block, TarFlow
+from tarflow.model import TarFlow
 
 from ..runtime.errors import InputError
 from .graphs import BlockGraph
@@ -81,12 +81,11 @@ def write_weights(model: TarFlow, precision: Precision, path: Path) -> dict[str,
 
 def _tensors(model: TarFlow, precision: Precision) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     block = model.blocks[0]
-    assert isinstance(block, Block)
     half = {reference_name(f"blocks.{k}.{name}") for k in range(len(model.blocks)) for name in half_names(block)}
     for name, tensor in reference_state(model).items():
         yield name, tensor, precision.dtype if name in half else torch.float32
     for k, block in enumerate(model.blocks):
-        if isinstance(block, Block) and block.class_embed is not None:
+        if block.class_embed is not None:
             yield null_class_name(k), block.class_embed.detach().mean(0), torch.float32
 
 
@@ -105,4 +104,4 @@ def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
             )
         raise InputError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
     raw: NDArray[np.uint8] = converted.view(-1).view(torch.uint8).numpy()
-    return memoryview(raw)
+    return raw.data

@@ -42,21 +42,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str], force: bool) -> Iterator[Path]:
+def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str = "manifest.json") -> Iterator[Path]:
     """A folder that appears at ``path`` whole when the block ends well; a failure leaves what was there before.
 
-    Raises InputError if ``path`` exists and ``force`` is not given, or is something that is not replaced.
+    Raises InputError if ``path`` exists and ``force`` is not given, or is a folder of something else: neither empty
+    nor with the file ``marker`` in it.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
         if not force:
             raise InputError(f"'{path}' exists; pass --force to replace it, or another name with -o")
-        if (
-            not path.is_dir()
-            or path.is_symlink()
-            or not ((path / "manifest.json").is_file() or not any(path.iterdir()))
-        ):
-            raise InputError(f"'{path}' is not a bundle and is not replaced, even with --force; choose another name")
+        ours = path.is_dir() and not path.is_symlink() and ((path / marker).is_file() or not any(path.iterdir()))
+        if not ours:
+            raise InputError(
+                f"'{path}' was not made by this command, so --force does not replace it; choose another name"
+            )
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -230,14 +231,34 @@ class Flow:
 
     def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
         """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training."""
-        z, log_det = self.encode(images, labels)
-        per_dimension = log_det - 0.5 * (z * z).mean((1, 2)) - 0.5 * math.log(2 * math.pi)
-        return (per_dimension * z[0].size).astype(np.float32)
+        bits = self.bits_per_dim(images, labels).astype(np.float64)
+        return ((math.log(128) - bits * math.log(2)) * math.prod(self.config.image)).astype(np.float32)
 
     def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
-        """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units."""
-        dimensions = math.prod(self.config.image)
-        return ((math.log(128) - self.log_likelihood(images, labels) / dimensions) / math.log(2)).astype(np.float32)
+        """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`."""
+        return self.bits_of(*self.encode(images, labels))
+
+    def bits_of(self, latent: Array, log_det: Array) -> Array:
+        """Bits per dimension, (N,), from what :meth:`encode` returned."""
+        energy = 0.5 * np.square(latent, dtype=np.float64).mean((1, 2)) + 0.5 * math.log(2 * math.pi) + math.log(128)
+        return ((energy - log_det) / math.log(2)).astype(np.float32)
+
+    def dequantise(self, images: ArrayLike, seed: int = 0, first_sample: int = 0) -> Array:
+        """8-bit images (N, channels, size, size) -> the continuous images the model was trained on, in [-1, 1] units.
+
+        Uniform dequantisation, 2 (x + u) / 256 - 1, or x / 127.5 - 1 plus Gaussian noise, whichever the model knows.
+        """
+        array = np.asarray(images)
+        if array.dtype != np.uint8 or array.shape[1:] != self.config.image or array.ndim != 4:
+            raise InputError(
+                f"images are {array.dtype} of shape {array.shape}; expected uint8 (N, *{self.config.image})"
+            )
+        indices, stream = range(first_sample, first_sample + len(array)), noise_source.DEQUANTISATION
+        if self.config.noise_std is None:
+            u = noise_source.uniform(seed, indices, array[0].size, stream).reshape(array.shape)
+            return (2 * (array + u) / 256 - 1).astype(np.float32)
+        noise = noise_source.normal(seed, indices, self.config.image, stream)
+        return (array / np.float32(127.5) - 1 + self.config.noise_std * noise).astype(np.float32)
 
     # --- one tile, patches in and patches out -------------------------------------------------------------------
 
@@ -245,7 +266,7 @@ class Flow:
         x = z * self._deviation
         for block in reversed(range(self.config.blocks)):
             decoding = self.backend.decoding(block, x, branches)
-            x = decode.serial(decoding, self.config.tokens, lambda position, block=block: counter.step(block, position))
+            x = decode.serial(decoding, self.config.tokens, partial(counter.step, block))
         return x
 
     def _encode(self, x: Array, branches: Branches) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Feeds = dict[str, NDArray[Any]]
 CACHE_TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bfloat16
 _BFLOAT16 = 16  # ONNX TensorProto.BFLOAT16
 _ACTIVATIONS = 1 << 30  # bytes of attention weights that forward and gradient may hold at once
@@ -77,7 +78,7 @@ class OrtBackend:
         parts = []
         for rows in self._chunks(len(x), 3 * len(inverse_temperature)):
             labels = branches.labels[:, rows]
-            feeds = {"x": x[rows], "labels": labels, "mix": mix, "inverse_temperature": inverse_temperature}
+            feeds: Feeds = {"x": x[rows], "labels": labels, "mix": mix, "inverse_temperature": inverse_temperature}
             parts.append(self.run(session, block, "forward", feeds))
         z, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
         return z, log_det
@@ -86,7 +87,7 @@ class OrtBackend:
         session = self.session(block, "gradient")
         parts = []
         for rows in self._chunks(len(x), self.config.layers + 4):
-            feeds = {
+            feeds: Feeds = {
                 "x": x[rows],
                 "labels": labels[None, rows],
                 "grad_z": grad_z[rows],
@@ -104,7 +105,7 @@ class OrtBackend:
                 self._sessions[block, kind] = self._open(block, kind)
             return self._sessions[block, kind]
 
-    def run(self, session: Any, block: int, kind: str, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(self, session: Any, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
         """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
         try:
             outputs: list[NDArray[Any]] = session.run(None, {k: np.ascontiguousarray(v) for k, v in feeds.items()})
@@ -167,7 +168,7 @@ class OrtDecoding:
 
     def step(self, position: int, window: int = 1) -> None:
         tokens = self._x.shape[1]
-        if not (0 <= position and 1 <= window and position + window < tokens):
+        if position < 0 or window < 1 or position + window >= tokens:
             raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
         if window != self._window or position + window > self._cache.shape[3]:
             self._prepare(position + window, window)
@@ -202,7 +203,7 @@ class OrtDecoding:
         self._fresh = np.empty((2 * config.layers, self._rows, config.heads, window, config.head_dim), self._cache_type)
 
         binding = self._session.io_binding()
-        inputs = {
+        inputs: Feeds = {
             "x": self._x_in,
             "z": self._z_in,
             "labels": np.ascontiguousarray(self._branches.labels),
@@ -218,7 +219,7 @@ class OrtDecoding:
         self._outputs = [("x_next", self._value(self._x_out)), ("fresh", self._value(self._fresh))]
         for name, value in self._outputs:
             binding.bind_ortvalue_output(name, value)
-        self._inputs, self._binding = inputs, binding
+        self.inputs, self._binding = inputs, binding
 
     def _value(self, array: NDArray[Any]) -> Any:
         ort = self._backend._ort

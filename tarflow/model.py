@@ -7,6 +7,7 @@ G guidance branches (1, or 2 when guided). Read bottom-up: attention, layer, blo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,8 @@ class Attention(nn.Module):
 
     def merge(self, mixed: Tensor) -> Tensor:
         """(B, H, T, d) -> (B, T, C)."""
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        merged: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return merged
 
     def forward(self, h: Tensor, temperature: float = 1.0) -> Tensor:
         query, key, value = self.split(h)
@@ -81,7 +83,8 @@ class Layer(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width)
 
     def mlp(self, h: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(h))))
+        out: Tensor = self.down(F.gelu(self.up(self.norm(h))))
+        return out
 
     def forward(self, h: Tensor, temperature: float = 1.0) -> Tensor:
         h = h + self.attention(h, temperature)
@@ -105,7 +108,7 @@ class Block(nn.Module):
         self.proj_in = nn.Linear(config.patch_dim, config.width)
         self.pos_embed = nn.Parameter(torch.randn(config.tokens, config.width) * 1e-2)
         self.class_embed = nn.Parameter(torch.randn(config.classes, 1, config.width) * 1e-2) if config.classes else None
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers)])
+        self.layers: Sequence[Layer] = nn.ModuleList([Layer(config) for _ in range(config.layers)])  # type: ignore[assignment]
         self.proj_out = nn.Linear(config.width, config.patch_dim * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)  # a fresh flow is (nearly) the identity
 
@@ -184,7 +187,7 @@ class TarFlow(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([Block(config, k) for k in range(config.blocks)])
+        self.blocks: Sequence[Block] = nn.ModuleList([Block(config, k) for k in range(config.blocks)])  # type: ignore[assignment]
         self.register_buffer("prior", torch.ones(config.tokens, config.patch_dim))  # variance of each latent
 
     def patchify(self, images: Tensor) -> Tensor:

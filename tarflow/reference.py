@@ -39,19 +39,19 @@ class Twin:
         self.device = next(model.parameters()).device
 
     def decoding(self, block: int, z: Array, branches: Branches) -> TwinDecoding:
-        return TwinDecoding(self._block(block), self.tensor(z), branches)
+        return TwinDecoding(self.model.blocks[block], self.tensor(z), branches)
 
     @torch.no_grad()
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         if len(branches.labels) > 1:
-            return self._guided_forward(self._block(block), self.tensor(x), branches)
-        z, log_det = self._block(block).encode(self.tensor(x), self.tensor(branches.labels[0]))
+            return self._guided_forward(self.model.blocks[block], self.tensor(x), branches)
+        z, log_det = self.model.blocks[block].encode(self.tensor(x), self.tensor(branches.labels[0]))
         return z.cpu().numpy(), log_det.cpu().numpy()
 
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
         inputs = self.tensor(x).requires_grad_(True)
         with torch.enable_grad():
-            z, log_det = self._block(block).encode(inputs, self.tensor(labels))
+            z, log_det = self.model.blocks[block].encode(inputs, self.tensor(labels))
             total = (z * self.tensor(grad_z)).sum() + (log_det * self.tensor(grad_log_det)).sum()
             (grad,) = torch.autograd.grad(total, inputs)
         result: Array = grad.cpu().numpy()
@@ -59,11 +59,6 @@ class Twin:
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-    def _block(self, index: int) -> Block:
-        block = self.model.blocks[index]
-        assert isinstance(block, Block)
-        return block
 
     def _guided_forward(self, block: Block, x: Tensor, branches: Branches) -> tuple[Array, Array]:
         """The inverse of guided decoding: walk the steps, solving each for z instead of x."""

@@ -1,0 +1,1 @@
+"""Measurements against rivals; not part of the package."""

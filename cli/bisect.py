@@ -1,0 +1,72 @@
+"""``tarflow bisect``: where does a bundle leave PyTorch?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import emit, stages
+from .options import Channels, Json, NoiseStd, PatchSize, Provider
+
+
+def bisect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="The truth. Default: the bundle's own weights.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest absolute error. Default: ten times the precision's rms tolerance.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing repro folder.")] = False,
+    patch_size: PatchSize = None,
+    channels: Channels = None,
+    noise_std: NoiseStd = None,
+    provider: Provider = "cpu",
+    json: Json = False,
+) -> None:
+    """Name the first block, step and graph node that leaves tolerance of PyTorch, and write a folder that shows it.
+
+    Exit code 1 if there is one, 0 if every graph of every block is within tolerance.
+
+    Example: tarflow bisect tarflow-bundle digits_model_2_128_4_3_0.10.pth
+    """
+    from tarflow.config import Hints
+
+    from ..export.bisect import write_repro
+    from ..export.pipeline import bisect_bundle
+
+    with stages(quiet=json) as watch:
+        hints = Hints(patch_size, channels, noise_std)
+        result = bisect_bundle(bundle, checkpoint, hints, provider, tolerance, watch)
+        if result is not None:
+            write_repro(output, *result, force)
+    if result is None:
+        if json:
+            emit({"bundle": str(bundle), "found": None})
+        else:
+            print("every step, forward and gradient graph is within tolerance")
+        return
+    finding, _ = result
+    if json:
+        emit(
+            {
+                "bundle": str(bundle),
+                "found": {
+                    "block": finding.block,
+                    "graph": finding.kind,
+                    "step": finding.step,
+                    "node": finding.node,
+                    "op": finding.op,
+                    "error": finding.error,
+                    "node_error": finding.node_error,
+                    "reason": finding.reason,
+                },
+                "repro": str(output),
+            }
+        )
+    else:
+        print(f"{finding.reason}\nerror {finding.error:.3g}; repro in {output}")
+    raise typer.Exit(1)

@@ -1,0 +1,163 @@
+"""What the commands share: where results and messages go, progress, and how files are read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..runtime.flow import Progress
+
+DEMO = Path(__file__).parent.parent / "demo"
+DEFAULT_BUNDLE = Path("tarflow-bundle")
+
+
+def default_bundle(bundle: Path | None) -> Path:
+    """The bundle named, else ./tarflow-bundle if it is there, else the demo that ships with the package."""
+    if bundle is not None:
+        return bundle
+    return DEFAULT_BUNDLE if (DEFAULT_BUNDLE / "manifest.json").is_file() else DEMO
+
+
+def emit(document: dict[str, Any]) -> None:
+    """One JSON document on stdout; numbers JSON has no word for become null."""
+    print(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
+    """A two-column list on stdout."""
+    if title:
+        print(title)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+@contextlib.contextmanager
+def step_bar(what: str) -> Iterator[Callable[[Progress], None] | None]:
+    """A progress bar over sequential steps, on stderr; nothing when that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(progress: Progress) -> None:
+            description = f"{what}, block {progress.block}"
+            bar.update(task, completed=progress.done, total=progress.total, description=description)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def stages(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Names the stage of a long task: a spinner on a terminal, timed lines elsewhere."""
+    started = time.monotonic()
+    if quiet:
+        yield lambda stage: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
+        with console.status("") as status:
+            yield lambda stage: status.update(f"{stage}  ({time.monotonic() - started:.0f} s)")
+    else:
+        yield lambda stage: say(f"[{time.monotonic() - started:6.1f} s] {stage}")
+
+
+def read_array(path: Path, what: str) -> NDArray[Any]:
+    """A .npy file, never unpickled. Raises InputError."""
+    import numpy as np
+
+    if not path.is_file():
+        raise InputError(f"no file '{path}' for {what}; expected an array saved with numpy.save")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"'{path}' is not an .npy array ({str(error)[:100]}); save {what} with numpy.save") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"'{path}' holds several arrays; expected one, saved with numpy.save")
+    return array
+
+
+def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] | None:
+    """``3``, ``0-9``, ``1,4,7-9``, ``-1`` (the null class) or ``y.npy`` -> one label a sample.
+
+    Ranges and lists are dealt out by sample index, so that sample i has the same label whoever draws it.
+    """
+    import numpy as np
+
+    if text is None:
+        return None
+    if text.endswith(".npy"):
+        labels = read_array(Path(text), "labels")
+        if labels.ndim != 1 or len(labels) != count or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"'{text}' holds {labels.dtype} of shape {labels.shape}; expected {count} integers, one a sample"
+            )
+        return labels.astype(np.int64)
+    choices: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:(\d+)-(\d+)|(-?\d+))\s*", part)
+        if not match:
+            raise InputError(
+                f"labels '{text}' are not understood; expected a class (3), a range (0-9), a list (1,4,7) or y.npy"
+            )
+        low, high, single = match.groups()
+        span = range(int(low), int(high) + 1) if single is None else range(int(single), int(single) + 1)
+        if not span or len(span) > 1_000_000:
+            raise InputError(f"labels '{part}' are an empty or endless range; write the smaller class first, as in 0-9")
+        choices += span
+    return np.array([choices[(first + i) % len(choices)] for i in range(count)], np.int64)
+
+
+def read_images(path: Path, channels: int, size: int) -> tuple[NDArray[Any], list[str] | None]:
+    """Images from an .npy file or a folder of pictures: as stored, and the pictures' names."""
+    if path.is_dir():
+        from ..runtime.image import read_folder
+
+        return read_folder(path, channels, size)
+    return read_array(path, "images"), None
+
+
+def size_text(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

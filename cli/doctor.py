@@ -1,0 +1,147 @@
+"""``tarflow doctor``: will it run here, and if not, why?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+from .console import DEMO, emit, show
+from .options import Json
+
+PACKAGES = (
+    "tarflow",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "safetensors",
+    "torch",
+    "onnx",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+SELF_TEST_LIMIT = 1e-3  # round trip of one block
+
+
+def doctor(json: Json = False) -> None:
+    """Show versions, providers, cores and GPU; warn of combinations known to fail; try one block on every provider.
+
+    Exit code 3 if nothing can run here, 1 if a provider computes wrong results.
+
+    Example: tarflow doctor
+    """
+    versions = {name: found for name in PACKAGES if (found := _version(name))}
+    providers, problems = _providers()
+    problems += _known_bad(versions, providers)
+    tests = {name: _self_test(name) for name in ("cpu", "cuda") if name in providers}
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpu": _gpu(),
+        "packages": versions,
+        "providers": providers,
+        "self_test": tests,
+        "problems": problems,
+    }
+    if json:
+        emit(report)
+    else:
+        show(
+            [
+                ("python", f"{report['python']} on {report['platform']}"),
+                ("cores", str(report["cores"])),
+                ("gpu", report["gpu"] or "none seen"),
+                *((name, found) for name, found in versions.items()),
+                ("providers", ", ".join(providers) or "none"),
+                *((f"self-test {name}", _spell(result)) for name, result in tests.items()),
+            ]
+        )
+        for problem in problems:
+            print(f"problem: {problem}")
+        if not problems:
+            print("no known problem")
+    if not tests:
+        raise typer.Exit(3)
+    if any(not result["ok"] for result in tests.values()):
+        raise typer.Exit(1)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _providers() -> tuple[list[str], list[str]]:
+    """Which of our providers this ONNX Runtime has, and what is wrong if none."""
+    from ..runtime.errors import MachineError
+    from ..runtime.ort import PROVIDERS, load_onnxruntime
+
+    try:
+        available = load_onnxruntime().get_available_providers()
+    except MachineError as error:
+        return [], [str(error)]
+    return [name for name, full in PROVIDERS.items() if full in available], []
+
+
+def _known_bad(versions: dict[str, str], providers: list[str]) -> list[str]:
+    problems = []
+    if "onnxruntime" in versions and "onnxruntime-gpu" in versions:
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        )
+    if _gpu() and "cuda" not in providers and providers:
+        problems.append(
+            "there is a GPU, but this ONNX Runtime is the CPU build: "
+            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+        )
+    runtime = versions.get("onnxruntime") or versions.get("onnxruntime-gpu")
+    if runtime and tuple(map(int, runtime.split(".")[:2])) < (1, 20):
+        problems.append(
+            f"onnxruntime {runtime} is older than 1.20, which these graphs need: pip install -U onnxruntime"
+        )
+    return problems
+
+
+def _gpu() -> str | None:
+    """Name and driver of the first NVIDIA GPU, as its own tool says."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.splitlines()[0] if answer else None
+
+
+def _self_test(provider: str) -> dict[str, Any]:
+    """Invert the demo's last block and encode it again: the error is the certificate of one block."""
+    import numpy as np
+
+    from ..runtime.backend import Branches
+    from ..runtime.decode import serial
+    from ..runtime.flow import Flow
+
+    try:
+        flow = Flow.open(DEMO, provider)
+        block = flow.config.blocks - 1
+        z = flow.noise(0, range(4))
+        branches = Branches.plain(np.full(4, -1, np.int64), flow.config.tokens)
+        x = serial(flow.backend.decoding(block, z, branches), flow.config.tokens)
+        error = float(np.abs(flow.backend.forward(block, x, branches)[0] - z).max())
+    except Exception as failure:  # whatever a provider throws is this command's answer
+        return {"ok": False, "error": None, "message": f"{type(failure).__name__}: {failure}"}
+    return {"ok": error < SELF_TEST_LIMIT, "error": error, "message": f"round trip of one block {error:.2g}"}
+
+
+def _spell(result: dict[str, Any]) -> str:
+    return f"{'ok' if result['ok'] else 'FAILED'}, {result['message']}"

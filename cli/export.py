@@ -1,0 +1,100 @@
+"""``tarflow export``: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import DEFAULT_BUNDLE, DEMO, emit, say, show, size_text, stages
+from .options import Channels, Json, NoiseStd, PatchSize
+
+if TYPE_CHECKING:
+    from ..export.pipeline import Plan
+
+
+def export(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CHECKPOINT]", help=".pth, .safetensors or a bundle. Default: the demo model."),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
+    engine: Annotated[str, typer.Option(help="Precision typed into the graphs: fp32, fp16 or bf16.")] = "fp32",
+    patch_size: PatchSize = None,
+    channels: Channels = None,
+    noise_std: NoiseStd = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before it appears.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Export a checkpoint to a bundle of ONNX graphs, one set per flow block, verified against PyTorch.
+
+    Example: tarflow export imagenet_model_2_768_8_8_0.05.pth -o imagenet64 --engine fp16
+    """
+    from tarflow.config import Hints
+
+    from ..export import pipeline
+
+    source = checkpoint if checkpoint is not None else DEMO
+    hints = Hints(patch_size, channels, noise_std)
+    if dry_run:
+        _print_plan(pipeline.plan(source, engine, hints), output, json)
+        return
+    with stages() as watch:
+        bundle = pipeline.export(source, output, engine, hints, force, verify, watch)
+    total = sum(entry.size for entry in bundle.manifest.files.values())
+    card = bundle.manifest.parity
+    if json:
+        emit(
+            {
+                "bundle": str(output),
+                "bundle_hash": bundle.hash,
+                "precision": engine,
+                "bytes": total,
+                "files": {name: entry.size for name, entry in bundle.manifest.files.items()},
+                "parity": card,
+            }
+        )
+        return
+    print(f"{output}: {len(bundle.manifest.files) + 1} files, {size_text(total)}, {engine}")
+    if card:
+        print(
+            f"against PyTorch: samples rms {card['sample']['rms']:.2g}, bits/dim {card['bits_per_dim_shift']:.2g}, "
+            f"round trip {card['certificate']:.2g}"
+        )
+    else:
+        say("not verified; run: tarflow verify " + str(output))
+
+
+def _print_plan(plan: Plan, output: Path, json: bool) -> None:
+    total = sum(plan.files.values())
+    if json:
+        emit(
+            {
+                "bundle": str(output),
+                "name": plan.name,
+                "precision": plan.precision,
+                "config": plan.config.to_dict(),
+                "files": plan.files,
+                "bytes": total,
+                "peak_memory": plan.peak_memory,
+                "seconds": plan.seconds,
+            }
+        )
+        return
+    c = plan.config
+    show(
+        [
+            ("model", f"{plan.name}: {c.blocks} blocks x {c.layers} layers, width {c.width}, {c.tokens} patches"),
+            ("precision", plan.precision),
+            ("memory", f"about {size_text(plan.peak_memory)} at peak"),
+            ("time", f"about {plan.seconds:.0f} s, verification included"),
+            ("files", f"{len(plan.files)}, about {size_text(total)}"),
+            *((f"  {name}", size_text(size)) for name, size in plan.files.items()),
+        ],
+        f"would write {output}",
+    )

@@ -1,0 +1,158 @@
+"""``tarflow generate``: draw samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import default_bundle, emit, parse_labels, read_array, say, step_bar
+from .options import BundleArgument, Json, Labels, LowMemory, Provider, Spinning, Threads
+
+if TYPE_CHECKING:
+    from ..runtime.flow import Flow, Samples
+
+
+def generate(
+    bundle: BundleArgument = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="How many samples. Default: 64, or as many as --noise has.")
+    ] = None,
+    labels: Labels = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 0 is none.")] = 0.0,
+    guide: Annotated[str, typer.Option(help="What is guided: ab, a (scale) or b (shift).")] = "ab",
+    annealed: Annotated[
+        bool, typer.Option("--annealed/--constant", help="Let guidance grow along the sequence.")
+    ] = False,
+    attention_temperature: Annotated[float, typer.Option(help="Divides the unconditional branch's logits.")] = 1.0,
+    denoise: Annotated[
+        bool | None, typer.Option("--denoise/--no-denoise", help="Denoise. Default: if trained with Gaussian noise.")
+    ] = None,
+    denoise_strength: Annotated[float, typer.Option(help="Factor on the noise variance when denoising.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    first_sample: Annotated[int, typer.Option(help="Index of the first sample; seed and index fix a sample.")] = 0,
+    noise: Annotated[Path | None, typer.Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Picture of all samples. Default: samples.png, unless --save.")
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify/--no-certify", help="Encode the samples again and report the error.")
+    ] = True,
+    redraw_nonfinite: Annotated[
+        bool, typer.Option("--redraw-nonfinite", help="Draw samples that overflow again.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Samples at a time. Default: up to 64, by memory.")] = None,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="Bitwise the same whatever n, batch size, threads.")
+    ] = False,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    spinning: Spinning = None,
+    low_memory: LowMemory = False,
+    json: Json = False,
+) -> None:
+    """Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array.
+
+    Example: tarflow generate --n 64 --labels 0-9 --guidance 1 -o digits.png
+    """
+    from ..runtime.errors import InputError
+    from ..runtime.flow import Flow, Guidance
+
+    guided = Guidance(guidance, guide, annealed, attention_temperature)
+    array = read_array(noise, "noise") if noise is not None else None
+    count = n if n is not None else (len(array) if array is not None and array.ndim else 64)
+    if count < 1:
+        raise InputError(f"--n is {count}; expected 1 or more samples")
+    classes = parse_labels(labels, first_sample, count)
+    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, low_memory)
+    if flow.config.classes and classes is None:
+        say(f"no labels given: drawing from the null class; --labels 0-{flow.config.classes - 1} deals out all classes")
+    with step_bar("sampling") as progress:
+        samples = flow.sample(
+            n if array is not None else count,
+            noise=array,
+            labels=classes,
+            guidance=guided,
+            seed=seed,
+            first_sample=first_sample,
+            denoise=denoise_strength if denoise or (denoise is None and flow.config.noise_std) else False,
+            certify=certify,
+            batch_size=batch_size,
+            reproducible=reproducible,
+            redraw_nonfinite=redraw_nonfinite,
+            progress=progress,
+        )
+    written = _write(flow, samples, save, output, seed if array is None else None, first_sample)
+    report = samples.report
+    assert report is not None
+    if json:
+        errors = None if report.certificate is None else [float(e) for e in report.certificate]
+        emit(
+            {
+                "bundle": str(flow.bundle.folder),
+                "bundle_hash": flow.bundle.hash,
+                "precision": flow.bundle.manifest.precision,
+                "backend": report.backend,
+                "n": len(samples),
+                "seed": report.seed,
+                "first_sample": first_sample,
+                "files": written,
+                "level": report.level,
+                "certificate": None
+                if errors is None
+                else {"max": max(errors), "per_sample": errors, "seconds": report.certificate_seconds},
+                "nonfinite": list(report.nonfinite),
+                "redrawn": list(report.redrawn),
+                "seconds": report.seconds,
+                "denoise_seconds": report.denoise_seconds,
+            }
+        )
+    else:
+        print(f"{len(samples)} samples in {report.seconds:.2f} s on {report.backend}: {', '.join(written.values())}")
+        if report.certificate is not None:
+            print(
+                f"round-trip error {report.certificate.max():.2g} at most, checked in {report.certificate_seconds:.2f} s"
+            )
+        if report.redrawn:
+            print(f"redrawn because not finite: samples {_few(report.redrawn)}")
+        print(report.level)
+    if report.nonfinite:
+        say(
+            f"tarflow: check failed: {len(report.nonfinite)} of {len(samples)} samples are not finite: "
+            f"{_few(report.nonfinite)}. Lower the guidance, or pass --redraw-nonfinite to draw just those again"
+        )
+        raise typer.Exit(1)
+
+
+def _write(
+    flow: Flow, samples: Samples, save: Path | None, output: Path | None, seed: int | None, first: int
+) -> dict[str, str]:
+    """Write what was asked for, each file whole or not at all; return what was written."""
+    import numpy as np
+
+    from ..runtime.files import replacing
+    from ..runtime.image import grid, write_png
+
+    if output is None and save is None:
+        output = Path("samples.png")
+    written = {}
+    if save is not None:
+        with replacing(save) as file:
+            np.save(file, np.asarray(samples))
+        written["array"] = str(save)
+    if output is not None:
+        text = {
+            "Software": "tarflow",
+            "seed": "given noise" if seed is None else str(seed),
+            "sample_indices": f"{first}-{first + len(samples) - 1}",
+            "bundle_hash": flow.bundle.hash,
+        }
+        write_png(output, grid(samples), text, zoom=max(1, 48 // flow.config.image_size))
+        written["picture"] = str(output)
+    return written
+
+
+def _few(indices: tuple[int, ...]) -> str:
+    return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")

@@ -1,0 +1,58 @@
+"""``tarflow inspect``: what is in a bundle. Needs no engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from .console import default_bundle, emit, show, size_text
+from .options import BundleArgument, Json
+
+
+def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
+    """Show a bundle's configuration, graphs, precision, sizes and parity card, and check its hashes.
+
+    Example: tarflow inspect tarflow-bundle --json
+    """
+    from ..runtime.bundle import KINDS, Bundle
+
+    opened = Bundle.open(default_bundle(bundle))
+    opened.check()
+    m = opened.manifest
+    if json:
+        emit({"bundle": str(opened.folder), "bundle_hash": opened.hash, "hashes": "ok", **asdict(m)})
+        return
+    c = m.config
+    noise = f"Gaussian, {c.noise_std:g}" if c.noise_std is not None else "uniform dequantisation"
+    show(
+        [
+            ("name", m.name),
+            ("hash", opened.hash),
+            ("precision", m.precision),
+            (
+                "images",
+                f"{c.channels} x {c.image_size} x {c.image_size}, patches of {c.patch_size}: {c.tokens} x {c.patch_dim}",
+            ),
+            ("model", f"{c.blocks} blocks x {c.layers} layers, width {c.width}, {c.heads} heads"),
+            ("classes", str(c.classes) if c.classes else "none"),
+            ("kind", "affine (nvp)" if c.nvp else "volume-preserving, learned prior"),
+            ("noise", noise),
+            ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
+            ("made with", ", ".join(f"{k} {v}" for k, v in m.exporter.items())),
+        ],
+        str(opened.folder),
+    )
+    print("graphs")
+    for k, block in enumerate(m.blocks):
+        sizes = ", ".join(f"{kind} {size_text(m.files[block.graphs[kind]].size)}" for kind in KINDS)
+        print(f"  block {k} ({'reversed' if block.reversed else 'in order'}): {sizes}, opset {m.opset}")
+    card = m.parity
+    if not card:
+        print("parity: not verified; run: tarflow verify")
+        return
+    print(f"parity: {card.get('backend')} against {card.get('oracle')}, {card.get('method')}")
+    for block in card.get("blocks", ()):
+        print(f"  block {block['block']}: rms {block['rms']:.2g}, max {block['max']:.2g}, cosine {block['cosine']:.9f}")
+    for part in ("sample", "denoised"):
+        if part in card:
+            print(f"  {part}: rms {card[part]['rms']:.2g}, max {card[part]['max']:.2g}")
+    print(f"  certificate {card['certificate']:.2g}, shift of bits/dim {card.get('bits_per_dim_shift', 0):.2g}")

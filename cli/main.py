@@ -1,0 +1,83 @@
+"""The ``tarflow`` command: its subcommands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from . import bench, bisect, doctor, export, generate, inspect, likelihood, train, verify
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="TarFlow normalizing flows from PyTorch checkpoints to production.\n\n"
+    "Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment, 4 incompatible artifact.",
+)
+app.command()(export.export)
+app.command()(generate.generate)
+app.command()(train.train)
+app.command()(verify.verify)
+app.command()(bisect.bisect)
+app.command()(likelihood.likelihood)
+app.command()(likelihood.denoise)
+app.command()(inspect.inspect)
+app.command()(doctor.doctor)
+app.command()(bench.bench)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"tarflow {version('tarflow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Errors that carry an ``exit_code`` are a user's to mend: one message, no traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: nothing half-written
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("tarflow: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except FileNotFoundError as error:
+        _fail(f"no such file: {error.filename or error}", 2)
+    except MemoryError:
+        _fail("out of memory; use a smaller --batch-size, or --low-memory", 3)
+    except ModuleNotFoundError as error:
+        extra = "train" if error.name == "sklearn" else "export"
+        _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if not isinstance(code, int):
+            raise
+        _fail(str(error), code)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"tarflow: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

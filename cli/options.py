@@ -1,0 +1,33 @@
+"""Options that several commands share, so that one word means one thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BundleArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[BUNDLE]", help="A bundle folder. Default: ./tarflow-bundle if it is there, else the demo."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Provider = Annotated[str, typer.Option(help="cpu, cuda, or auto for the best that is here.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of one operator. Default: one a core.")]
+Spinning = Annotated[
+    bool | None, typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared.")
+]
+LowMemory = Annotated[bool, typer.Option("--low-memory", help="Keep only one block's graphs in memory.")]
+PatchSize = Annotated[int | None, typer.Option(help="Patch size, if the checkpoint's name does not say it.")]
+Channels = Annotated[int | None, typer.Option(help="Image channels, another way to say the patch size.")]
+NoiseStd = Annotated[
+    str | None, typer.Option(help="Training noise, if the name does not say it: a number, or 'uniform'.")
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."
+    ),
+]

@@ -1,0 +1,143 @@
+"""``tarflow train``: train a model on a folder of images, or on the digits that come with scikit-learn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import emit, say
+from .options import Json, Threads
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(
+    data: Annotated[str, typer.Option(help="'digits', or a folder of images; subfolders are classes.")] = "digits",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for all that is written.")] = Path("runs/model"),
+    image_size: Annotated[int, typer.Option(help="Side of the images made from a folder, in pixels.")] = 64,
+    channels: Annotated[int, typer.Option(help="3 for colour, 1 for grey images made from a folder.")] = 3,
+    hold_out: Annotated[int, typer.Option(help="Keep every n-th image of a folder for measuring; 0 keeps none.")] = 0,
+    patch_size: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 2,
+    width: Annotated[int, typer.Option(help="Width of the transformers, a multiple of 64.")] = 128,
+    blocks: Annotated[int, typer.Option(help="Flow blocks.")] = 4,
+    layers: Annotated[int, typer.Option(help="Transformer layers in a block.")] = 3,
+    volume_preserving: Annotated[bool, typer.Option("--volume-preserving", help="Shift only, learned prior.")] = False,
+    noise_std: Annotated[str, typer.Option(help="Gaussian noise, images being in [-1, 1]; or 'uniform'.")] = "0.1",
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 4000,
+    batch_size: Annotated[int, typer.Option(help="Images in a step, over all processes.")] = 256,
+    lr: Annotated[float, typer.Option(help="Highest learning rate, between warm-up and cosine.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 200,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 1e-4,
+    drop_label: Annotated[float, typer.Option(help="Share of labels dropped, which is what guidance needs.")] = 0.1,
+    ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
+    grad_clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0 for any.")] = 1.0,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 50,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 250,
+    sample_every: Annotated[int, typer.Option(help="Steps between sample grids; 0 draws none.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 500,
+    samples: Annotated[int, typer.Option(help="Images in a sample grid.")] = 100,
+    guidance: Annotated[float, typer.Option(help="Guidance of the sample grids.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    amp: Annotated[str, typer.Option(help="bfloat16 matrix products: auto (on CUDA), on or off.")] = "auto",
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with the same options.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over, replacing the run in --out.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model: checkpoints (.pth and .safetensors), sample grids and a log in --out.
+
+    Example: tarflow train --data digits --out runs/digits --noise-std 0.1 --steps 4000
+
+    Several GPUs or processes: torchrun --nproc-per-node 2 -m tarflow.cli.main train --data photos --out runs/photos
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from ..config import Config, parse_noise
+    from ..data import digits, folder
+    from ..process import pick_device
+    from ..recipe import Recipe, Run, TrainError
+    from ..train import train as carry_out
+
+    if threads is not None:
+        if threads < 1:
+            raise TrainError(f"--threads is {threads}; expected 1 or more")
+        torch.set_num_threads(threads)
+    recipe = Recipe(steps, batch_size, lr, warmup, weight_decay, drop_label, ema, grad_clip, flip, seed)
+    every = (log_every, evaluate_every, sample_every, save_every)
+    run = Run(out, pick_device(device), amp, resume, force, *every, samples, guidance)
+    dataset = digits() if data == "digits" else folder(data, image_size, channels, hold_out)
+    config = Config(
+        image_size=dataset.image_size,
+        channels=dataset.channels,
+        patch_size=patch_size,
+        width=width,
+        blocks=blocks,
+        layers=layers,
+        classes=len(dataset.classes),
+        nvp=not volume_preserving,
+        noise_std=parse_noise(noise_std),
+    )
+    try:
+        with progress(steps) as report:
+            result = carry_out(config, dataset, recipe, run, report)
+    except KeyboardInterrupt:
+        if run.state.exists() and leads():
+            say(f"stopped; the same command with --resume continues the run in '{out}'")
+        raise
+    if result is None:  # another process reports
+        return
+    if json:
+        emit(asdict(result) | {"files": [str(path) for path in result.files]})
+    else:
+        print(f"{result.steps} steps in {result.seconds:.0f} s: {result.bits_per_dim:.3f} bits/dim")
+        if result.held_out_bits_per_dim is not None:
+            print(f"held out: {result.held_out_bits_per_dim:.3f} bits/dim, over {result.held_out_draws} draws of noise")
+        for path in result.files:
+            print(f"  {path}")
+
+
+def leads() -> bool:
+    """Whether this process speaks for all that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Report]:
+    """Shows the log on stderr: a bar on a terminal, a line each elsewhere, nothing on ranks other than 0."""
+    if not leads():
+        yield lambda record: None
+    elif not sys.stderr.isatty():
+        yield lambda record: say(f"step {record['step']}/{steps}  {summary(record)}")
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
+        with Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
+        ) as bar:
+            task = bar.add_task("", total=steps)
+            yield lambda record: bar.update(task, completed=record["step"], description=summary(record))
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A record of the log on one line."""
+    parts = [f"loss {record['loss']:.4f}", f"{record['bits_per_dim']:.3f} bits/dim"]
+    if "held_out_bits_per_dim" in record:
+        parts.append(f"held out {record['held_out_bits_per_dim']:.3f}")
+    minutes, seconds = divmod(record["seconds_left"], 60)
+    return "  ".join([*parts, f"{record['images_per_second']:.0f} images/s", f"{minutes:.0f}:{seconds:02.0f} left"])
+
+
+if __name__ == "__main__":
+    typer.run(train)

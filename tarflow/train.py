@@ -1,0 +1,185 @@
+"""Training: maximum likelihood of noisy images (arXiv 2412.06329, sections 3.1 and 3.3), resumable bit for bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .data import Dataset, Split, noisy
+from .model import TarFlow, bits_per_dim
+from .process import Interrupt, Ranks
+from .recipe import Recipe, Run, TrainError
+from .trainer import Trainer
+
+FINAL_MEASURE = 4096  # noisy held-out images behind the last number, where each needs only a part of a second
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run: nats and bits per dimension at its end, held-out bits per dimension, and what it wrote."""
+
+    steps: int
+    loss: float
+    bits_per_dim: float
+    held_out_bits_per_dim: float | None
+    held_out_draws: int
+    seconds: float
+    files: list[Path]
+
+
+def train(
+    config: Config, data: Dataset, recipe: Recipe, run: Run, report: Callable[[Record], None] = lambda record: None
+) -> Result | None:
+    """Train a model and write its averaged weights as ``.pth`` and ``.safetensors``, with a log and sample grids.
+
+    Draws depend on the recipe's seed and the position in the stream of examples alone: a run that was stopped and
+    resumed ends, on a CPU, with the same bits, and one spread over more processes with the same weights up to rounding.
+    ``report`` is given each line of the log. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt.
+    Under ``torchrun`` all but rank 0 return None. Raises :class:`TrainError`.
+    """
+    ranks = Ranks.join(run.device)
+    try:
+        check(config, data, recipe, ranks)
+        run.prepare(writes=ranks.rank == 0)
+        trainer = Trainer(config, data, recipe, run, ranks)
+        if run.resume:
+            trainer.restore()
+        journal = Journal(trainer, report)
+        with Interrupt() as interrupt:
+            while trainer.step < recipe.steps:
+                journal.add(trainer.advance())
+                at_work(trainer, journal)
+                if interrupt.requested:
+                    if ranks.rank == 0:
+                        trainer.save()
+                    raise KeyboardInterrupt
+        return journal.result() if ranks.rank == 0 else None
+    finally:
+        ranks.leave()
+
+
+def at_work(trainer: Trainer, journal: Journal) -> None:
+    """Between two steps: log, sample and save, where the step's number says so."""
+    run = trainer.run
+
+    def due(every: int) -> bool:
+        return every > 0 and (trainer.step % every == 0 or trainer.step == trainer.recipe.steps)
+
+    if due(run.log_every) or due(run.evaluate_every):
+        journal.write(due(run.evaluate_every))
+    if trainer.ranks.rank == 0:
+        if due(run.sample_every):
+            trainer.sample()
+        if due(run.save_every):
+            trainer.save()
+
+
+def check(config: Config, data: Dataset, recipe: Recipe, ranks: Ranks) -> None:
+    """Raises :class:`TrainError` where model, data and recipe do not fit together."""
+    ours = (config.image_size, config.channels, config.classes)
+    theirs = (data.image_size, data.channels, len(data.classes))
+    if ours != theirs:
+        raise TrainError(f"the model is for (size, channels, classes) {ours}; '{data.name}' has {theirs}")
+    if recipe.batch_size > len(data.train):
+        raise TrainError(f"--batch-size is {recipe.batch_size}; '{data.name}' has {len(data.train)} images to train on")
+    if recipe.batch_size % ranks.world:
+        raise TrainError(f"--batch-size {recipe.batch_size} cannot be shared evenly by {ranks.world} processes")
+    if config.noise_std is not None and round(config.noise_std, 2) != config.noise_std:
+        raise TrainError(
+            f"--noise-std is {config.noise_std}; expected two decimals: more are lost in a .pth checkpoint's name"
+        )
+
+
+class Journal:
+    """Losses as they come, and the lines of the log made from them."""
+
+    def __init__(self, trainer: Trainer, report: Callable[[Record], None]) -> None:
+        self.trainer, self.report = trainer, report
+        self.first, self.began = trainer.step, time.monotonic()
+        self.total, self.count = torch.zeros((), device=trainer.run.device), 0
+        self.last: Record = {}
+        if trainer.ranks.rank == 0 and trainer.run.resume:
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what was logged after the state that is resumed, for it will be logged again."""
+        log, kept = self.trainer.run.log, []
+        for line in log.read_text().splitlines() if log.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut short when the process was killed
+                continue
+            if record["step"] <= self.trainer.step:
+                kept.append(line)
+                self.last = record
+        log.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, loss: Tensor) -> None:
+        self.total += loss
+        self.count += 1
+
+    def write(self, evaluate: bool) -> None:
+        """One line: mean loss since the last line, speed, time left; to ``evaluate``, held-out bits per dimension."""
+        trainer, recipe = self.trainer, self.trainer.recipe
+        loss = trainer.ranks.mean(self.total / self.count)
+        trainer.must_be_finite()
+        self.total, self.count = torch.zeros_like(loss), 0
+        if trainer.ranks.rank > 0:
+            return
+        per_step = (time.monotonic() - self.began) / (trainer.step - self.first)
+        record: Record = {
+            "step": trainer.step,
+            "loss": round(float(loss), 5),
+            "bits_per_dim": round(float(bits_per_dim(loss)), 4),
+            "learning_rate": recipe.learning_rate(trainer.step - 1),
+            "images_per_second": round(recipe.batch_size / per_step, 1),
+            "seconds_left": round(per_step * (recipe.steps - trainer.step)),
+        }
+        if evaluate and len(trainer.data.held_out):
+            record["held_out_bits_per_dim"] = round(measure(trainer.average, trainer.data.held_out), 4)
+        with trainer.run.log.open("a") as log:
+            print(json.dumps(record), file=log)
+        self.last = record
+        self.report(record)
+
+    def result(self) -> Result:
+        trainer, held_out = self.trainer, self.trainer.data.held_out
+        draws = max(FINAL_MEASURE // len(held_out), 1) if len(held_out) else 0
+        return Result(
+            steps=trainer.step,
+            loss=self.last["loss"],
+            bits_per_dim=self.last["bits_per_dim"],
+            held_out_bits_per_dim=measure(trainer.average, held_out, draws) if draws else None,
+            held_out_draws=draws,
+            seconds=round(time.monotonic() - self.began, 1),
+            files=[*trainer.models, trainer.run.state, trainer.run.log],
+        )
+
+
+@torch.no_grad()
+def measure(model: TarFlow, split: Split, draws: int = 1, seed: int = 0, batch_size: int = 256) -> float:
+    """Mean bits per dimension of 8-bit images under the model, over ``draws`` seeded draws of training noise for each.
+
+    With Gaussian noise this is the density of *noisy* images, comparable between models of one noise only; with
+    uniform dequantisation it bounds the bits needed to code the images themselves.
+    """
+    device, total = model.prior.device, 0.0
+    for first in range(0, len(split), batch_size):
+        part = split.take(slice(first, first + batch_size))
+        images = torch.from_numpy(part.images).to(device)
+        labels = None if part.labels is None else torch.from_numpy(part.labels).to(device)
+        for draw in range(draws):
+            keys = [(seed, "measure", draw, first + i) for i in range(len(part))]
+            z, log_det = model.encode(noisy(images, model.config.noise_std, keys), labels)
+            total += float(bits_per_dim(model.loss(z, log_det))) * len(part)
+    return total / (len(split) * draws)

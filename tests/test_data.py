@@ -1,0 +1,180 @@
+"""Data: what is read, what is refused, and that every draw depends on its place in the stream alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tarflow.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, write_grid
+
+CPU = torch.device("cpu")
+
+
+def picture(path: Path, value: int = 100, size: tuple[int, int] = (12, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def a_split(count: int = 10) -> Split:
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 4, 4), np.uint8)
+    return Split(pixels, np.arange(count))
+
+
+def test_digits_hold_out_every_sixth() -> None:
+    from sklearn.datasets import load_digits
+
+    data = digits()
+    raw = load_digits()
+    assert (len(data.train), len(data.held_out)) == (1498, 299)
+    assert data.train.images.shape[1:] == (1, 8, 8)
+    assert data.train.images.dtype == np.uint8
+    assert data.train.images.max() == 255
+    assert data.held_out.labels is not None
+    np.testing.assert_array_equal(data.held_out.labels, raw.target[5::6])
+    np.testing.assert_array_equal(data.held_out.images[:, 0], np.round(raw.images[5::6] * 255 / 16))
+
+
+def test_folder_with_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, value in (("b-dogs", 200), ("a-cats", 50)):
+        for i in range(2):
+            picture(tmp_path / name / f"{i}.png", value)
+    (tmp_path / ".cache").mkdir()
+    data = folder(tmp_path, 4)
+    assert data.classes == ("a-cats", "b-dogs")
+    assert data.train.labels is not None
+    assert data.train.labels.tolist() == [0, 0, 1, 1]
+    assert data.train.images.shape == (4, 3, 4, 4)
+    assert data.train.images[:, 0, 0, 0].tolist() == [50, 50, 200, 200]
+    assert not len(data.held_out)
+
+
+def test_flat_folder_is_unconditional_and_can_hold_out(tmp_path: Path) -> None:
+    for i in range(6):
+        picture(tmp_path / f"{i}.png", 10 * i)
+    data = folder(tmp_path, 4, channels=1, hold_out=3)
+    assert data.train.labels is None
+    assert data.classes == ()
+    assert data.held_out.images[:, 0, 0, 0].tolist() == [20, 50]
+    assert len(data.train) == 4
+
+
+def test_folder_crops_the_middle(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 2:6] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert folder(tmp_path, 4).train.images.min() == 255
+
+
+def test_folder_errors_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder at"):
+        folder(tmp_path / "nowhere", 8)
+    with pytest.raises(DataError, match=r"no images in .* expected files ending in .png"):
+        folder(tmp_path, 8)
+    picture(tmp_path / "cats" / "0.png")
+    (tmp_path / "dogs").mkdir()
+    with pytest.raises(DataError, match=r"no images in .*dogs"):
+        folder(tmp_path, 8)
+    picture(tmp_path / "dogs" / "0.png")
+    (tmp_path / "dogs" / "1.png").write_bytes((tmp_path / "dogs" / "0.png").read_bytes()[:50])
+    with pytest.raises(DataError, match=r"dogs/1.png' cannot be read") as caught:
+        folder(tmp_path, 8)
+    assert caught.value.exit_code == 2
+    picture(tmp_path / "stray.png")
+    with pytest.raises(DataError, match=r"stray.png'; expected either"):
+        folder(tmp_path, 8)
+    with pytest.raises(DataError, match="1 or 3 channels"):
+        folder(tmp_path, 8, channels=2)
+
+
+def test_deep_pixels_are_refused_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        folder(tmp_path, 8)
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'tarflow\[train\]'") as caught:
+        digits()
+    assert caught.value.exit_code == 3
+
+
+def test_fingerprint_tells_data_apart() -> None:
+    data = digits()
+    assert data.train.labels is not None
+    before = data.fingerprint()
+    data.train.labels[0] += 1
+    assert data.fingerprint() != before
+
+
+def test_uniform_dequantisation_fills_each_level_and_no_more() -> None:
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(500, 1)
+    x = noisy(images, None, [(0, i) for i in range(500)])
+    assert x.min() >= -1
+    assert x.max() < 1 + 1e-6
+    levels = torch.floor((x.double() + 1) * 128)
+    assert (levels[:, 0] == 0).all()
+    assert ((levels[:, 1] == 255) | (x[:, 1] == 1)).all()
+    assert ((x[:, 0] + 1) * 128).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_gaussian_noise_has_the_given_deviation() -> None:
+    images = torch.full((64, 1, 16, 16), 255, dtype=torch.uint8)
+    noise = noisy(images, 0.1, [(0, i) for i in range(64)]) - 1
+    assert noise.std() == pytest.approx(0.1, rel=0.03)
+    assert noise.mean() == pytest.approx(0, abs=3e-3)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_stream_shows_every_image_once_an_epoch_in_a_new_order() -> None:
+    stream = Stream(a_split(), 0.1, seed=3)
+    first, second = stream.rows(0, 10), stream.rows(10, 10)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first.tolist() != second.tolist()
+    assert stream.rows(7, 6).tolist() == [*first[7:], *second[:3]]
+
+
+def test_stream_is_the_same_however_it_is_cut() -> None:
+    def stream() -> Stream:
+        return Stream(a_split(), 0.1, seed=3, drop_label=0.5, flip=True)
+
+    images, labels = stream().batch(8, 6, CPU)
+    parts = [stream().batch(start, 2, CPU) for start in (8, 10, 12)]
+    assert labels is not None
+    assert torch.equal(images, torch.cat([part[0] for part in parts]))
+    assert torch.equal(labels, torch.cat([part[1] for part in parts if part[1] is not None]))
+
+
+def test_dropped_labels_are_null_at_the_given_rate() -> None:
+    _, labels = Stream(a_split(), 0.1, seed=0, drop_label=0.25).batch(0, 2000, CPU)
+    assert labels is not None
+    assert ((labels >= -1) & (labels < 10)).all()
+    assert (labels == -1).float().mean() == pytest.approx(0.25, abs=0.04)
+
+
+def test_labels_stay_with_their_images() -> None:
+    images, labels = Stream(a_split(), 0.0, seed=0).batch(0, 25, CPU)
+    assert labels is not None
+    assert torch.equal(((images[:, 0, 0, 0] + 1) * 127.5).round().long(), labels)
+
+
+def test_flip_mirrors_about_half() -> None:
+    pixels = np.zeros((1, 1, 2, 2), np.uint8)
+    pixels[..., 0] = 255
+    images, labels = Stream(Split(pixels, None), 0.0, seed=0, flip=True).batch(0, 400, CPU)
+    assert labels is None
+    assert (images[:, 0, 0, 1] > 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_grid_puts_images_row_after_row(tmp_path: Path) -> None:
+    images = torch.tensor([-2.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    write_grid(images, tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size == (4, 4)
+        pixels = np.asarray(sheet)
+    assert pixels[::2, ::2, 0].tolist() == [[0, 128], [255, 0]]

@@ -1,0 +1,295 @@
+"""Training: that it learns, that it resumes bit for bit, and that more processes train the same model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from tarflow import checkpoint
+from tarflow.cli.train import train as train_command
+from tarflow.config import Config
+from tarflow.data import digits
+from tarflow.process import Ranks, pick_device
+from tarflow.recipe import LOWEST_RATE, Recipe, Run, TrainError
+from tarflow.train import Result, measure, train
+from tarflow.trainer import Trainer
+
+TINY = Config(image_size=8, channels=1, patch_size=4, width=64, blocks=2, layers=1, classes=10, noise_std=0.1)
+RECIPE = Recipe(steps=12, batch_size=8, warmup=2, lr=2e-3, seed=5)
+NAME = "digits_model_4_64_2_1_0.10"
+
+
+def run(out: Path, **options: Any) -> Run:
+    settings: dict[str, Any] = {"log_every": 4, "evaluate_every": 12, "sample_every": 0, "save_every": 6}
+    return Run(out, **(settings | options))
+
+
+def finish(out: Path, recipe: Recipe = RECIPE, config: Config = TINY, **options: Any) -> Result:
+    result = train(config, digits(), recipe, run(out, **options))
+    assert result is not None
+    return result
+
+
+def a_trainer(out: Path, recipe: Recipe = RECIPE, config: Config = TINY) -> Trainer:
+    return Trainer(config, digits(), recipe, run(out), Ranks())
+
+
+def steps_logged(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_schedule_warms_up_then_follows_a_cosine() -> None:
+    recipe = Recipe(steps=110, warmup=10, lr=1e-2)
+    assert recipe.learning_rate(0) == pytest.approx(1e-3)
+    assert recipe.learning_rate(9) == pytest.approx(1e-2)
+    assert recipe.learning_rate(10) == pytest.approx(1e-2)
+    assert recipe.learning_rate(60) == pytest.approx((1e-2 + LOWEST_RATE) / 2)
+    assert recipe.learning_rate(110) == pytest.approx(LOWEST_RATE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("drop_label", 1.5), ("ema", 1.0)],
+)
+def test_recipe_refuses_numbers_that_train_nothing(field: str, value: float) -> None:
+    with pytest.raises(TrainError, match=f"--{field.replace('_', '-')} is") as caught:
+        dataclasses.replace(RECIPE, **{field: value})
+    assert caught.value.exit_code == 2
+
+
+def test_average_follows_the_weights(tmp_path: Path) -> None:
+    trainer = a_trainer(tmp_path, dataclasses.replace(RECIPE, ema=0.5))
+    before = trainer.average.blocks[0].proj_in.weight.clone()
+    trainer.advance()
+    after = trainer.model.blocks[0].proj_in.weight.detach()
+    torch.testing.assert_close(trainer.average.blocks[0].proj_in.weight, 0.1 * before + 0.9 * after)
+    assert trainer.recipe.decay(1000) == 0.5
+
+
+def test_loss_falls_and_the_average_is_what_is_saved(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    recipe = dataclasses.replace(RECIPE, steps=60, batch_size=32, lr=5e-3)
+    data = digits()
+    result = train(TINY, data, recipe, run(tmp_path, log_every=10, sample_every=60, samples=20), records.append)
+    assert result is not None
+    assert records[-1]["loss"] < records[0]["loss"] - 0.2
+    assert records[-1]["seconds_left"] == 0
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == records
+    assert (tmp_path / "samples_0000060.png").is_file()
+
+    pth, safe = (checkpoint.load(tmp_path / (NAME + suffix)) for suffix in (".pth", ".safetensors"))
+    assert pth.config == safe.config == TINY
+    average = torch.load(tmp_path / "state.pt", weights_only=True)["average"]
+    for name, tensor in pth.state_dict().items():
+        assert torch.equal(tensor, safe.state_dict()[name])
+        assert torch.equal(tensor, average[name])
+    assert result.held_out_bits_per_dim == measure(safe, data.held_out, result.held_out_draws)
+    assert result.held_out_bits_per_dim == pytest.approx(records[-1]["held_out_bits_per_dim"], abs=0.1)
+    assert all(path.is_file() for path in result.files)
+
+
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    def interrupt(record: dict[str, Any]) -> None:
+        if record["step"] == stop_at:
+            signal.raise_signal(signal.SIGINT if stop_at == 4 else signal.SIGTERM)
+
+    finish(tmp_path / "whole")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, digits(), RECIPE, run(tmp_path / "halves"), interrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert torch.load(tmp_path / "halves" / "state.pt", weights_only=True)["step"] == stop_at
+    with (tmp_path / "halves" / "log.jsonl").open("a") as log:
+        log.write('{"step": 11}\n{"st')  # what a run killed later, in the middle of a line, leaves behind
+    finish(tmp_path / "halves", resume=True)
+
+    whole, halves = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "halves"))
+    assert whole["step"] == halves["step"] == 12
+    assert_same(whole, halves)
+    assert steps_logged(tmp_path / "halves") == steps_logged(tmp_path / "whole") == [4, 8, 12]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    else:
+        assert ours == theirs
+
+
+def test_a_finished_run_can_be_resumed_and_says_the_same(tmp_path: Path) -> None:
+    first, again = finish(tmp_path), finish(tmp_path, resume=True)
+    assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0)
+
+
+def test_runs_are_not_lost_or_mixed_up(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="leave out --resume"):
+        finish(tmp_path, resume=True)
+    finish(tmp_path)
+    with pytest.raises(TrainError, match="already holds a run"):
+        finish(tmp_path)
+    with pytest.raises(TrainError, match="choose one"):
+        finish(tmp_path, resume=True, force=True)
+    with pytest.raises(TrainError, match=r"(?s)another run.*layers was 1, now 2.*lr was 0.002, now 0.1"):
+        finish(tmp_path, dataclasses.replace(RECIPE, lr=0.1), dataclasses.replace(TINY, layers=2), resume=True)
+    finish(tmp_path, dataclasses.replace(RECIPE, steps=4), force=True)
+    assert steps_logged(tmp_path) == [4]
+    (tmp_path / "state.pt").write_bytes(b"nonsense")
+    with pytest.raises(TrainError, match="damaged"):
+        finish(tmp_path, resume=True)
+    with pytest.raises(TrainError, match="is a file"):
+        finish(tmp_path / "state.pt")
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="has 1498 images"):
+        finish(tmp_path, dataclasses.replace(RECIPE, batch_size=1499))
+    with pytest.raises(TrainError, match=r"\(16, 1, 10\); 'digits' has \(8, 1, 10\)"):
+        finish(tmp_path, config=dataclasses.replace(TINY, image_size=16))
+    with pytest.raises(TrainError, match="two decimals"):
+        finish(tmp_path, config=dataclasses.replace(TINY, noise_std=0.125))
+    with pytest.raises(TrainError, match="--amp on needs"):
+        finish(tmp_path, amp="on")
+    with pytest.raises(TrainError, match="--device is 'tpu'"):
+        pick_device("tpu")
+
+
+def test_divergence_stops_before_anything_is_overwritten(tmp_path: Path) -> None:
+    trainer = a_trainer(tmp_path)
+    trainer.run.prepare(writes=True)
+    trainer.advance()
+    trainer.save()
+    with torch.no_grad():
+        trainer.model.blocks[0].proj_in.weight.fill_(float("nan"))
+    trainer.advance()
+    with pytest.raises(TrainError, match="no longer finite at step 2"):
+        trainer.save()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_volume_preserving_models_learn_their_prior(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, nvp=False, noise_std=None)
+    recipe = dataclasses.replace(RECIPE, steps=40, ema=0.0)
+    trainer = a_trainer(tmp_path, recipe, config)
+    for _ in range(40):
+        trainer.advance()
+    images, labels = trainer.stream.batch(0, 256, torch.device("cpu"))
+    with torch.no_grad():
+        z, log_det = trainer.average.encode(images, labels)
+    torch.testing.assert_close(trainer.average.prior, z.square().mean(0), rtol=0.6, atol=0.05)
+    assert not log_det.any()
+    trainer.save()
+    assert checkpoint.load(tmp_path / "digits_model_4_64_2_1_uniform.pth").config == config
+
+
+def test_measure_is_a_seeded_mean_over_all_images(tmp_path: Path) -> None:
+    data = digits()
+    model = a_trainer(tmp_path).average
+    at_once, in_parts = (measure(model, data.held_out, 2, batch_size=size) for size in (299, 100))
+    assert at_once == pytest.approx(in_parts, abs=1e-5)
+    assert at_once != measure(model, data.held_out, 2, seed=1)
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import tarflow.train as module
+from tarflow.config import Config
+from tarflow.data import digits
+from tarflow.recipe import Recipe, Run
+
+made = []
+
+class Recording(module.Trainer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        made.append(self)
+
+module.Trainer = Recording
+out = Path(sys.argv[1])
+shape = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 64, "blocks": 2, "layers": 1, "classes": 10}
+config = Config(**shape, nvp=False, noise_std=0.1)
+recipe = Recipe(steps=30, batch_size=8, warmup=2, lr=2e-3, seed=5)
+result = module.train(config, digits(), recipe, Run(out, log_every=10, evaluate_every=30, sample_every=0))
+(trainer,) = made
+assert (result is None) == (trainer.ranks.rank == 1), result
+torch.save(trainer.model.state_dict(), out / f"rank{trainer.ranks.rank}.pt")
+"""
+
+
+def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
+    """The same stream of examples, cut in two: 4 images on each of two ranks are the 8 of one."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
+        subprocess.run(
+            [sys.executable, *launcher, str(tmp_path / "worker.py"), str(tmp_path / str(processes))],
+            check=True,
+            timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+    alone, first, second = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt")
+    )
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        if not name.endswith("qkv.bias"):  # a key's bias changes no softmax: its gradient is rounding alone
+            torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "12"
+    ]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+    assert logs[1][-1] < logs[1][0]
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(train_command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+SMALL = ("--patch-size", "4", "--width", "64", "--blocks", "1", "--layers", "1", "--steps", "4", "--batch-size", "8")
+
+
+def test_command_prints_one_json_document(tmp_path: Path) -> None:
+    result = invoke("--out", tmp_path, *SMALL, "--sample-every", 0, "--json", "--device", "cpu", "--log-every", 2)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["steps"] == 4
+    assert document["held_out_bits_per_dim"] > 0
+    assert all(Path(file).is_file() for file in document["files"])
+    assert "step 2/4" in result.stderr
+
+
+def test_command_raises_what_a_user_can_mend(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--width", "100"), "not a multiple of the head dimension"),
+        (("--patch-size", "3"), "--patch-size that divides 8"),
+        (("--steps", "0"), "--steps is 0"),
+        (("--noise-std", "loud"), "neither a number nor 'uniform'"),
+        (("--data", str(tmp_path / "photos")), "no folder at"),
+        (("--threads", "0"), "--threads is 0"),
+        (("--log-every", "0"), "expected positive numbers"),
+    ):
+        result = invoke("--out", tmp_path / "run", *SMALL, "--device", "cpu", *arguments)
+        assert message in str(result.exception), arguments
+        assert getattr(result.exception, "exit_code", None) == 2
+    assert not (tmp_path / "run").exists()
