@@ -56,7 +56,9 @@ class Result:
 
 def cases(quick: bool) -> list[Case]:
     tiny = Config(image_size=16, channels=3, patch_size=2, width=64, blocks=2, layers=2, classes=CLASSES, noise_std=0.1)
-    middle = Config(image_size=32, channels=3, patch_size=2, width=384, blocks=2, layers=4, classes=CLASSES, noise_std=0.1)
+    middle = Config(
+        image_size=32, channels=3, patch_size=2, width=384, blocks=2, layers=4, classes=CLASSES, noise_std=0.1
+    )
     found = [Case("width 64, 2 layers, T 64", tiny, 64, g, 2.3, 9) for g in (0.0, 1.0)]
     for batch, repeats in ((1, 5), (8, 3), (32, 3)):
         found += [Case("width 384, 4 layers, T 256", middle, batch, g, 4.0, repeats) for g in (0.0, 1.0)]
@@ -87,7 +89,9 @@ def run(case: Case, model: TarFlow, flow: Flow) -> Result:
             times.append((between - started, time.perf_counter() - between))
     error = float(np.abs(model.unpatchify(theirs).numpy() - ours).max())
     if not error < AGREEMENT:
-        raise SystemExit(f"{case.name}, batch {case.batch}: the two sides differ by {error:.2g}; times would mean nothing")
+        raise SystemExit(
+            f"{case.name}, batch {case.batch}: the two sides differ by {error:.2g}; times would mean nothing"
+        )
     steps = case.config.blocks * (case.config.tokens - 1)
     return Result(
         case,

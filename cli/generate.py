@@ -113,7 +113,8 @@ def generate(
         print(f"{len(samples)} samples in {report.seconds:.2f} s on {report.backend}: {', '.join(written.values())}")
         if report.certificate is not None:
             print(
-                f"round-trip error {report.certificate.max():.2g} at most, checked in {report.certificate_seconds:.2f} s"
+                f"round-trip error {report.certificate.max():.2g} at most, checked in "
+                f"{report.certificate_seconds:.2f} s"
             )
         if report.redrawn:
             print(f"redrawn because not finite: samples {_few(report.redrawn)}")

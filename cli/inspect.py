@@ -30,7 +30,8 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
             ("precision", m.precision),
             (
                 "images",
-                f"{c.channels} x {c.image_size} x {c.image_size}, patches of {c.patch_size}: {c.tokens} x {c.patch_dim}",
+                f"{c.channels} x {c.image_size} x {c.image_size}, patches of {c.patch_size}: {c.tokens} x "
+                f"{c.patch_dim}",
             ),
             ("model", f"{c.blocks} blocks x {c.layers} layers, width {c.width}, {c.heads} heads"),
             ("classes", str(c.classes) if c.classes else "none"),

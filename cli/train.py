@@ -38,6 +38,7 @@ def train(
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
     grad_clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0 for any.")] = 1.0,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
+    jitter: Annotated[float, typer.Option(help="Move images at random by up to so many pixels; 0.25 is much.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     log_every: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 50,
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 250,
@@ -72,7 +73,7 @@ def train(
         if threads < 1:
             raise TrainError(f"--threads is {threads}; expected 1 or more")
         torch.set_num_threads(threads)
-    recipe = Recipe(steps, batch_size, lr, warmup, weight_decay, drop_label, ema, grad_clip, flip, seed)
+    recipe = Recipe(steps, batch_size, lr, warmup, weight_decay, drop_label, ema, grad_clip, flip, jitter, seed)
     every = (log_every, evaluate_every, sample_every, save_every)
     run = Run(out, pick_device(device), amp, resume, force, *every, samples, guidance)
     dataset = digits() if data == "digits" else folder(data, image_size, channels, hold_out)
@@ -99,7 +100,9 @@ def train(
     if json:
         emit(asdict(result) | {"files": [str(path) for path in result.files]})
     else:
-        print(f"{result.steps} steps in {result.seconds:.0f} s: {result.bits_per_dim:.3f} bits/dim")
+        print(f"{result.steps} steps in {result.seconds:.0f} s")
+        if result.bits_per_dim is not None:
+            print(f"training: {result.bits_per_dim:.3f} bits/dim")
         if result.held_out_bits_per_dim is not None:
             print(f"held out: {result.held_out_bits_per_dim:.3f} bits/dim, over {result.held_out_draws} draws of noise")
         for path in result.files:

@@ -92,7 +92,8 @@ def write_repro(folder: Path, finding: Finding, tensors: dict[str, Any], force: 
             onnx.save(_alone(node, tensors["inputs"], tensors["found"], tensors["opset"]), partial / "node.onnx")
         (partial / "finding.json").write_text(json.dumps(asdict(finding), indent=1))
         (partial / "README.md").write_text(
-            f"# {finding.reason}\n\n`inputs.npz` goes into `node.onnx`; `found.npz` is what the bundle's graph makes of "
+            f"# {finding.reason}\n\n`inputs.npz` goes into `node.onnx`; `found.npz` is what the bundle's "
+            "graph makes of "
             "it, `expected.npz` what a graph traced anew from the checkpoint makes.\n\n```python\n"
             "import numpy as np, onnxruntime\nsession = onnxruntime.InferenceSession('node.onnx')\n"
             "print(session.run(None, dict(np.load('inputs.npz'))))\nprint(dict(np.load('expected.npz')))\n```\n"
@@ -229,7 +230,10 @@ def _first_node(
                 f"{where}: {reason}",
             )
             return finding, tensors
-    reason = f"{where}: every node agrees with a fresh trace; the error of {suspect.error:.2g} is the precision's or the provider's own"
+    reason = (
+        f"{where}: every node agrees with a fresh trace; the error of {suspect.error:.2g} is the "
+        "precision's or the provider's own"
+    )
     finding = Finding(suspect.kind, suspect.block, suspect.step, suspect.error, None, None, None, reason)
     return finding, {"node": None, "opset": 0, "inputs": suspect.feeds, "found": {}, "expected": {}}
 

@@ -14,7 +14,8 @@ def markdown(manifest: Manifest) -> str:
     lines = [
         f"# {manifest.name}, {manifest.precision}",
         "",
-        f"{config.blocks} blocks x {config.layers} layers, width {config.width}, {config.tokens} patches of {config.patch_dim}, "
+        f"{config.blocks} blocks x {config.layers} layers, width {config.width}, {config.tokens} patches "
+        f"of {config.patch_dim}, "
         f"{config.classes or 'no'} classes, images {config.channels}x{config.image_size}x{config.image_size}.",
         "",
     ]

@@ -63,7 +63,8 @@ class BlockGraph(nn.Module):
     def tempering(self, inverse_temperature: Tensor, batch: int) -> Tensor:
         """(G,) -> (R, 1, 1, 1): what multiplies each row's queries."""
         scale = (inverse_temperature * self.config.head_dim**-0.5).to(self.block.proj_in.weight.dtype)
-        return scale.unsqueeze(1).expand(-1, batch).reshape(-1, 1, 1, 1)
+        rows: Tensor = scale.unsqueeze(1).expand(-1, batch).reshape(-1, 1, 1, 1)
+        return rows
 
     def read_out(self, h: Tensor, mix: Tensor) -> tuple[Tensor | None, Tensor]:
         """(G, B, W, C) -> mixed log_scale (None when volume-preserving) and shift, (B, W, D) each."""
@@ -267,6 +268,6 @@ def norm_vjp(grad: Tensor, standard: Tensor, spread: Tensor, norm: nn.LayerNorm)
 
 def gelu_slope(u: Tensor) -> Tensor:
     """d/du of u * Phi(u)."""
-    cumulative: Tensor = 0.5 * (1 + torch.erf(u * 2**-0.5))
-    density = torch.exp(-0.5 * u * u) * (2 * torch.pi) ** -0.5
-    return cumulative + u * density
+    cumulative = 0.5 * (1 + torch.erf(u * 2**-0.5))
+    slope: Tensor = cumulative + u * torch.exp(-0.5 * u * u) * (2 * torch.pi) ** -0.5
+    return slope

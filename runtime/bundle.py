@@ -119,7 +119,8 @@ class Bundle:
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(
-                f"no bundle at '{folder}': expected a folder with {MANIFEST}; make one with: tarflow export -o '{folder}'"
+                f"no bundle at '{folder}': expected a folder with {MANIFEST}; make one with: tarflow "
+                f"export -o '{folder}'"
             )
         path = folder / MANIFEST
         try:
@@ -137,7 +138,8 @@ class Bundle:
             size = bundle.path(name).stat().st_size
             if size != entry.size:
                 raise BundleError(
-                    f"'{folder / name}' has {size} bytes; the manifest says {entry.size}: it is truncated or changed. Copy the bundle again, or {REBUILD}"
+                    f"'{folder / name}' has {size} bytes; the manifest says {entry.size}: it is truncated "
+                    f"or changed. Copy the bundle again, or {REBUILD}"
                 )
         return bundle
 
@@ -190,7 +192,8 @@ class Bundle:
             raise BundleError(f"'{self.folder / WEIGHTS}' holds no prior variance 'var' ({error}). {REBUILD}") from None
         if variance.shape != shape or variance.dtype != np.float32 or not (variance >= 0).all():
             raise BundleError(
-                f"'{self.folder / WEIGHTS}': the prior variance is {variance.dtype} {variance.shape}; expected float32 {shape}, not negative"
+                f"'{self.folder / WEIGHTS}': the prior variance is {variance.dtype} {variance.shape}; "
+                f"expected float32 {shape}, not negative"
             )
         return variance
 
@@ -304,7 +307,8 @@ class _Reader:
         parts = name.split("/")
         if not name or "\\" in name or ":" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
             raise BundleError(
-                f"'{self.source}' names the file '{name}', which is not a plain relative path inside the bundle; it was not opened"
+                f"'{self.source}' names the file '{name}', which is not a plain relative path inside the "
+                "bundle; it was not opened"
             )
         return name
 

@@ -241,7 +241,8 @@ class Flow:
     def bits_of(self, latent: Array, log_det: Array) -> Array:
         """Bits per dimension, (N,), from what :meth:`encode` returned."""
         energy = 0.5 * np.square(latent, dtype=np.float64).mean((1, 2)) + 0.5 * math.log(2 * math.pi) + math.log(128)
-        return ((energy - log_det) / math.log(2)).astype(np.float32)
+        bits: Array = ((energy - log_det) / math.log(2)).astype(np.float32)
+        return bits
 
     def dequantise(self, images: ArrayLike, seed: int = 0, first_sample: int = 0) -> Array:
         """8-bit images (N, channels, size, size) -> the continuous images the model was trained on, in [-1, 1] units.
@@ -321,7 +322,8 @@ class Flow:
         array = np.asarray(noise)
         if array.ndim != 3 or array.shape[1:] != shape or not len(array):
             raise InputError(
-                f"noise has shape {array.shape}; expected (N, {shape[0]}, {shape[1]}): samples, patches, numbers in a patch"
+                f"noise has shape {array.shape}; expected (N, {shape[0]}, {shape[1]}): samples, patches, "
+                "numbers in a patch"
             )
         if array.dtype.kind not in "fiu":
             raise InputError(f"noise has type {array.dtype}; expected float32")
@@ -345,7 +347,8 @@ class Flow:
                 raise InputError("this model is unconditional and takes no labels; drop them")
         elif array.size and array.max() >= self.config.classes:
             raise InputError(
-                f"label {array.max()} is out of range; this model has classes 0 to {self.config.classes - 1}, and -1 for none"
+                f"label {array.max()} is out of range; this model has classes 0 to "
+                f"{self.config.classes - 1}, and -1 for none"
             )
         return np.broadcast_to(array.astype(np.int64), (count,)).copy()
 
@@ -371,7 +374,8 @@ class Flow:
             return None
         if self.config.noise_std is None:
             raise InputError(
-                "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; use --no-denoise"
+                "this model was trained with uniform dequantisation: there is no Gaussian noise to "
+                "remove; use --no-denoise"
             )
         if not 0 <= float(denoise) < math.inf:
             raise InputError(f"denoising strength is {denoise}; expected a number of 0 or more, 1 is the theory's")
@@ -382,7 +386,8 @@ class Flow:
             kind = "an unconditional model" if not self.config.classes else "samples without a label"
             cure = "" if not self.config.classes else "give labels, or "
             raise InputError(
-                f"guidance {guidance.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
+                f"guidance {guidance.scale:g} does nothing for {kind} at attention temperature 1: both "
+                "branches are the "
                 f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
             )
 

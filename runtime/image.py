@@ -35,9 +35,9 @@ def unpatchify(patches: NDArray[Any], patch_size: int, channels: int) -> NDArray
 
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
     """[-1, 1] -> 0..255, clipped; what is not a number becomes black."""
-    scaled = np.nan_to_num((np.asarray(images, np.float32) + 1) * 127.5, nan=0.0, posinf=255.0, neginf=0.0)
-    clipped: NDArray[np.uint8] = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
-    return clipped
+    bounded = np.clip(np.nan_to_num(np.asarray(images, np.float32), nan=-1.0), -1, 1)
+    pixels: NDArray[np.uint8] = np.rint((bounded + 1) * 127.5).astype(np.uint8)
+    return pixels
 
 
 def grid(images: NDArray[Any], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:

@@ -130,7 +130,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is not a PyTorch checkpoint, or is damaged") from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"'{path}' is truncated, damaged or no PyTorch checkpoint ({str(error).splitlines()[0][:120]}); "
+            f"'{path}' is truncated, damaged or no PyTorch checkpoint ({_first_line(error)}); "
             "copy it again and compare checksums"
         ) from None
     if isinstance(state, dict):
@@ -188,6 +188,10 @@ def _relative(state: Mapping[str, Tensor]) -> str | None:
         if any(mark in name.lower() for name in state for mark in marks):
             return family
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def _foreign(source: str, missing: list[str], extra: list[str], relative: str | None) -> str:

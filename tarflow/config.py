@@ -127,7 +127,8 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
             f"'{file_name}' does not say everything about its model; expected a name like "
             f"imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  " + "\n  ".join(missing)
         )
-    assert patch_size is not None and noise is not None
+    assert patch_size is not None
+    assert noise is not None
     channels = hints.channels if hints.channels is not None else patch_dim // max(patch_size**2, 1)
     if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
         raise ConfigError(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -192,6 +193,15 @@ def noisy(images: Tensor, noise_std: float | None, keys: Sequence[tuple[int | st
     return images.float() / 127.5 - 1 + noise_std * noise
 
 
+def shift(images: Tensor, by: Tensor) -> Tensor:
+    """Move uint8 images (B, channels, size, size) right and down by (B, 2) pixels, or fractions: bicubic."""
+    moves = torch.eye(2, 3).repeat(len(images), 1, 1)
+    moves[:, :, 2] = -by * (2 / images.shape[-1])  # grids span two units
+    grid = functional.affine_grid(moves, list(images.shape), align_corners=False)
+    moved = functional.grid_sample(images.float(), grid, "bicubic", padding_mode="border", align_corners=False)
+    return moved.round().clamp(0, 255).to(torch.uint8)
+
+
 @dataclass(slots=True)
 class Stream:
     """The endless sequence of training examples: epoch after epoch, each in an order of its own."""
@@ -201,6 +211,7 @@ class Stream:
     seed: int
     drop_label: float = 0.0
     flip: bool = False
+    jitter: float = 0.0
     _epoch: int = -1
     _order: NDArray[np.int64] | None = None
 
@@ -222,10 +233,12 @@ class Stream:
         """
         part = self.split.take(self.rows(start, count))
         keys = [(self.seed, "example", position) for position in range(start, start + count)]
-        coins = torch.stack([torch.rand(2, generator=generator(torch.device("cpu"), *key, "coins")) for key in keys])
+        coins = torch.stack([torch.rand(4, generator=generator(torch.device("cpu"), *key, "coins")) for key in keys])
         images = torch.from_numpy(part.images)
         if self.flip:
             images = torch.where((coins[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+        if self.jitter:
+            images = shift(images, (2 * coins[:, 2:] - 1) * self.jitter)
         images = noisy(images.to(device), self.noise_std, keys)
         if part.labels is None:
             return images, None

@@ -43,15 +43,18 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    joined: bool = False  # by us; a group that the caller had already stays the caller's
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Meet the other processes that ``torchrun`` started, or stay alone where it was not used."""
+        if distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
         if "RANK" not in os.environ or "MASTER_PORT" not in os.environ:
             return cls()
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(minutes=30))  # others wait while rank 0 samples
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size(), joined=True)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of ``value`` over all processes, in every process."""
@@ -60,15 +63,20 @@ class Ranks:
             value /= self.world
         return value
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether ``flag`` is set in any process, in every process."""
+        return bool(self.mean(torch.tensor(float(flag), device=device))) if self.world > 1 else flag
+
     def leave(self) -> None:
-        if distributed.is_initialized():
+        if self.joined:
             distributed.destroy_process_group()
 
 
 class Interrupt(AbstractContextManager["Interrupt"]):
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; the next one is immediate.
+    """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
 
     Between steps all weights belong to the same step; an exception in the middle of one would leave a mixture.
+    A repeated signal changes nothing: ``torchrun`` passes on what the terminal has already sent.
     """
 
     def __init__(self) -> None:
@@ -82,9 +90,7 @@ class Interrupt(AbstractContextManager["Interrupt"]):
 
     def request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        self.previous = {}

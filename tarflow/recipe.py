@@ -18,6 +18,7 @@ _LIMITS = {  # option -> lowest and highest value
     "drop_label": (0, 1.0),
     "ema": (0, 0.999999),
     "grad_clip": (0, math.inf),
+    "jitter": (0, math.inf),
 }
 
 
@@ -33,7 +34,8 @@ class Recipe:
 
     ``batch_size`` counts the images of one step over all processes. ``ema`` is the decay of the averaged weights,
     which are what is saved and sampled from. ``drop_label`` is the share of labels replaced by the null class,
-    without which guidance has nothing to contrast. ``grad_clip`` limits the gradient's norm; 0 does not.
+    without which guidance has nothing to contrast. ``grad_clip`` limits the gradient's norm; 0 does not. ``flip``
+    mirrors half of the images, ``jitter`` moves each by up to that many pixels, or that fraction of one.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class Recipe:
     ema: float = 0.999
     grad_clip: float = 1.0
     flip: bool = False
+    jitter: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

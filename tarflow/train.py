@@ -26,11 +26,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: nats and bits per dimension at its end, held-out bits per dimension, and what it wrote."""
+    """A finished run: loss in nats per dimension, bits per dimension, and what it wrote.
+
+    ``loss`` and ``bits_per_dim`` are means over the last steps, as logged; None if a finished run has lost its log.
+    """
 
     steps: int
-    loss: float
-    bits_per_dim: float
+    loss: float | None
+    bits_per_dim: float | None
     held_out_bits_per_dim: float | None
     held_out_draws: int
     seconds: float
@@ -58,8 +61,8 @@ def train(
         with Interrupt() as interrupt:
             while trainer.step < recipe.steps:
                 journal.add(trainer.advance())
-                at_work(trainer, journal)
-                if interrupt.requested:
+                between_steps(trainer, journal)
+                if ranks.any(interrupt.requested, run.device):
                     if ranks.rank == 0:
                         trainer.save()
                     raise KeyboardInterrupt
@@ -68,8 +71,8 @@ def train(
         ranks.leave()
 
 
-def at_work(trainer: Trainer, journal: Journal) -> None:
-    """Between two steps: log, sample and save, where the step's number says so."""
+def between_steps(trainer: Trainer, journal: Journal) -> None:
+    """Log, sample and save, where the step's number says so."""
     run = trainer.run
 
     def due(every: int) -> bool:
@@ -157,8 +160,8 @@ class Journal:
         draws = max(FINAL_MEASURE // len(held_out), 1) if len(held_out) else 0
         return Result(
             steps=trainer.step,
-            loss=self.last["loss"],
-            bits_per_dim=self.last["bits_per_dim"],
+            loss=self.last.get("loss"),
+            bits_per_dim=self.last.get("bits_per_dim"),
             held_out_bits_per_dim=measure(trainer.average, held_out, draws) if draws else None,
             held_out_draws=draws,
             seconds=round(time.monotonic() - self.began, 1),

@@ -34,11 +34,11 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=BETAS, weight_decay=recipe.weight_decay
         )
-        self.stream = Stream(data.train, config.noise_std, recipe.seed, recipe.drop_label, recipe.flip)
+        self.stream = Stream(data.train, config.noise_std, recipe.seed, recipe.drop_label, recipe.flip, recipe.jitter)
         self.bfloat16 = run.use_bfloat16(uniform=config.noise_std is None)
         self.flow: nn.Module = self.model
         if ranks.world > 1:
-            self.flow = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.flow = nn.parallel.DistributedDataParallel(self.model)
         self.step = 0
         self.health = torch.zeros((), device=run.device)  # not finite once a loss or gradient was not
 
@@ -95,8 +95,9 @@ class Trainer:
         partial = self.run.state.with_name(self.run.state.name + ".partial")
         torch.save(state, partial)
         partial.replace(self.run.state)
+        portable = copy.deepcopy(self.average).cpu()  # a .pth remembers its device, which another machine may lack
         for path in self.models:
-            checkpoint.save(self.average, path)
+            checkpoint.save(portable, path)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run has to have in common with the one that wrote the state."""
@@ -106,7 +107,7 @@ class Trainer:
         """Continue from the state in the output folder. Raises :class:`TrainError` naming what differs."""
         path, ours = self.run.state, self.identity()
         try:
-            state = torch.load(path, map_location=self.run.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             theirs = state["identity"]
         except Exception as error:  # a damaged file fails in many ways
             raise TrainError(f"'{path}' is damaged ({str(error)[:120]}); --force starts over") from None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tarflow.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, write_grid
+from tarflow.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, shift, write_grid
 
 CPU = torch.device("cpu")
 
@@ -141,7 +141,7 @@ def test_stream_shows_every_image_once_an_epoch_in_a_new_order() -> None:
 
 def test_stream_is_the_same_however_it_is_cut() -> None:
     def stream() -> Stream:
-        return Stream(a_split(), 0.1, seed=3, drop_label=0.5, flip=True)
+        return Stream(a_split(), 0.1, seed=3, drop_label=0.5, flip=True, jitter=0.5)
 
     images, labels = stream().batch(8, 6, CPU)
     parts = [stream().batch(start, 2, CPU) for start in (8, 10, 12)]
@@ -169,6 +169,23 @@ def test_flip_mirrors_about_half() -> None:
     images, labels = Stream(Split(pixels, None), 0.0, seed=0, flip=True).batch(0, 400, CPU)
     assert labels is None
     assert (images[:, 0, 0, 1] > 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_shift_moves_right_and_down_by_fractions_too() -> None:
+    ramp = torch.arange(0, 160, 20, dtype=torch.uint8).expand(2, 1, 8, 8).contiguous()
+    moved = shift(ramp, torch.tensor([[1.0, 0.0], [0.25, 1.0]]))
+    assert moved[0, 0, 0].tolist() == [0, 0, 20, 40, 60, 80, 100, 120]
+    assert moved[1, 0, 0, 2:6].tolist() == pytest.approx([35, 55, 75, 95], abs=1)  # bicubic bends a ramp a little
+    assert torch.equal(shift(ramp.mT, torch.tensor([[0.0, 1.0]]).expand(2, 2))[0].mT, moved[0])
+
+
+def test_jitter_moves_no_further_than_asked() -> None:
+    pixels = np.zeros((1, 1, 8, 8), np.uint8)
+    pixels[..., 2:6, 2:6] = 200
+    images, _ = Stream(Split(pixels, None), 0.0, seed=0, jitter=0.25).batch(0, 50, CPU)
+    column = ((images + 1) * 127.5)[:, 0, 3:5, 2].mean(1)
+    assert 135 < column.min() < 170  # a quarter to the right of 200
+    assert column.max() > 195
 
 
 def test_grid_puts_images_row_after_row(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+RUN := .env-run
+DEV := .env-dev
+PIP_FLAGS := --quiet --disable-pip-version-check
+SOURCES := tarflow tarflow/export tarflow/runtime tarflow/cli tests bench recipes
+
+.PHONY: generate test lint types unit bench demo clean
+
+generate: $(RUN)/done ## 64 demo images in samples.png, with nothing but the runtime installed
+	$(RUN)/bin/tarflow generate --n 64 --labels 0-9 --guidance 1 -o samples.png
+
+test: lint types unit ## everything that is checked before a change lands
+
+lint: $(DEV)/done
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+
+types: $(DEV)/done
+	$(DEV)/bin/mypy
+
+unit: $(DEV)/done
+	$(DEV)/bin/pytest -n 2
+
+bench: $(DEV)/done ## compare with the published method, and write bench/RESULTS.md
+	$(DEV)/bin/python -m bench.compare
+
+demo: $(DEV)/done ## train the demo model and put its bundle into the package
+	$(DEV)/bin/bash recipes/digits.sh
+
+$(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py export/*.py cli/*.py tarflow/demo/*)
+	$(PYTHON) -m venv $(RUN)
+	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt --force-reinstall --no-deps .
+	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt .
+	touch $@
+
+$(DEV)/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(RUN) $(DEV) build *.egg-info samples.png

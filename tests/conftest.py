@@ -1,0 +1,95 @@
+"""Fixtures: golden cases of the reference implementation, bundles exported from them once a session, the demo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One case: a checkpoint as the reference trainer saves it, and what the reference computes with it."""
+
+    checkpoint: Path
+    case: dict[str, Any]
+    vectors: dict[str, NDArray[Any]]
+
+    @property
+    def labels(self) -> NDArray[Any] | None:
+        return self.vectors.get("labels")
+
+    def raw(self, run: int) -> NDArray[Any]:
+        """The last image of a sampling run: the raw sample."""
+        last = max(int(name.split("seq")[1]) for name in self.vectors if name.startswith(f"sample{run}.seq"))
+        return self.vectors[f"sample{run}.seq{last}"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """golden("cond" | "uncond" | "vp")."""
+
+    def load(name: str) -> Golden:
+        folder = GOLDEN / name
+        (checkpoint,) = folder.glob("*.pth")
+        case = json.loads((folder / "case.json").read_text())
+        return Golden(checkpoint, case, load_file(folder / "vectors.safetensors"))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, str], Path]:
+    """bundle(case, engine): exported once for all workers; read-only, copy it before damaging it.
+
+    ``case`` is a golden case, or "demo" for the demo model in another precision.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def export_once(name: str, engine: str = "fp32") -> Path:
+        from tarflow.export.pipeline import export
+
+        folder = shared / f"{name}-{engine}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                source = DEMO if name == "demo" else next((GOLDEN / name).glob("*.pth"))
+                export(source, folder, engine)
+        return folder
+
+    return export_once
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """cli("generate", ...): the real command in a process of its own."""
+
+    def run(*args: object, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tarflow.cli.main", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+
+    return run
+
+
+def largest(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Largest absolute difference."""
+    return float(np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).max())

@@ -1,0 +1,101 @@
+"""Bisect finds what was planted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from tarflow.export.bisect import write_repro
+from tarflow.export.pipeline import bisect_bundle
+
+from .conftest import Cli
+
+
+@pytest.fixture
+def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[[str, str], Path]:
+    def make(case: str, engine: str = "fp32") -> Path:
+        return Path(shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}"))
+
+    return make
+
+
+def rehash(folder: Path, name: str) -> None:
+    """What a careless editor would do: make the manifest agree with the changed file."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / name).read_bytes()
+    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
+    """Turn the ``which``-th node of a kind into another; return its name."""
+    model = onnx.load(folder / name, load_external_data=False)
+    node = [n for n in model.graph.node if n.op_type == op][which]
+    node.op_type = other
+    onnx.save(model, folder / name)
+    rehash(folder, name)
+    return str(node.name)
+
+
+def test_a_sound_bundle_has_nothing_to_find(bundle: Callable[..., Path]) -> None:
+    assert bisect_bundle(bundle("cond")) is None
+    assert bisect_bundle(bundle("vp", "bf16")) is None
+
+
+def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(
+    copy: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    folder = copy("cond")
+    planted = plant(folder, "block_02.step.onnx", "Exp", "Tanh", 0)
+    done = cli("bisect", folder, "--json", "-o", tmp_path / "repro")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)["found"]
+    assert (found["block"], found["graph"], found["step"], found["node"]) == (2, "step", 0, planted)
+    session = onnxruntime.InferenceSession(str(tmp_path / "repro" / "node.onnx"))
+    inputs = dict(np.load(tmp_path / "repro" / "inputs.npz"))
+    (output,) = session.run(None, inputs)
+    wrong, right = (next(iter(dict(np.load(tmp_path / "repro" / f"{n}.npz")).values())) for n in ("found", "expected"))
+    assert np.allclose(output, wrong)
+    assert not np.allclose(output, right, atol=1e-3)
+    again = cli("bisect", folder, "-o", tmp_path / "repro")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize(("kind", "op", "other"), [("forward", "Exp", "Tanh"), ("gradient", "Neg", "Abs")])
+def test_a_wrong_node_in_the_parallel_graphs_is_named(
+    copy: Callable[..., Path], kind: str, op: str, other: str
+) -> None:
+    folder = copy("cond")
+    planted = plant(folder, f"block_01.{kind}.onnx", op, other, 0)
+    result = bisect_bundle(folder)
+    assert result is not None
+    assert (result[0].block, result[0].kind, result[0].node) == (1, kind, planted)
+
+
+def test_a_wrong_weight_is_named(copy: Callable[..., Path], tmp_path: Path, bundle: Callable[..., Path]) -> None:
+    folder = copy("cond")
+    header_length = int.from_bytes((folder / "weights.safetensors").read_bytes()[:8], "little")
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    header = json.loads(content[8 : 8 + header_length])
+    name = "blocks.1.attn_blocks.1.mlp.main.0.bias"
+    start, end = header[name]["data_offsets"]
+    changed = np.frombuffer(content[8 + header_length + start : 8 + header_length + end], np.float32) + 0.5
+    content[8 + header_length + start : 8 + header_length + end] = changed.astype(np.float32).tobytes()
+    (folder / "weights.safetensors").write_bytes(content)
+    rehash(folder, "weights.safetensors")
+    result = bisect_bundle(folder, bundle("cond"))
+    assert result is not None
+    finding, tensors = result
+    assert finding.block == 1
+    assert "layers.1.up.bias is not the checkpoint's" in finding.reason
+    write_repro(tmp_path / "repro", finding, tensors, force=False)
+    assert json.loads((tmp_path / "repro" / "finding.json").read_text())["block"] == 1

@@ -1,0 +1,607 @@
+"""The bundle's reader: it takes what is whole, and refuses everything else with one error that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tarflow.runtime.bundle import (
+    GOLDEN,
+    KINDS,
+    MANIFEST,
+    PRECISIONS,
+    WEIGHTS,
+    BlockEntry,
+    Bundle,
+    FileEntry,
+    Manifest,
+    ModelShape,
+    read_manifest,
+)
+from tarflow.runtime.errors import BundleError
+from tarflow.runtime.files import sha256
+from tarflow.runtime.flow import Flow
+
+Exported = Callable[..., Path]
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+STEP = "block_00.step.onnx"
+HASH = "0" * 64
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def a_manifest() -> dict[str, Any]:
+    """A small valid manifest, as a document to spoil."""
+    graphs = {kind: f"block_00.{kind}.onnx" for kind in KINDS}
+    return {
+        "format": "tarflow-bundle",
+        "schema": 1,
+        "name": "digits",
+        "precision": "fp32",
+        "config": {
+            "image_size": 8,
+            "channels": 1,
+            "patch_size": 2,
+            "width": 64,
+            "blocks": 1,
+            "layers": 1,
+            "classes": 10,
+            "nvp": True,
+            "noise_std": 0.1,
+            "head_dim": 64,
+        },
+        "blocks": [{"reversed": False, "graphs": graphs}],
+        "files": {name: {"sha256": HASH, "size": 1} for name in (*graphs.values(), WEIGHTS, GOLDEN)},
+        "opset": 20,
+        "exporter": {"tarflow": "1.0"},
+        "parity": {"samples": 4, "blocks": [{"block": 0, "rms": 1e-7}]},
+    }
+
+
+def encoded(document: object) -> bytes:
+    return json.dumps(document).encode()
+
+
+@contextlib.contextmanager
+def refusal(*words: str) -> Iterator[None]:
+    """The block raises BundleError, with exit code 4 and these words in its message."""
+    with pytest.raises(BundleError) as caught:
+        yield
+    assert caught.value.exit_code == 4
+    for word in words:
+        assert word in str(caught.value)
+
+
+def reads_or_refuses(content: bytes) -> Manifest | None:
+    """What every content must do. A manifest that was read can be written and read again."""
+    try:
+        manifest = read_manifest(content)
+    except BundleError as error:
+        assert error.exit_code == 4
+        assert len(str(error)) < 2000, "a message is for reading"
+        return None
+    assert read_manifest(manifest.to_json().encode()) == manifest
+    return manifest
+
+
+# --- any valid manifest ------------------------------------------------------------------------------------------
+
+_component = st.text(st.characters(codec="utf-8", exclude_characters="/\\:\0"), min_size=1, max_size=8).filter(
+    lambda part: part not in (".", "..")
+)
+_names = st.lists(_component, min_size=1, max_size=3).map("/".join)
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    sizes = st.integers(1, 64)
+    patch_size, head_dim, blocks = draw(sizes), draw(sizes), draw(st.integers(1, 3))
+    config = ModelShape(
+        image_size=patch_size * draw(sizes),
+        channels=draw(sizes),
+        patch_size=patch_size,
+        width=head_dim * draw(sizes),
+        blocks=blocks,
+        layers=draw(sizes),
+        classes=draw(st.integers(0, 1000)),
+        nvp=draw(st.booleans()),
+        noise_std=draw(st.none() | st.integers(0, 3) | st.floats(0, 10)),
+        head_dim=head_dim,
+    )
+    names = [*draw(st.lists(_names, min_size=1, max_size=6)), WEIGHTS, GOLDEN]
+    entries = st.builds(FileEntry, st.text("0123456789abcdef", min_size=64, max_size=64), st.integers(0, 2**63 - 1))
+    graph = st.sampled_from(names)
+    return Manifest(
+        name=draw(st.text(max_size=20)),
+        precision=draw(st.sampled_from(PRECISIONS)),
+        config=config,
+        blocks=tuple(BlockEntry(draw(st.booleans()), {kind: draw(graph) for kind in KINDS}) for _ in range(blocks)),
+        files={name: draw(entries) for name in names},
+        opset=draw(st.integers(1, 100)),
+        exporter=draw(st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)),
+        parity=draw(st.dictionaries(st.text(max_size=5), _json, max_size=3)),
+    )
+
+
+@given(manifests())
+@QUICK
+def test_any_manifest_survives_being_written_and_read(manifest: Manifest) -> None:
+    assert read_manifest(manifest.to_json().encode()) == manifest
+
+
+# --- any spoiled manifest ----------------------------------------------------------------------------------------
+
+
+def places(node: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The path of everything inside a JSON document."""
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inside:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def spoiled(path: tuple[str | int, ...], change: Callable[[Any, Any], None]) -> bytes:
+    """The manifest with ``change(parent, key)`` done at ``path``; the text @1e999 in it becomes that number."""
+    document = a_manifest()
+    parent: Any = document
+    for key in path[:-1]:
+        parent = parent[key]
+    change(parent, path[-1])
+    return encoded(document).replace(b'"@1e999"', b"1e999")
+
+
+PLACES = sorted(places(a_manifest()), key=str)
+HUGE = 10**400  # an integer JSON may hold and a float may not
+WRONG = [None, True, False, 0, -1, 2, 1.0, 1.5, 2**63, HUGE, -HUGE, 1e308, float("nan"), float("inf"), float("-inf")]
+WRONG += ["@1e999", "", "x", "1", "..", "/etc/passwd", "\ud800", "\0", [], [[]], [{}], {}, {"x": []}]
+_values = st.sampled_from(WRONG) | _json
+
+
+@given(st.sampled_from(PLACES), _values)
+@example(("blocks", 0, "graphs", "step"), [])
+@example(("blocks", 0, "graphs", "forward"), {})
+@example(("config", "noise_std"), HUGE)
+@example(("parity", "samples"), "@1e999")
+@settings(QUICK, max_examples=600)
+def test_a_manifest_with_any_value_replaced_reads_or_is_refused(path: tuple[str | int, ...], value: object) -> None:
+    reads_or_refuses(spoiled(path, lambda parent, key: parent.__setitem__(key, value)))
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: ".".join(map(str, path)))
+def test_a_manifest_that_lacks_any_key_reads_or_is_refused(path: tuple[str | int, ...]) -> None:
+    manifest = reads_or_refuses(spoiled(path, lambda parent, key: parent.__delitem__(key)))
+    optional = path[0] in ("parity", "exporter") and len(path) > 1 or path == ("config", "noise_std")
+    assert (manifest is not None) == optional
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1", "1e308", str(HUGE), "true", '"0.1"'])
+def test_a_training_noise_that_is_no_finite_number_is_refused(value: str) -> None:
+    content = encoded(a_manifest()).replace(b'"noise_std": 0.1', b'"noise_std": ' + value.encode())
+    if value == "1e308":
+        assert reads_or_refuses(content) is not None
+    else:
+        with refusal(MANIFEST):
+            read_manifest(content)
+
+
+@pytest.mark.parametrize("key", ["image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"])
+@pytest.mark.parametrize("value", [0, -8, True, 8.0, 2**63, HUGE, "8", None])
+def test_a_size_that_is_no_positive_integer_is_refused(key: str, value: object) -> None:
+    document = a_manifest()
+    document["config"][key] = value
+    with refusal(MANIFEST, key):
+        read_manifest(encoded(document))
+
+
+@pytest.mark.parametrize("version", [2, 0, -1, "1", True, None, 1.5, [1], HUGE])
+def test_another_schema_version_is_refused_and_says_which_one_is_read(version: object) -> None:
+    with refusal("schema", "version 1"):
+        read_manifest(encoded(a_manifest() | {"schema": version}))
+
+
+def test_an_absent_schema_version_is_refused() -> None:
+    document = a_manifest()
+    del document["schema"]
+    with refusal("schema"):
+        read_manifest(encoded(document))
+
+
+@pytest.mark.parametrize("name", ["other-bundle", "", None, 1, ["tarflow-bundle"]])
+def test_another_format_is_refused(name: object) -> None:
+    with refusal("tarflow-bundle"):
+        read_manifest(encoded(a_manifest() | {"format": name}))
+
+
+@pytest.mark.parametrize("place", [(), ("config",), ("blocks", 0), ("blocks", 0, "graphs"), ("files", WEIGHTS)])
+def test_keys_of_a_later_version_are_left_alone(place: tuple[str | int, ...]) -> None:
+    plain = read_manifest(encoded(a_manifest()))
+    document: Any = a_manifest()
+    node = document
+    for key in place:
+        node = node[key]
+    node["added_later"] = {"anything": [1, None]}
+    assert read_manifest(encoded(document)) == plain
+
+
+@given(st.binary(max_size=200))
+@example(b"")
+@example(b"null")
+@example(b"[]")
+@example(b'"tarflow-bundle"')
+@example(b"{")
+@example(b"\xff\xfe{}")
+@example(b"\xef\xbb\xbf{}")
+@QUICK
+def test_bytes_that_are_no_manifest_are_refused(content: bytes) -> None:
+    with refusal(MANIFEST):
+        read_manifest(content)
+
+
+def test_a_manifest_that_is_not_utf8_is_refused() -> None:
+    content = json.dumps(a_manifest() | {"name": "café"}, ensure_ascii=False)
+    assert read_manifest(content.encode()).name == "café"
+    with refusal("damaged"):
+        read_manifest(content.encode("latin-1"))
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 3_000, 100_000])
+def test_a_deeply_nested_manifest_reads_or_is_refused(depth: int) -> None:
+    brackets = b"[" * depth + b"]" * depth
+    with refusal(MANIFEST):
+        read_manifest(brackets)
+    with refusal(MANIFEST):
+        read_manifest(b"[" * depth)
+    reads_or_refuses(encoded(a_manifest()).replace(b'"samples": 4', b'"samples": ' + brackets))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/etc/passwd", "../x", "a/../x", "a/..", "a//b", "a/", "./a", "a/.", "..\\x", "a\\b", "C:x", "C:/x"]
+    + ["C:\\x", "\\\\host\\x", "\0", "a\0b", "//host/x", "\ud800"],
+)
+def test_a_file_name_that_could_lead_outside_is_refused(name: str) -> None:
+    document = a_manifest()
+    document["files"][name] = {"sha256": HASH, "size": 1}
+    with refusal(MANIFEST):
+        read_manifest(encoded(document))
+
+
+@pytest.mark.parametrize("value", [HASH.upper().replace("0", "A"), HASH[1:], HASH + "0", HASH + "\n", "", "g" * 64])
+def test_a_hash_that_is_none_is_refused(value: str) -> None:
+    document = a_manifest()
+    document["files"][WEIGHTS]["sha256"] = value
+    with refusal("SHA-256"):
+        read_manifest(encoded(document))
+
+
+# --- a folder and its files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(bundle: Exported, tmp_path: Path) -> Path:
+    """A bundle of one's own, to be damaged."""
+    return shutil.copytree(bundle("cond", "fp32"), tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def workshop(bundle: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that tests damage and mend."""
+    return shutil.copytree(bundle("cond", "fp32"), tmp_path_factory.mktemp("workshop") / "bundle")
+
+
+def amend(folder: Path, name: str) -> None:
+    """Make the manifest agree with a file that was changed."""
+    document = json.loads((folder / MANIFEST).read_bytes())
+    document["files"][name] = {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size}
+    (folder / MANIFEST).write_text(json.dumps(document))
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        value = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([value ^ 1 << bit]))
+
+
+def test_an_intact_bundle_opens_and_checks(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    bundle.check()
+    assert bundle.hash == sha256(folder / MANIFEST)
+    assert Flow.open(folder).sample(1).shape == (1, *bundle.manifest.config.image)
+
+
+def test_a_bundle_reached_through_a_link_opens(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    Bundle.open(tmp_path / "link").check()
+
+
+def test_a_bundle_opens_by_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Bundle.open(".").check()
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file", "empty folder", "manifest is a folder"])
+def test_what_is_no_bundle_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    if kind == "file":
+        path.write_text("x")
+    elif kind != "nothing":
+        path.mkdir()
+    if kind == "manifest is a folder":
+        (path / MANIFEST).mkdir()
+    with refusal(str(path)):
+        Bundle.open(path)
+
+
+def test_a_huge_manifest_is_refused_unread(folder: Path) -> None:
+    with (folder / MANIFEST).open("r+b") as file:
+        file.truncate(17 << 20)
+    with refusal(MANIFEST, "16 MiB"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, GOLDEN, STEP])
+def test_a_missing_file_is_named(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    with refusal(name):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, GOLDEN, STEP])
+def test_a_link_that_leads_out_of_the_bundle_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    outside = (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(outside)
+    with refusal(name, "out of the bundle"):
+        Bundle.open(folder)
+
+
+def test_a_linked_folder_that_leads_out_of_the_bundle_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    shutil.copy(folder / GOLDEN, tmp_path / "outside" / "file")
+    (folder / "inside").symlink_to(tmp_path / "outside")
+    document = json.loads((folder / MANIFEST).read_bytes())
+    document["files"]["inside/file"] = document["files"][GOLDEN]
+    (folder / MANIFEST).write_text(json.dumps(document))
+    with refusal("inside/file"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to nothing"])
+def test_what_is_no_regular_file_is_refused(name: str, kind: str, folder: Path) -> None:
+    path = folder / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "link to itself" else "nothing")
+    with refusal(name):
+        Bundle.open(folder)
+
+
+def test_a_manifest_that_is_a_pipe_is_refused_without_waiting_for_a_writer(folder: Path, cli: Cli) -> None:
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    found = cli("inspect", folder, timeout=60)
+    assert found.returncode == 4
+    assert MANIFEST in found.stderr
+
+
+def test_a_file_name_the_system_cannot_hold_is_refused(folder: Path) -> None:
+    document = json.loads((folder / MANIFEST).read_bytes())
+    document["files"]["x" * 5000] = document["files"][GOLDEN]
+    (folder / MANIFEST).write_text(json.dumps(document))
+    with refusal("missing"):
+        Bundle.open(folder)
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
+@pytest.mark.parametrize("kept", [0, 1, 1000, -1])
+def test_a_truncated_file_is_refused_by_its_size(name: str, kept: int, folder: Path) -> None:
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:kept])
+    with refusal(name, "truncated"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
+def test_a_file_that_grew_is_refused_by_its_size(name: str, folder: Path) -> None:
+    with (folder / name).open("ab") as file:
+        file.write(b"\0")
+    with refusal(name):
+        Bundle.open(folder)
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=30, deadline=None)
+def test_a_truncated_manifest_is_refused(share: float, workshop: Path) -> None:
+    content = (workshop / MANIFEST).read_bytes().rstrip()
+    with refusal(MANIFEST):
+        read_manifest(content[: int(share * len(content))], MANIFEST)
+
+
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=300, deadline=None)
+def test_a_manifest_with_any_bit_flipped_reads_or_is_refused(share: float, bit: int, workshop: Path) -> None:
+    content = bytearray((workshop / MANIFEST).read_bytes())
+    content[int(share * len(content))] ^= 1 << bit
+    reads_or_refuses(bytes(content))
+
+
+@given(name=st.sampled_from([WEIGHTS, GOLDEN, STEP]), share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=40, deadline=None)
+def test_any_bit_flipped_in_any_file_is_found_and_the_file_named(
+    name: str, share: float, bit: int, workshop: Path
+) -> None:
+    path = workshop / name
+    position = int(share * path.stat().st_size)
+    flip(path, position, bit)
+    try:
+        with refusal(name, "SHA-256"):
+            Bundle.open(workshop).check()
+    finally:
+        flip(path, position, bit)
+    Bundle.open(workshop).check(name)
+
+
+def test_flipped_golden_pairs_are_never_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(folder / GOLDEN, 4)
+    monkeypatch.setattr("safetensors.numpy.load_file", lambda path: pytest.fail("parsed before its hash was checked"))
+    with refusal(GOLDEN, "SHA-256"):
+        Bundle.open(folder).tensors(GOLDEN)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}", b"PK\x03\x04junk"])
+@pytest.mark.parametrize("name", [GOLDEN, WEIGHTS])
+def test_tensors_that_are_none_are_refused_though_their_hash_is_right(name: str, content: bytes, folder: Path) -> None:
+    (folder / name).write_bytes(content)
+    amend(folder, name)
+    with refusal(name):
+        found = Bundle.open(folder).tensors(name)
+        assert not found
+        raise BundleError(name)  # an empty set of tensors is a valid file
+
+
+def test_a_prior_variance_that_does_not_fit_is_refused(bundle: Exported, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(bundle("vp", "fp32"), tmp_path / "bundle")
+    tensors = load_file(folder / WEIGHTS)
+    shape = tensors["var"].shape
+    assert Bundle.open(folder).prior_variance().shape == shape
+    for wrong in (np.ones(shape, np.float64), np.ones(shape[::-1], np.float32), np.full(shape, -1, np.float32)):
+        save_file(tensors | {"var": wrong}, str(folder / WEIGHTS))
+        amend(folder, WEIGHTS)
+        with refusal(WEIGHTS, "prior variance"):
+            Bundle.open(folder).prior_variance()
+    for number in (np.nan, np.inf):
+        save_file(tensors | {"var": np.full(shape, number, np.float32)}, str(folder / WEIGHTS))
+        amend(folder, WEIGHTS)
+        with refusal(WEIGHTS, "prior variance"):
+            Bundle.open(folder).prior_variance()
+    del tensors["var"]
+    save_file(tensors, str(folder / WEIGHTS))
+    amend(folder, WEIGHTS)
+    with refusal(WEIGHTS, "prior variance"):
+        Bundle.open(folder).prior_variance()
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files handed to ONNX Runtime."""
+    import onnxruntime
+
+    handed: list[str] = []
+    session = onnxruntime.InferenceSession
+
+    def record(path: str, *rest: Any, **options: Any) -> Any:
+        handed.append(path)
+        return session(path, *rest, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    return handed
+
+
+def test_an_intact_graph_is_handed_to_onnx_runtime(folder: Path, sessions: list[str]) -> None:
+    Flow.open(folder).sample(1)
+    assert str(folder / STEP) in sessions
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STEP, "block_03.gradient.onnx", "block_01.forward.onnx"])
+def test_hashes_are_checked_before_onnx_runtime_sees_a_file(name: str, folder: Path, sessions: list[str]) -> None:
+    flip(folder / name, (folder / name).stat().st_size // 2)
+    with refusal(name, "SHA-256"):
+        Flow.open(folder).sample(1)
+    assert sessions == []
+
+
+# --- graphs that lie, with hashes that agree ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\x08\x09" * 50, b"not a graph"])
+def test_a_graph_that_is_none_is_refused_though_its_hash_is_right(content: bytes, folder: Path) -> None:
+    (folder / STEP).write_bytes(content)
+    amend(folder, STEP)
+    with refusal(STEP):
+        Flow.open(folder).sample(1)
+
+
+def test_weights_cut_short_are_refused_though_their_hash_is_right(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100_000])
+    amend(folder, WEIGHTS)
+    with refusal(".onnx"):
+        Flow.open(folder).sample(1)
+
+
+def relocate(graph: Path, location: str) -> int:
+    """Point all external data of a graph at another file; how many tensors that moved."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    moved = 0
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value, moved = location, moved + 1
+    onnx.save(model, graph)
+    amend(graph.parent, graph.name)
+    return moved
+
+
+def test_a_graph_may_take_its_weights_from_another_file_in_the_bundle(folder: Path) -> None:
+    """Shows that :func:`relocate` makes graphs that work, so that the refusals below are about the place."""
+    before = Flow.open(folder).sample(1)
+    shutil.copy(folder / WEIGHTS, folder / "copy.safetensors")
+    assert relocate(folder / STEP, "copy.safetensors") > 3
+    np.testing.assert_array_equal(Flow.open(folder).sample(1), before)
+
+
+@pytest.mark.parametrize(
+    "location", ["../outside", "{folder}/../outside", "{outside}", "link", "sub/../../outside", "linked/outside"]
+)
+def test_a_graph_that_takes_its_weights_from_outside_is_refused(location: str, folder: Path, tmp_path: Path) -> None:
+    outside = Path(shutil.copy(folder / WEIGHTS, tmp_path / "outside"))
+    (folder / "link").symlink_to(outside)
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "sub").mkdir()
+    assert relocate(folder / STEP, location.format(folder=folder, outside=outside)) > 3
+    with refusal(STEP):
+        Flow.open(folder).sample(1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_size", 4), ("patch_size", 4), ("width", 128), ("layers", 1), ("layers", 3), ("channels", 1)]
+    + [("head_dim", 32), ("classes", 0), ("classes", 900), ("nvp", False), ("image_size", 2**40)],
+)
+def test_a_manifest_that_describes_another_model_ends_in_one_error(key: str, value: object, folder: Path) -> None:
+    document = json.loads((folder / MANIFEST).read_bytes())
+    document["config"][key] = value
+    (folder / MANIFEST).write_text(json.dumps(document))
+    labels = [899] if value == 900 else None
+    if (key, value) == ("classes", 0):
+        assert Flow.open(folder).sample(1).shape[0] == 1  # says less than it could, and works
+        return
+    with refusal():
+        Flow.open(folder).sample(1, labels=labels)

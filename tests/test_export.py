@@ -1,0 +1,187 @@
+"""What an export writes: typed graphs, every weight once, a whole bundle or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+
+from tarflow.checkpoint import load
+from tarflow.export import pipeline, verify
+from tarflow.export.pipeline import export, plan, verify_bundle
+from tarflow.runtime.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle
+from tarflow.runtime.errors import CheckFailed, InputError
+from tarflow.runtime.flow import Flow
+
+from .conftest import Golden, largest
+
+HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16, "fp32": onnx.TensorProto.FLOAT}
+WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
+
+
+def typed_nodes(path: Path) -> list[tuple[onnx.NodeProto, int]]:
+    """Every node with the type of its first float input."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=False)
+    graph = model.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {t.name: t.data_type for t in graph.initializer}
+    return [(node, types.get(node.input[0], 0)) for node in graph.node if node.input]
+
+
+@pytest.mark.parametrize(("case", "engine"), [("cond", "fp32"), ("demo", "fp16"), ("vp", "bf16")])
+def test_precision_is_typed_into_the_graphs(bundle: Callable[..., Path], case: str, engine: str) -> None:
+    opened = Bundle.open(bundle(case, engine))
+    for block in opened.manifest.blocks:
+        for kind, name in block.graphs.items():
+            products = 0
+            for node, kind_of_input in typed_nodes(opened.path(name)):
+                if node.op_type in ("MatMul", "Gemm"):
+                    products += 1
+                    assert kind_of_input == HALF[engine], f"{name}: {node.name} is not {engine}"
+                if node.op_type in WIDE_OPS:
+                    assert kind_of_input == onnx.TensorProto.FLOAT, f"{name}: {node.name} is not float32"
+            assert products > 4, f"{name} has {products} matrix products: {kind} lost its network"
+
+
+def test_every_weight_lies_once_in_the_weights_file_under_its_reference_name(
+    golden: Callable[[str], Golden], bundle: Callable[..., Path]
+) -> None:
+    opened = Bundle.open(bundle("cond"))
+    stored = load_file(opened.path(WEIGHTS))
+    theirs = torch.load(golden("cond").checkpoint, weights_only=True)
+    theirs = {name: tensor.numpy() for name, tensor in theirs.items() if not name.endswith("attn_mask")}
+    assert theirs.keys() == {name for name in stored if not name.startswith("derived.")}
+    assert all(np.array_equal(stored[name], theirs[name]) for name in theirs)
+    shared: dict[int, set[str]] = {}
+    for k, block in enumerate(opened.manifest.blocks):
+        for name in block.graphs.values():
+            onnx.checker.check_model(str(opened.path(name)))
+            graph = onnx.load(opened.path(name), load_external_data=False).graph
+            for tensor in graph.initializer:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    place = {entry.key: entry.value for entry in tensor.external_data}
+                    assert place["location"] == WEIGHTS
+                    shared.setdefault(int(place["offset"]), set()).add(f"{k}.{tensor.name}")
+                else:
+                    size = len(tensor.raw_data)
+                    assert size <= 4096 or tensor.data_type == onnx.TensorProto.BOOL, (
+                        f"{name} keeps {tensor.name} of {size} bytes"
+                    )
+    assert all(len(names) == 1 for names in shared.values()), "one place in the file serves two weights"
+    total = sum(entry.size for name, entry in opened.manifest.files.items() if name.endswith(".onnx"))
+    assert total < 1 << 20
+
+
+def test_a_bundle_is_a_checkpoint(golden: Callable[[str], Golden], bundle: Callable[..., Path]) -> None:
+    original, again = load(golden("vp").checkpoint), load(bundle("vp"))
+    assert again.config == original.config
+    assert all(
+        torch.equal(a, b) for a, b in zip(original.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    half = load_torch(bundle("demo", "fp16") / WEIGHTS)
+    assert half["blocks.0.proj_in.weight"].dtype == torch.float16
+    assert half["blocks.0.pos_embed"].dtype == torch.float32
+
+
+def test_fp16_of_the_demo_is_close_to_fp32(bundle: Callable[..., Path], demo: Path) -> None:
+    single, half = Flow.open(demo), Flow.open(bundle("demo", "fp16"))
+    labels = np.arange(64) % 10
+    a, b = single.sample(64, labels=labels), half.sample(64, labels=labels)
+    assert float(np.sqrt(np.mean((np.asarray(a) - np.asarray(b)) ** 2))) < 2e-3
+    assert largest(single.bits_per_dim(a, labels), half.bits_per_dim(a, labels)) < 2e-3
+
+
+def test_golden_pairs_are_pytorchs(bundle: Callable[..., Path]) -> None:
+    tensors = load_file(bundle("vp") / GOLDEN)
+    model = load(bundle("vp"))
+    labels = torch.from_numpy(tensors["labels"])
+    assert (labels < 0).any()
+    images = model.decode(torch.from_numpy(tensors["noise"]), labels)
+    assert largest(images.numpy(), tensors["images"]) < 1e-5
+    assert largest(model.denoise(images, labels).numpy(), tensors["denoised"]) < 1e-5
+
+
+def test_an_export_out_of_tolerance_leaves_no_bundle(
+    golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(verify.TOLERANCES, "fp16", {"rms": 1e-9, "bits_per_dim": 1.0, "certificate": 1.0})
+    with pytest.raises(CheckFailed, match="rms"):
+        export(golden("vp").checkpoint, tmp_path / "bundle", "fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_the_bundle_that_was_there(
+    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    shutil.copytree(bundle("vp"), tmp_path / "bundle")
+    before = Bundle.open(tmp_path / "bundle").hash
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_finish", interrupted)
+    with pytest.raises(InputError, match="exists"):
+        export(golden("vp").checkpoint, tmp_path / "bundle")
+    with pytest.raises(KeyboardInterrupt):
+        export(golden("vp").checkpoint, tmp_path / "bundle", force=True, check=False)
+    assert Bundle.open(tmp_path / "bundle").hash == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_weights_beyond_float16_are_named(golden: Callable[[str], Golden], tmp_path: Path) -> None:
+    state = torch.load(golden("vp").checkpoint, weights_only=True)
+    state["blocks.1.proj_in.weight"][0, 0] = 1e6
+    torch.save(state, tmp_path / golden("vp").checkpoint.name)
+    with pytest.raises(InputError, match=r"blocks\.1\.proj_in\.weight"):
+        export(tmp_path / golden("vp").checkpoint.name, tmp_path / "bundle", "fp16")
+
+
+def test_a_plan_tells_the_files_and_sizes_of_the_export(
+    golden: Callable[[str], Golden], bundle: Callable[..., Path]
+) -> None:
+    planned, opened = plan(golden("cond").checkpoint), Bundle.open(bundle("cond"))
+    made = {name: entry.size for name, entry in opened.manifest.files.items()}
+    made[MANIFEST] = (opened.folder / MANIFEST).stat().st_size
+    assert planned.files.keys() == made.keys()
+    for name, size in made.items():
+        assert 0.4 < planned.files[name] / size < 2.5, f"{name}: planned {planned.files[name]}, made {size}"
+
+
+def test_verify_compares_with_the_checkpoint_and_catches_another(
+    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    card = verify_bundle(bundle("vp"), golden("vp").checkpoint)
+    assert verify.failures(card) == []
+    assert card["golden"]["rms"] < 1e-5
+    state = torch.load(golden("vp").checkpoint, weights_only=True)
+    state["blocks.1.proj_out.bias"] += 0.01
+    torch.save(state, tmp_path / golden("vp").checkpoint.name)
+    wrong = verify.failures(verify_bundle(bundle("vp"), tmp_path / golden("vp").checkpoint.name))
+    assert any("block 1" in sentence for sentence in wrong)
+    assert not any("block 0" in sentence for sentence in wrong)
+    with pytest.raises(InputError, match="classes 5 against 3"):
+        verify_bundle(bundle("vp"), golden("cond").checkpoint)
+
+
+def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
+    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_SERIAL_LIMIT", 0.0)
+    monkeypatch.setattr(verify, "_SERIAL_STEPS", 3)
+    monkeypatch.setattr(verify, "_SWEEP_WINDOW", 5)
+    card = verify_bundle(bundle("cond"), golden("cond").checkpoint)
+    assert "sweep" in card["method"]
+    assert verify.failures(card) == []
+    state = torch.load(golden("cond").checkpoint, weights_only=True)
+    state["blocks.2.attn_blocks.1.mlp.main.2.bias"] += 0.05
+    torch.save(state, tmp_path / golden("cond").checkpoint.name)
+    wrong = verify.failures(verify_bundle(bundle("cond"), tmp_path / golden("cond").checkpoint.name))
+    assert any("block 2" in sentence for sentence in wrong)

@@ -1,0 +1,203 @@
+"""What a Flow promises: the same sample whoever draws it, honest reports, nothing silently wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.errors import InputError, MachineError
+from tarflow.runtime.flow import Flow, Guidance, Progress
+
+from .conftest import Golden, largest
+
+GUIDED = Guidance(1.5)
+
+
+@pytest.fixture(scope="module")
+def flow(bundle: Callable[..., Path]) -> Flow:
+    return Flow.open(bundle("cond"))
+
+
+def test_samples_agree_across_batch_sizes(flow: Flow) -> None:
+    labels = np.arange(21) % 5
+    whole = flow.sample(21, labels=labels, guidance=GUIDED)
+    for size in (1, 4, 16):
+        assert largest(flow.sample(21, labels=labels, guidance=GUIDED, batch_size=size), whole) < 1e-5
+
+
+def test_a_reproducible_sample_is_bitwise_the_same_whatever_n_batch_size_and_threads(
+    bundle: Callable[..., Path],
+) -> None:
+    labels = np.arange(40) % 5
+    wanted: np.ndarray | None = None
+    for threads in (1, 2):
+        flow = Flow.open(bundle("cond"), threads=threads)
+        whole = flow.sample(40, labels=labels, guidance=GUIDED, reproducible=True)
+        wanted = np.asarray(whole) if wanted is None else wanted
+        assert np.array_equal(whole, wanted)
+        for first, n, size in ((0, 1, 1), (7, 1, 64), (15, 3, None), (30, 10, 4)):
+            part = flow.sample(
+                n,
+                labels=labels[first : first + n],
+                guidance=GUIDED,
+                first_sample=first,
+                batch_size=size,
+                reproducible=True,
+            )
+            assert np.array_equal(part, wanted[first : first + n])
+            assert part.report is not None
+            assert part.report.level.startswith("L1")
+
+
+def test_a_flow_can_be_used_from_several_threads(flow: Flow) -> None:
+    expected = [np.asarray(flow.sample(6, labels=k, seed=k, reproducible=True)) for k in range(4)]
+    found: dict[int, np.ndarray] = {}
+
+    def draw(k: int) -> None:
+        found[k] = np.asarray(flow.sample(6, labels=k, seed=k, reproducible=True))
+
+    threads = [threading.Thread(target=draw, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(np.array_equal(found[k], expected[k]) for k in range(4))
+
+
+def test_low_memory_keeps_one_block_and_gives_the_same_samples(bundle: Callable[..., Path], flow: Flow) -> None:
+    small = Flow.open(bundle("cond"), low_memory=True)
+    assert np.array_equal(small.sample(5, labels=1), flow.sample(5, labels=1))
+    assert len({block for block, _ in small.backend._sessions}) == 1  # type: ignore[attr-defined]
+
+
+def test_a_label_below_zero_and_no_label_are_the_null_class(flow: Flow) -> None:
+    assert np.array_equal(flow.sample(3, labels=-1), flow.sample(3))
+    assert largest(flow.sample(3, labels=2), flow.sample(3)) > 1e-3
+
+
+def test_given_noise_gives_the_sample_its_seed_gives(flow: Flow) -> None:
+    noise = flow.noise(5, range(10, 14))
+    assert np.array_equal(flow.sample(noise=noise, labels=1), flow.sample(4, labels=1, seed=5, first_sample=10))
+
+
+def test_the_certificate_of_the_demo_is_small_and_costs_little(demo: Path) -> None:
+    samples = Flow.open(demo).sample(32, labels=np.arange(32) % 10, guidance=Guidance(1.0), certify=True)
+    assert samples.report is not None
+    assert samples.report.certificate is not None
+    assert samples.report.certificate.shape == (32,)
+    assert samples.report.certificate.max() < 1e-4
+    assert samples.report.certificate_seconds < samples.report.seconds
+
+
+def test_a_wrong_sample_does_not_pass_its_certificate(flow: Flow) -> None:
+    noise = flow.noise(0, range(3))
+    x = flow.sample(noise=noise, labels=1, denoise=False)
+    latent, _ = flow.encode(np.asarray(x) + np.float32(0.01), 1)
+    assert largest(latent, noise) > 1e-3
+
+
+def test_samples_that_overflow_are_named_and_only_those_redrawn(demo: Path) -> None:
+    flow = Flow.open(demo)
+    wild, labels = Guidance(40.0), np.arange(24) % 10
+    plain = flow.sample(24, labels=labels, guidance=wild, denoise=False)
+    assert plain.report is not None
+    assert plain.report.nonfinite, "guidance of 40 must overflow somewhere, or this test shows nothing"
+    good = [i for i in range(24) if i not in plain.report.nonfinite]
+    assert np.isfinite(np.asarray(plain)[good]).all()
+    again = flow.sample(24, labels=labels, guidance=wild, denoise=False, redraw_nonfinite=True)
+    assert again.report is not None
+    assert set(again.report.redrawn) == set(plain.report.nonfinite)
+    assert np.array_equal(np.asarray(again)[good], np.asarray(plain)[good])
+    assert set(again.report.nonfinite) < set(plain.report.nonfinite) or not again.report.nonfinite
+
+
+def test_progress_counts_every_step_and_can_cancel(flow: Flow) -> None:
+    seen: list[Progress] = []
+    flow.sample(10, labels=1, batch_size=5, progress=seen.append)
+    assert [p.done for p in seen] == list(range(1, seen[-1].total + 1))
+    assert seen[-1].total == 2 * 4 * 15
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        flow.sample(2, labels=1, progress=stop)
+
+
+def test_likelihood_is_the_formula_of_the_paper(golden: Callable[[str], Golden], flow: Flow) -> None:
+    case = golden("cond")
+    z, log_det = case.vectors["forward.z"].astype(np.float64), case.vectors["forward.logdet"]
+    nats = (log_det - (0.5 * z**2 + 0.5 * np.log(2 * np.pi)).mean((1, 2))) * z[0].size
+    assert largest(flow.log_likelihood(case.vectors["images"], case.labels), nats) < 1e-2
+    bits = (np.log(128) - nats / z[0].size) / np.log(2)
+    assert largest(flow.bits_per_dim(case.vectors["images"], case.labels), bits) < 1e-5
+
+
+def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 8, 8)).astype(np.uint8)
+    noisy = flow.dequantise(images, seed=3)
+    assert abs((noisy - (images / 127.5 - 1)).std() - 0.07) < 1e-3
+    assert np.array_equal(noisy[5:9], flow.dequantise(images[5:9], seed=3, first_sample=5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n is 0"),
+        ({"n": -3}, "n is -3"),
+        ({}, "nothing to draw"),
+        ({"n": 2, "labels": 5}, "classes 0 to 4"),
+        ({"n": 2, "labels": [1, 2, 3]}, "shape"),
+        ({"n": 2, "labels": 1.5}, "integers"),
+        ({"noise": np.zeros((2, 16, 11))}, "shape"),
+        ({"noise": np.full((2, 16, 12), np.nan)}, "not finite"),
+        ({"noise": np.zeros((0, 16, 12))}, "shape"),
+        ({"n": 3, "noise": np.zeros((2, 16, 12))}, "drop one"),
+        ({"n": 2, "guidance": Guidance(1.0)}, "does nothing"),
+        ({"n": 2, "batch_size": 0}, "batch size"),
+        ({"n": 2, "seed": -1}, "out of range"),
+        ({"n": 2, "first_sample": -1}, "out of range"),
+        ({"n": 2, "denoise": -1.0}, "strength"),
+        ({"noise": np.zeros((2, 16, 12)), "redraw_nonfinite": True}, "redrawn"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        flow.sample(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"scale": -1}, {"scale": float("nan")}, {"what": "c"}, {"attention_temperature": 0}])
+def test_guidance_that_is_none_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        Guidance(**wrong)  # type: ignore[arg-type]
+
+
+def test_guidance_of_an_unconditional_model_needs_a_temperature(bundle: Callable[..., Path]) -> None:
+    flow = Flow.open(bundle("uncond"))
+    with pytest.raises(InputError, match="does nothing"):
+        flow.sample(2, guidance=Guidance(1.0))
+    assert largest(flow.sample(2, guidance=Guidance(1.0, attention_temperature=0.5)), flow.sample(2)) > 1e-4
+    with pytest.raises(InputError, match="unconditional"):
+        flow.sample(2, labels=0)
+
+
+def test_a_provider_that_is_not_here_is_an_error_that_says_what_to_install(bundle: Callable[..., Path]) -> None:
+    with pytest.raises(MachineError, match="onnxruntime-gpu"):
+        Flow.open(bundle("cond"), provider="cuda")
+    with pytest.raises(InputError, match="unknown"):
+        Flow.open(bundle("cond"), provider="abacus")
+    assert "CPU" in Flow.open(bundle("cond"), provider="auto").backend.description
+
+
+def test_an_opened_bundle_can_be_passed_on(bundle: Callable[..., Path]) -> None:
+    opened = Bundle.open(bundle("cond"))
+    assert np.array_equal(Flow.open(opened).sample(2), Flow.open(bundle("cond")).sample(2))
