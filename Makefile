@@ -2,7 +2,6 @@ PYTHON ?= python3
 RUN := .env-run
 DEV := .env-dev
 PIP_FLAGS := --quiet --disable-pip-version-check
-SOURCES := tarflow tarflow/export tarflow/runtime tarflow/cli tests bench recipes
 
 .PHONY: generate test lint types unit bench demo clean
 
@@ -25,7 +24,8 @@ bench: $(DEV)/done ## compare with the published method, and write bench/RESULTS
 	$(DEV)/bin/python -m bench.compare
 
 demo: $(DEV)/done ## train the demo model and put its bundle into the package
-	$(DEV)/bin/bash recipes/digits.sh
+	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits
+	$(DEV)/bin/tarflow export runs/digits/digits_model_2_128_4_3_0.15.safetensors -o tarflow/demo --force
 
 $(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py export/*.py cli/*.py tarflow/demo/*)
 	$(PYTHON) -m venv $(RUN)

@@ -37,7 +37,9 @@ def bisect(
 
     from ..export.bisect import write_repro
     from ..export.pipeline import bisect_bundle
+    from ..runtime.files import check_replaceable
 
+    check_replaceable(output, force, marker="finding.json")
     with stages(quiet=json) as watch:
         hints = Hints(patch_size, channels, noise_std)
         result = bisect_bundle(bundle, checkpoint, hints, provider, tolerance, watch)

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ def default_bundle(bundle: Path | None) -> Path:
     """The bundle named, else ./tarflow-bundle if it is there, else the demo that ships with the package."""
     if bundle is not None:
         return bundle
-    return DEFAULT_BUNDLE if (DEFAULT_BUNDLE / "manifest.json").is_file() else DEMO
+    return DEFAULT_BUNDLE if DEFAULT_BUNDLE.exists() else DEMO
 
 
 def emit(document: dict[str, Any]) -> None:
@@ -96,8 +97,9 @@ def read_array(path: Path, what: str) -> NDArray[Any]:
     if not path.is_file():
         raise InputError(f"no file '{path}' for {what}; expected an array saved with numpy.save")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with path.open("rb") as file:  # numpy leaves it open when it is a damaged zip
+            array = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"'{path}' is not an .npy array ({str(error)[:100]}); save {what} with numpy.save") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"'{path}' holds several arrays; expected one, saved with numpy.save")
@@ -119,7 +121,7 @@ def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] 
             raise InputError(
                 f"'{text}' holds {labels.dtype} of shape {labels.shape}; expected {count} integers, one a sample"
             )
-        return labels.astype(np.int64)
+        return labels
     choices: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+)|(-?\d+))\s*", part)
@@ -128,11 +130,13 @@ def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] 
                 f"labels '{text}' are not understood; expected a class (3), a range (0-9), a list (1,4,7) or y.npy"
             )
         low, high, single = match.groups()
+        if max(map(len, filter(None, match.groups()))) > 9:
+            raise InputError(f"labels '{part}' are out of range; no model has that many classes")
         span = range(int(low), int(high) + 1) if single is None else range(int(single), int(single) + 1)
         if not span or len(span) > 1_000_000:
             raise InputError(f"labels '{part}' are an empty or endless range; write the smaller class first, as in 0-9")
         choices += span
-    return np.array([choices[(first + i) % len(choices)] for i in range(count)], np.int64)
+    return np.array(choices, np.int64)[(first % len(choices) + np.arange(count)) % len(choices)]
 
 
 def read_images(path: Path, channels: int, size: int) -> tuple[NDArray[Any], list[str] | None]:

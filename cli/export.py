@@ -63,7 +63,8 @@ def export(
     print(f"{output}: {len(bundle.manifest.files) + 1} files, {size_text(total)}, {engine}")
     if card:
         print(
-            f"against PyTorch: samples rms {card['sample']['rms']:.2g}, bits/dim {card['bits_per_dim_shift']:.2g}, "
+            f"against PyTorch: blocks rms {max(b['rms'] for b in card['blocks']):.2g} at most, "
+            f"bits/dim {card['bits_per_dim_shift']:.2g}, "
             f"round trip {card['certificate']:.2g}"
         )
     else:

@@ -58,6 +58,7 @@ def generate(
     Example: tarflow generate --n 64 --labels 0-9 --guidance 1 -o digits.png
     """
     from ..runtime.errors import InputError
+    from ..runtime.files import check_writable
     from ..runtime.flow import Flow, Guidance
 
     guided = Guidance(guidance, guide, annealed, attention_temperature)
@@ -66,6 +67,11 @@ def generate(
     if count < 1:
         raise InputError(f"--n is {count}; expected 1 or more samples")
     classes = parse_labels(labels, first_sample, count)
+    if output is None and save is None:
+        output = Path("samples.png")
+    for path in (save, output):
+        if path is not None:
+            check_writable(path)
     flow = Flow.open(default_bundle(bundle), provider, threads, spinning, low_memory)
     if flow.config.classes and classes is None:
         say(f"no labels given: drawing from the null class; --labels 0-{flow.config.classes - 1} deals out all classes")
@@ -102,7 +108,11 @@ def generate(
                 "level": report.level,
                 "certificate": None
                 if errors is None
-                else {"max": max(errors), "per_sample": errors, "seconds": report.certificate_seconds},
+                else {
+                    "max": float(report.certificate.max()),
+                    "per_sample": errors,
+                    "seconds": report.certificate_seconds,
+                },
                 "nonfinite": list(report.nonfinite),
                 "redrawn": list(report.redrawn),
                 "seconds": report.seconds,
@@ -110,7 +120,8 @@ def generate(
             }
         )
     else:
-        print(f"{len(samples)} samples in {report.seconds:.2f} s on {report.backend}: {', '.join(written.values())}")
+        drawn = f"{len(samples)} samples of {flow.bundle.manifest.name}"
+        print(f"{drawn} in {report.seconds:.2f} s on {report.backend}: {', '.join(written.values())}")
         if report.certificate is not None:
             print(
                 f"round-trip error {report.certificate.max():.2g} at most, checked in "
@@ -122,7 +133,12 @@ def generate(
     if report.nonfinite:
         say(
             f"tarflow: check failed: {len(report.nonfinite)} of {len(samples)} samples are not finite: "
-            f"{_few(report.nonfinite)}. Lower the guidance, or pass --redraw-nonfinite to draw just those again"
+            f"{_few(report.nonfinite)}. "
+            + (
+                "They stayed so when drawn again: lower the guidance"
+                if redraw_nonfinite
+                else "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
+            )
         )
         raise typer.Exit(1)
 
@@ -136,8 +152,6 @@ def _write(
     from ..runtime.files import replacing
     from ..runtime.image import grid, write_png
 
-    if output is None and save is None:
-        output = Path("samples.png")
     written = {}
     if save is not None:
         with replacing(save) as file:

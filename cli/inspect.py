@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from .console import default_bundle, emit, show, size_text
 from .options import BundleArgument, Json
@@ -50,10 +52,17 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
     if not card:
         print("parity: not verified; run: tarflow verify")
         return
+    try:
+        _print_card(card)
+    except (KeyError, TypeError, ValueError):
+        print("parity: a card of another version; see it with --json")
+
+
+def _print_card(card: Mapping[str, Any]) -> None:
     print(f"parity: {card.get('backend')} against {card.get('oracle')}, {card.get('method')}")
     for block in card.get("blocks", ()):
         print(f"  block {block['block']}: rms {block['rms']:.2g}, max {block['max']:.2g}, cosine {block['cosine']:.9f}")
-    for part in ("sample", "denoised"):
+    for part in ("guided", "sample", "denoised"):
         if part in card:
             print(f"  {part}: rms {card[part]['rms']:.2g}, max {card[part]['max']:.2g}")
     print(f"  certificate {card['certificate']:.2g}, shift of bits/dim {card.get('bits_per_dim_shift', 0):.2g}")

@@ -43,7 +43,7 @@ def likelihood(
     flow = Flow.open(bundle, provider, threads, spinning, low_memory)
     stored, names = read_images(images, flow.config.channels, flow.config.image_size)
     x = _dequantised(flow, stored, seed)
-    classes = parse_labels(labels, 0, len(x))
+    classes = parse_labels(labels, 0, x.shape[0] if x.ndim else 0)
     z, log_det = flow.encode(x, classes)
     bits = flow.bits_of(z, log_det)
     if save is not None:
@@ -93,8 +93,8 @@ def denoise(
 
     flow = Flow.open(bundle, provider, threads, spinning, low_memory)
     stored, _ = read_images(images, flow.config.channels, flow.config.image_size)
-    x = stored.astype(np.float32) / 127.5 - 1 if stored.dtype == np.uint8 else stored
-    result = flow.denoise(x, parse_labels(labels, 0, len(x)), strength)
+    x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
+    result = flow.denoise(x, parse_labels(labels, 0, x.shape[0] if x.ndim else 0), strength)
     output = Path("denoised.png") if output is None and save is None else output
     written = {}
     if save is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -54,19 +55,29 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: nothing half-written
     try:
         app()
-    except KeyboardInterrupt:
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # outside a command: typer ends those with 130, see below
         print("tarflow: interrupted; nothing half-written was left", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            print("tarflow: interrupted; nothing half-written was left", file=sys.stderr)
+        raise
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except FileNotFoundError as error:
-        _fail(f"no such file: {error.filename or error}", 2)
+        _fail(f"no such file: '{error.filename}'" if error.filename else str(error), 2)
     except MemoryError:
-        _fail("out of memory; use a smaller --batch-size, or --low-memory", 3)
+        _fail("out of memory; use a smaller --n or --batch-size, or --low-memory", 3)
     except ModuleNotFoundError as error:
-        extra = "train" if error.name == "sklearn" else "export"
+        extra = {"sklearn": "train"}.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is buffered cannot be written at exit either)
+            _fail("the disk is full: the output could not be written", 3)
+        _fail(f"'{error.filename}': {error.strerror}" if error.filename else str(error), 3)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if not isinstance(code, int):

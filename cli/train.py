@@ -38,7 +38,9 @@ def train(
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
     grad_clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0 for any.")] = 1.0,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
-    jitter: Annotated[float, typer.Option(help="Move images at random by up to so many pixels; 0.25 is much.")] = 0.0,
+    jitter: Annotated[
+        float, typer.Option(help="Move images at random, by up to this many pixels, such as 0.25.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     log_every: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 50,
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 250,

@@ -90,7 +90,7 @@ def write_repro(folder: Path, finding: Finding, tensors: dict[str, Any], force: 
             np.savez(partial / f"{part}.npz", **tensors[part])
         if node is not None:
             onnx.save(_alone(node, tensors["inputs"], tensors["found"], tensors["opset"]), partial / "node.onnx")
-        (partial / "finding.json").write_text(json.dumps(asdict(finding), indent=1))
+        (partial / "finding.json").write_text(json.dumps({"format": "tarflow-bisect", **asdict(finding)}, indent=1))
         (partial / "README.md").write_text(
             f"# {finding.reason}\n\n`inputs.npz` goes into `node.onnx`; `found.npz` is what the bundle's "
             "graph makes of "

@@ -1,12 +1,12 @@
 """Step, Forward, Gradient: one flow block as the three modules that get traced.
 
-The same mathematics as ``tarflow.model``, written for a graph that must run anywhere: matrix products in two
-dimensions on weights as they are stored, attention spelled out, precision made of explicit casts, no flip of a
-weight. In patch order a reversed block is an anti-causal one, so Forward and Gradient never reorder anything.
+The same mathematics as ``tarflow.model``, written for a graph that must run anywhere and fast: matrix products in two
+dimensions on weights as they are stored, attention spelled out, precision made of explicit casts, no flip of a weight,
+and in Step, which runs once for every patch, nothing that a host can prepare once for many steps. In patch order a
+reversed block is an anti-causal one, so Forward and Gradient never reorder anything.
 
-Shapes: B images, T patches, W a window of them, D numbers in a patch, C width, H heads, d head dimension, S cache
-slots, G guidance branches (1 or 2), R = G * B rows. Branches are weighed by ``mix`` (2, G, W): row 0 weighs their
-log_scale, row 1 their shift; ``inverse_temperature`` (G,) multiplies their attention logits.
+Shapes: B images, T patches, W a window of them, N = B * W, D numbers in a patch, C width, H heads, d head dimension,
+S cache slots, G guidance branches (1 or 2), R = G * B rows. ``labels`` are classes, or ``classes`` for the null class.
 """
 
 from __future__ import annotations
@@ -33,101 +33,77 @@ def softmax(scores: Tensor) -> Tensor:
 class BlockGraph(nn.Module):
     """What the three graphs share. Weights keep the names they have in the block, prefixed ``block.``."""
 
-    null_class: Tensor
+    class_table: Tensor
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
         self.config = block.config
-        if block.class_embed is not None:
-            self.register_buffer("null_class", block.class_embed.detach().mean(0))  # (1, C)
+        if block.class_embed is not None:  # (classes + 1, C): the null class, their mean, comes last
+            table = block.class_embed.detach()[:, 0]
+            self.register_buffer("class_table", torch.cat([table, table.mean(0, keepdim=True)]))
 
-    def embed(self, x: Tensor, positions: Tensor, labels: Tensor, branches: int) -> Tensor:
-        """x (B, W, D), positions (W, C), labels (G, B) -> (G, B, W, C)."""
-        batch, window, _ = x.shape
-        h = product(x.reshape(batch * window, -1), self.block.proj_in).float()
-        h = h.view(batch, window, -1) + positions
-        h = h.unsqueeze(0).expand(branches, -1, -1, -1)
-        if self.block.class_embed is None:
-            return h
-        known = self.block.class_embed.index_select(0, labels.clamp(min=0).reshape(-1))  # (R, 1, C)
-        chosen = torch.where((labels < 0).reshape(-1, 1, 1), self.null_class, known)
-        return h + chosen.view(branches, batch, 1, -1)
+    def heads(self, attention: Attention, n: Tensor, rows: int) -> list[Tensor]:
+        """Normalised (R * W, C) -> query, key, value, each (R, H, W, d)."""
+        return [
+            part.view(rows, -1, attention.heads, attention.head_dim).transpose(1, 2)
+            for part in product(n, attention.qkv).chunk(3, -1)
+        ]
 
-    def heads(self, attention: Attention, n: Tensor, rows: int, tempering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised (R * W, C) -> query (scaled), key, value, each (R, H, W, d)."""
-        qkv = product(n, attention.qkv).view(rows, -1, 3, attention.heads, attention.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return query * tempering, key, value
-
-    def tempering(self, inverse_temperature: Tensor, batch: int) -> Tensor:
-        """(G,) -> (R, 1, 1, 1): what multiplies each row's queries."""
-        scale = (inverse_temperature * self.config.head_dim**-0.5).to(self.block.proj_in.weight.dtype)
-        rows: Tensor = scale.unsqueeze(1).expand(-1, batch).reshape(-1, 1, 1, 1)
-        return rows
-
-    def read_out(self, h: Tensor, mix: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(G, B, W, C) -> mixed log_scale (None when volume-preserving) and shift, (B, W, D) each."""
-        branches, batch, window, _ = h.shape
-        out = product(h.reshape(branches * batch * window, -1), self.block.proj_out).float()
-        out = out.view(branches, batch, window, -1)
-        weights = mix.unsqueeze(2).unsqueeze(-1)  # (2, G, 1, W, 1)
-        if not self.config.nvp:
-            return None, (out * weights[1]).sum(0)
-        log_scale, shift = out.chunk(2, -1)
-        return (log_scale * weights[0]).sum(0), (shift * weights[1]).sum(0)
+    def mlp(self, layer: Layer, h: Tensor) -> Tensor:
+        return product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
 
 
 class Step(BlockGraph):
-    """A window of the inverse: patches known at ``position ... position + W - 1`` give the next ones.
+    """A window of the inverse: patches known at positions p ... p + W - 1 give the next ones, for B images at once.
 
-    The cache is read only: slots at or past ``position`` are masked, and the window's own keys and values are
-    returned for whoever owns the cache to store.
+    The cache is read only: ``bias`` masks its slots from p on, and the window's own keys and values are returned for
+    whoever owns the cache to store. Patches, indices and labels come image by image, so that W = 1 costs no reshape.
     """
 
     def forward(
         self,
         x: Tensor,
         z: Tensor,
+        index: Tensor,
         labels: Tensor,
-        position: Tensor,
         mix: Tensor,
-        inverse_temperature: Tensor,
+        query_scale: Tensor,
+        bias: Tensor,
         cache: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """x (B, W, D) at the window, z (B, W, D) one further, labels (G, B), position (1,), mix (2, G, W),
-        inverse_temperature (G,), cache: per layer keys and values (R, H, S, d), in block order.
+        """x (N, D) in the window, z (N, D) one position further, index (N) of the window's patches in patch order,
+        labels (G, N), mix (G, N, 2 D) (D if volume-preserving) to weigh each branch's log_scale and shift by,
+        query_scale (R, 1, 1, 1), bias (W, S + W) added to attention scores, cache: per layer keys and values,
+        (R, H, S, d) each, slots in block order.
 
-        Returns the patches one further, (B, W, D), and this window's keys and values (2 * layers, R, H, W, d).
+        Returns the patches one further, (N, D), and this window's keys and values (2 * layers * R, H, W, d).
         """
-        batch, window, _ = x.shape
-        branches = inverse_temperature.shape[0]
-        rows = branches * batch
-        offsets = torch.arange(window)
-        index = position + offsets  # (W,), in block order
-        if self.block.reversed:
-            index = self.config.tokens - 1 - index
-        h = self.embed(x, F.embedding(index, self.block.pos_embed), labels, branches)
-        h = h.reshape(rows * window, -1)
-        tempering = self.tempering(inverse_temperature, batch)
-        slots = torch.arange(cache[0].shape[2])
-        past_bias = torch.where(slots < position, 0.0, MASKED)  # (S,)
-        window_bias = torch.where(offsets <= offsets.unsqueeze(1), 0.0, MASKED)  # (W, W)
+        rows, slots = cache[0].shape[0], cache[0].shape[2]
+        h = product(x, self.block.proj_in).float() + F.embedding(index, self.block.pos_embed)  # (N, C)
+        if self.block.class_embed is None:
+            h = h.unsqueeze(0).expand(labels.shape[0], -1, -1)
+        else:
+            h = h + F.embedding(labels, self.class_table)  # (G, N, C)
+        h = h.reshape(-1, self.config.width)  # (R * W, C)
+        query_scale = query_scale.to(self.block.proj_in.weight.dtype)
         fresh = []
         for j, layer in enumerate(self.block.layers):
             attention, keys, values = layer.attention, cache[2 * j], cache[2 * j + 1]
-            query, key, value = self.heads(attention, attention.norm(h), rows, tempering)
-            past = (query @ keys.transpose(2, 3)).float() + past_bias
-            own = (query @ key.transpose(2, 3)).float() + window_bias
-            weights = softmax(torch.cat([past, own], -1)).to(query.dtype)
-            past_weights, own_weights = torch.split(weights, [cache[0].shape[2], window], -1)
-            mixed = past_weights @ values + own_weights @ value
-            h = h + product(mixed.transpose(1, 2).reshape(rows * window, -1), attention.proj).float()
-            h = h + product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
+            query, key, value = self.heads(attention, attention.norm(h), rows)
+            query = query * query_scale
+            scores = torch.cat([query @ keys.transpose(2, 3), query @ key.transpose(2, 3)], -1).float() + bias
+            past, own = torch.split(softmax(scores).to(query.dtype), [slots, bias.shape[0]], -1)
+            mixed = past @ values + own @ value
+            h = h + product(mixed.transpose(1, 2).reshape(-1, self.config.width), attention.proj).float()
+            h = h + self.mlp(layer, h)
             fresh += [key, value]
-        log_scale, shift = self.read_out(h.view(branches, batch, window, -1), mix)
-        x_next = z + shift if log_scale is None else z * log_scale.exp() + shift
-        return x_next, torch.stack(fresh)
+        out = product(h, self.block.proj_out).float().view(mix.shape) * mix
+        out = out.sum(0)  # (N, 2 D)
+        if self.config.nvp:
+            log_scale, shift = out.chunk(2, -1)
+            return z * log_scale.exp() + shift, torch.cat(fresh)
+        return z + out, torch.cat(fresh)
 
 
 class Forward(BlockGraph):
@@ -136,28 +112,41 @@ class Forward(BlockGraph):
     def forward(self, x: Tensor, labels: Tensor, mix: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), labels (G, B), mix (2, G, T), inverse_temperature (G,) -> z (B, T, D), log_det (B,) in nats.
 
-        x and z are in patch order, ``mix`` in block order, as in Step.
+        x and z are in patch order, ``mix`` in block order: it weighs the branches' log_scale (row 0) and shift (row 1).
         """
         batch, tokens, _ = x.shape
-        branches = inverse_temperature.shape[0]
-        rows = branches * batch
-        h = self.embed(x, self.block.pos_embed, labels, branches).reshape(rows * tokens, -1)
-        tempering = self.tempering(inverse_temperature, batch)
+        branches = labels.shape[0]
+        h = self.embed(x, labels)
+        scale = (inverse_temperature * self.config.head_dim**-0.5).to(self.block.proj_in.weight.dtype)
+        scale = scale.unsqueeze(1).expand(-1, batch).reshape(-1, 1, 1, 1)  # (R, 1, 1, 1)
         mask = self.causal(tokens)
         for layer in self.block.layers:
             attention = layer.attention
-            query, key, value = self.heads(attention, attention.norm(h), rows, tempering)
-            weights = softmax((query @ key.transpose(2, 3)).float().masked_fill(mask, MASKED)).to(query.dtype)
-            mixed = (weights @ value).transpose(1, 2).reshape(rows * tokens, -1)
+            query, key, value = self.heads(attention, attention.norm(h), branches * batch)
+            scores = (query * scale) @ key.transpose(2, 3)
+            weights = softmax(scores.float().masked_fill(mask, MASKED)).to(query.dtype)
+            mixed = (weights @ value).transpose(1, 2).reshape(-1, self.config.width)
             h = h + product(mixed, attention.proj).float()
-            h = h + product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
-        mix = mix.flip(2) if self.block.reversed else mix
-        log_scale, shift = self.read_out(h.view(branches, batch, tokens, -1), mix)
-        shift = self.shifted(shift)
-        if log_scale is None:
-            return x - shift, torch.zeros_like(x[:, 0, 0])
-        log_scale = self.shifted(log_scale)
+            h = h + self.mlp(layer, h)
+        out = product(h, self.block.proj_out).float().view(branches, batch, tokens, -1)
+        mix = (mix.flip(2) if self.block.reversed else mix).unsqueeze(2).unsqueeze(-1)  # (2, G, 1, T, 1)
+        if not self.config.nvp:
+            return x - self.shifted((out * mix[1]).sum(0)), torch.zeros_like(x[:, 0, 0])
+        log_scale, shift = (
+            self.shifted((part * weight).sum(0)) for part, weight in zip(out.chunk(2, -1), mix.unbind(0), strict=True)
+        )
         return (x - shift) * torch.exp(-log_scale), -log_scale.sum((1, 2))
+
+    def embed(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x (B, T, D), labels (G, B) -> (R * T, C)."""
+        batch, tokens, _ = x.shape
+        h = product(x.reshape(-1, self.config.patch_dim), self.block.proj_in).float()
+        h = h.view(batch, tokens, -1) + self.block.pos_embed
+        if self.block.class_embed is None:
+            h = h.unsqueeze(0).expand(labels.shape[0], -1, -1, -1)
+        else:
+            h = h + F.embedding(labels, self.class_table).unsqueeze(2)
+        return h.reshape(-1, self.config.width)
 
     def causal(self, tokens: int) -> Tensor:
         """(T, T), True where attention may not look."""
@@ -181,7 +170,7 @@ class Gradient(Forward):
         """x (B, T, D), labels (1, B), grad_z (B, T, D), grad_log_det (B,) -> grad_x (B, T, D)."""
         batch, tokens, _ = x.shape
         mask = self.causal(tokens)
-        h = self.embed(x, self.block.pos_embed, labels, 1).reshape(batch * tokens, -1)
+        h = self.embed(x, labels)
         tapes = []
         for layer in self.block.layers:
             h, tape = self.layer_forward(layer, h, batch, mask)
@@ -207,8 +196,8 @@ class Gradient(Forward):
         """(B * T, C) -> (B * T, C), and what its gradient needs."""
         attention = layer.attention
         standard_in, spread_in = standardise(h, attention.norm)
-        tempering = torch.full((1,), attention.head_dim**-0.5, dtype=attention.qkv.weight.dtype)
-        query, key, value = self.heads(attention, affine(standard_in, attention.norm), batch, tempering)
+        query, key, value = self.heads(attention, affine(standard_in, attention.norm), batch)
+        query = query * attention.head_dim**-0.5
         weights = softmax((query @ key.transpose(2, 3)).float().masked_fill(mask, MASKED))
         mixed = (weights.to(value.dtype) @ value).transpose(1, 2).reshape(h.shape)
         h = h + product(mixed, attention.proj).float()

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from ..runtime.bundle import (
     ModelShape,
 )
 from ..runtime.errors import CheckFailed, InputError
-from ..runtime.files import replacing_folder, sha256
+from ..runtime.files import check_replaceable, replacing_folder, sha256
 from ..runtime.flow import Flow
 from ..runtime.ort import OrtBackend
 from . import verify
@@ -74,13 +75,14 @@ def export(
     is out of the precision's tolerance; InputError if ``folder`` exists and not ``force``; what ``load`` raises.
     """
     precision = precision_named(engine)
+    check_replaceable(folder, force)
+    watch(f"load {checkpoint}")
+    model = open_checkpoint(checkpoint, hints)
     with replacing_folder(folder, force) as partial:
-        watch(f"load {checkpoint}")
-        model = open_checkpoint(checkpoint, hints)
         stored = _weights(model, precision, partial, watch)
         blocks = _graphs(model, precision, stored, partial, watch)
-        parity = _parity(model, _manifest(model, checkpoint, precision, blocks), partial, check, watch)
-        _finish(replace(_manifest(model, checkpoint, precision, blocks), parity=parity), partial)
+        manifest = _manifest(model, checkpoint, precision, blocks)
+        _finish(replace(manifest, parity=_parity(model, manifest, partial, check, watch)), partial)
     return Bundle.open(folder)
 
 
@@ -89,9 +91,9 @@ def plan(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hints 
     precision = precision_named(engine)
     model = open_checkpoint(checkpoint, hints)
     config, weights = model.config, weights_size(model, precision)
-    sizes = {"step": (14, 14), "forward": (14, 11), "gradient": (16, 34)}  # KiB: per graph, per layer, measured
-    mask = config.tokens**2
-    files = {WEIGHTS: weights + 4096, GOLDEN: verify.SAMPLES * config.tokens * config.patch_dim * 12 + 512}
+    sizes = {"step": (5, 5), "forward": (6, 4), "gradient": (6, 8)}  # KiB: per graph, per layer, measured
+    mask = config.tokens**2 if config.tokens <= 512 else 0  # larger ones the exporter leaves to be computed
+    files = {WEIGHTS: weights + 4096, GOLDEN: verify.SAMPLES * config.tokens * config.patch_dim * 12 + 400}
     for k in range(config.blocks):
         for kind, (fixed, per_layer) in sizes.items():
             files[_graph_name(k, kind)] = (fixed + per_layer * config.layers) * 1024 + (kind != "step") * mask
@@ -173,7 +175,8 @@ def _beside_pytorch(
         theirs, ours = asdict(model.config), asdict(bundle.manifest.config)
         differing = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
         raise InputError(
-            f"'{checkpoint}' is not the model in '{folder}': {differing}; name the checkpoint it was exported from"
+            f"'{checkpoint or 'weights'}' is not the model in '{folder}': {differing}; "
+            "name the checkpoint it was exported from"
         )
     with torch.no_grad(), runnable(bundle) as here:
         backend = open_backend(provider, here) if here is bundle else OrtBackend(here, low_memory=True)
@@ -181,8 +184,8 @@ def _beside_pytorch(
 
 
 def twin_flow(model: TarFlow, bundle: Bundle) -> Flow:
-    """The oracle: the bundle's flow with PyTorch computing every block."""
-    return Flow(bundle, Twin(model))
+    """The oracle: the bundle's flow with PyTorch computing every block, and the checkpoint's prior."""
+    return Flow(bundle, Twin(model), model.prior.cpu().numpy())
 
 
 def _weights(model: TarFlow, precision: Precision, folder: Path, watch: Watch) -> dict[str, Stored]:
@@ -209,12 +212,12 @@ def _graphs(
 
 def _parity(model: TarFlow, manifest: Manifest, folder: Path, check: bool, watch: Watch) -> dict[str, Any]:
     """Write golden pairs made by PyTorch; compare the graphs just written with it."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with torch.no_grad():
         oracle = twin_flow(model, Bundle(folder, manifest, ""))
         pairs = verify.make_pairs(oracle, _parameters(model), watch)
-        save_file(pairs.tensors(), str(folder / GOLDEN))
+        (folder / GOLDEN).write_bytes(save(pairs.tensors()))
         if not check:
             return {}
         with runnable(Bundle(folder, manifest, "")) as bundle:
@@ -237,16 +240,24 @@ def runnable(bundle: Bundle) -> Iterator[Bundle]:
     if bundle.manifest.precision != "bf16":
         yield bundle
         return
-    with tempfile.TemporaryDirectory(prefix=".tarflow-bf16.", dir=bundle.folder.parent) as name:
+    with tempfile.TemporaryDirectory(prefix="tarflow-bf16.") as name:
         folder = Path(name)
-        for file in (WEIGHTS, GOLDEN):  # hard links: graphs may only refer to weights in their own folder
+        for file in (WEIGHTS, GOLDEN):  # graphs may only refer to weights in their own folder
             if (bundle.folder / file).exists():
-                os.link(bundle.folder / file, folder / file)
+                _link(bundle.folder / file, folder / file)
         for block in bundle.manifest.blocks:
             for graph in block.graphs.values():
                 model = onnx.load(bundle.folder / graph, load_external_data=False)
                 onnx.save(emulate_bfloat16(model), folder / graph)
         yield Bundle(folder, bundle.manifest, bundle.hash)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file systems differ."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _emulation(manifest: Manifest) -> str:

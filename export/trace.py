@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -19,6 +20,8 @@ from .graphs import BlockGraph, Forward, Gradient, Step
 OPSET = 20  # the first with Gelu as one operator; ONNX Runtime from 1.17 on and TensorRT's parser take it
 KINDS: dict[str, type[BlockGraph]] = {"step": Step, "forward": Forward, "gradient": Gradient}
 WEIGHTS = "weights.safetensors"
+# N = B * W and R = G * B tie the axes of a step graph together: facts for the host, not guards for the tracer.
+_DEFER: dict[str, Any] = {"prefer_deferred_runtime_asserts_over_guards": True}
 _CONSTANT_LIMIT = 4096  # bytes: constants above this must be weights, or the causal mask (one byte an entry)
 
 
@@ -49,42 +52,41 @@ def inputs(kind: str, block: Block, cache_dtype: torch.dtype) -> list[Port]:
     """The inputs of a kind of graph. Example sizes are chosen all different, so that no two axes are confused."""
     config = block.config
     branches, batch, window, slots = 2, 3, 5, 7
-    length = window if kind == "step" else config.tokens
-    span = "window" if kind == "step" else None
+    if kind == "step":
+        patches, outputs = batch * window, config.patch_dim * (2 if config.nvp else 1)
+        shape = (branches * batch, config.heads, slots, config.head_dim)
+        return [
+            Port("x", torch.randn(patches, config.patch_dim), ("patches", None)),
+            Port("z", torch.randn(patches, config.patch_dim), ("patches", None)),
+            Port("index", torch.zeros(patches, dtype=torch.int64), ("patches",)),
+            Port("labels", torch.zeros(branches, patches, dtype=torch.int64), ("branches", "patches")),
+            Port("mix", torch.ones(branches, patches, outputs), ("branches", "patches", None)),
+            Port("query_scale", torch.ones(branches * batch, 1, 1, 1), ("rows", None, None, None)),
+            Port("bias", torch.zeros(window, slots + window), ("window", "slots + window")),
+            *(  # each its own tensor: the tracer takes one object passed twice for one input
+                Port(f"{part}_{layer}", torch.zeros(shape, dtype=cache_dtype), ("rows", None, "slots", None))
+                for layer in range(config.layers)
+                for part in ("key", "value")
+            ),
+        ]
 
-    def patches(name: str) -> Port:
-        return Port(name, torch.randn(batch, length, config.patch_dim), ("batch", span, None))
+    def sequence(name: str) -> Port:
+        return Port(name, torch.randn(batch, config.tokens, config.patch_dim), ("batch", None, None))
 
     labels = torch.zeros(branches, batch, dtype=torch.int64)
     if kind == "gradient":
         log_det = Port("grad_log_det", torch.ones(batch), ("batch",))
-        return [patches("x"), Port("labels", labels[:1], (None, "batch")), patches("grad_z"), log_det]
-    ports = [
-        patches("x"),
-        Port("labels", labels, ("branches", "batch")),
-        Port("mix", torch.ones(2, branches, length), (None, "branches", span)),
-        Port("inverse_temperature", torch.ones(branches), ("branches",)),
-    ]
-    if kind == "forward":
-        return ports
-    shape = (branches * batch, config.heads, slots, config.head_dim)
-    cache = [  # each its own tensor: the tracer takes one object passed twice for one input
-        Port(f"{part}_{layer}", torch.zeros(shape, dtype=cache_dtype), ("rows", None, "slots", None))
-        for layer in range(config.layers)
-        for part in ("key", "value")
-    ]
+        return [sequence("x"), Port("labels", labels[:1], (None, "batch")), sequence("grad_z"), log_det]
     return [
-        ports[0],
-        patches("z"),
-        ports[1],
-        Port("position", torch.ones(1, dtype=torch.int64), (None,)),
-        *ports[2:],
-        *cache,
+        sequence("x"),
+        Port("labels", labels, ("branches", "batch")),
+        Port("mix", torch.ones(2, branches, config.tokens), (None, "branches", None)),
+        Port("inverse_temperature", torch.ones(branches), ("branches",)),
     ]
 
 
 OUTPUTS: dict[str, list[tuple[str, tuple[str | int | None, ...]]]] = {
-    "step": [("x_next", ("batch", "window", None)), ("fresh", (None, "rows", None, "window", None))],
+    "step": [("x_next", ("patches", None)), ("fresh", ("2 * layers * rows", None, "window", None))],
     "forward": [("z", ("batch", None, None)), ("log_det", ("batch",))],
     "gradient": [("grad_x", ("batch", None, None))],
 }
@@ -102,7 +104,7 @@ def trace(kind: str, block: Block, cache_dtype: torch.dtype) -> ir.Model:
         shapes = [*shapes[:fixed], shapes[fixed:]]
     with torch.no_grad(), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
+        program = torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False, **_DEFER)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None
     model = exported.model

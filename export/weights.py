@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tarflow.checkpoint import CONFIG_KEY, DERIVED, reference_name, reference_state
+from tarflow.checkpoint import CONFIG_KEY, DERIVED, CheckpointError, reference_name, reference_state
 from tarflow.model import TarFlow
 
 from ..runtime.errors import InputError
@@ -32,15 +32,11 @@ def rename(module: BlockGraph, block: int) -> dict[str, str]:
     """Names a graph gives its weights -> names of block ``block``'s tensors in the weights file."""
     names = {}
     for name in weight_names(module):
-        if name == "null_class":
-            names[name] = null_class_name(block)
+        if name == "class_table":
+            names[name] = f"{DERIVED}blocks.{block}.class_table"
         else:
             names[name] = reference_name(f"blocks.{block}.{name.removeprefix('block.')}")
     return names
-
-
-def null_class_name(block: int) -> str:
-    return f"{DERIVED}blocks.{block}.null_class"
 
 
 def weights_size(model: TarFlow, precision: Precision) -> int:
@@ -73,10 +69,24 @@ def write_weights(model: TarFlow, precision: Precision, path: Path) -> dict[str,
         file.write(encoded)
         for name, tensor, dtype in tensors:
             file.write(_bytes(name, tensor, dtype))
-    return {
+    stored = {
         name: Stored(first + start, length, _TYPES[dtype][1], shape)
         for name, (dtype, shape, start, length) in entries.items()
     }
+    return stored | _class_tables(model, stored)
+
+
+def _class_tables(model: TarFlow, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Each block's class embeddings and, right behind them in the file, the null class, read as one tensor."""
+    tables = {}
+    for k in range(model.config.blocks if model.config.classes else 0):
+        known, null = stored[f"blocks.{k}.class_embed"], stored[f"{DERIVED}blocks.{k}.null_class"]
+        assert known.offset + known.length == null.offset
+        shape = (model.config.classes + 1, model.config.width)
+        tables[f"{DERIVED}blocks.{k}.class_table"] = Stored(
+            known.offset, known.length + null.length, known.dtype, shape
+        )
+    return tables
 
 
 def _tensors(model: TarFlow, precision: Precision) -> Iterator[tuple[str, Tensor, torch.dtype]]:
@@ -84,9 +94,8 @@ def _tensors(model: TarFlow, precision: Precision) -> Iterator[tuple[str, Tensor
     half = {reference_name(f"blocks.{k}.{name}") for k in range(len(model.blocks)) for name in half_names(block)}
     for name, tensor in reference_state(model).items():
         yield name, tensor, precision.dtype if name in half else torch.float32
-    for k, block in enumerate(model.blocks):
-        if block.class_embed is not None:
-            yield null_class_name(k), block.class_embed.detach().mean(0), torch.float32
+        if name.endswith(".class_embed"):
+            yield f"{DERIVED}{name.removesuffix('class_embed')}null_class", tensor.mean(0), torch.float32
 
 
 def _packing(entry: tuple[str, Tensor, torch.dtype]) -> tuple[int, bool]:
@@ -102,6 +111,6 @@ def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
             raise InputError(
                 f"weight {name} reaches {tensor.abs().max():.3g}, more than float16 can hold; use --engine bf16 or fp32"
             )
-        raise InputError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
+        raise CheckpointError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
     raw: NDArray[np.uint8] = converted.view(-1).view(torch.uint8).numpy()
     return raw.data

@@ -1,6 +1,6 @@
 """How many class-conditional samples of a digits model a classifier of real digits takes for their class.
 
-    python recipes/recognise.py runs/digits/digits_model_2_128_4_3_0.10.safetensors
+    python recipes/recognise.py runs/digits/digits_model_2_128_4_3_0.15.safetensors
 
 Prints one JSON document: the share recognised for each seed, guided with a constant 1.0 and denoised, beside the
 share of real held-out digits the same classifier gets right; and held-out bits per dimension of noisy digits.

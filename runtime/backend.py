@@ -48,6 +48,9 @@ class Decoding(Protocol):
     def patches(self) -> Array:
         """(B, T, D), patch order."""
 
+    def close(self) -> None:
+        """Let go of device memory. Optional: a decoding that is dropped lets go of it too."""
+
 
 class Backend(Protocol):
     """The three graphs of every block, on one engine."""
@@ -83,7 +86,12 @@ def open_backend(
     from .ort import PROVIDERS, OrtBackend, load_onnxruntime
 
     if provider == "auto":
-        provider = "cuda" if PROVIDERS["cuda"] in load_onnxruntime().get_available_providers() else "cpu"
+        if PROVIDERS["cuda"] in load_onnxruntime().get_available_providers():
+            try:
+                return OrtBackend(bundle, "cuda", threads, spinning, low_memory)
+            except MachineError:  # compiled in, but there is no GPU: the CPU it is, and ``description`` says so
+                pass
+        provider = "cpu"
     if provider not in PROVIDERS:
         raise InputError(f"provider '{provider}' is unknown; expected one of auto, {', '.join(PROVIDERS)}")
     if threads is not None and threads < 1:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ KINDS = ("step", "forward", "gradient")
 PRECISIONS = ("fp32", "fp16", "bf16")
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
 REBUILD = "export it again: tarflow export CHECKPOINT -o BUNDLE --force"
+_DEEPEST = 64  # levels of a manifest; ours has five
+_LARGEST_FLOAT = sys.float_info.max
 _HEX = re.compile(r"[0-9a-f]{64}")
 T = TypeVar("T")
 
@@ -123,16 +126,18 @@ class Bundle:
                 f"export -o '{folder}'"
             )
         path = folder / MANIFEST
-        try:
-            if path.stat().st_size > MANIFEST_LIMIT:
-                raise BundleError(f"'{path}' is larger than {MANIFEST_LIMIT >> 20} MiB; a manifest is not. {REBUILD}")
-            content = path.read_bytes()
-        except FileNotFoundError:
+        if not path.is_symlink() and not path.exists():
             raise BundleError(
                 f"'{folder}' has no {MANIFEST}, so it is not a bundle; make one with: tarflow export -o BUNDLE"
-            ) from None
+            )
+        _require_inside(folder, path)
+        try:
+            with path.open("rb") as file:
+                content = file.read(MANIFEST_LIMIT + 1)
         except OSError as error:
             raise BundleError(f"'{path}' cannot be read: {error.strerror}") from None
+        if len(content) > MANIFEST_LIMIT:
+            raise BundleError(f"'{path}' is larger than {MANIFEST_LIMIT >> 20} MiB; a manifest is not. {REBUILD}")
         bundle = cls(folder, read_manifest(content, str(path)), hashlib.sha256(content).hexdigest())
         for name, entry in bundle.manifest.files.items():
             size = bundle.path(name).stat().st_size
@@ -146,14 +151,7 @@ class Bundle:
     def path(self, name: str) -> Path:
         """The path of a file the manifest names. Raises BundleError if it is missing or leads out of the folder."""
         path = self.folder / name
-        try:
-            resolved = path.resolve(strict=True)
-        except (OSError, RuntimeError):
-            raise BundleError(
-                f"'{path}' is missing, though the manifest names it. Copy the bundle again, or {REBUILD}"
-            ) from None
-        if not resolved.is_relative_to(self.folder.resolve()) or not resolved.is_file():
-            raise BundleError(f"'{path}' leads out of the bundle or is no regular file; a bundle's files lie inside it")
+        _require_inside(self.folder, path)
         return path
 
     def check(self, *names: str) -> None:
@@ -165,6 +163,28 @@ class Bundle:
                     f"'{self.folder / name}' is damaged or was changed: its SHA-256 is {found[:16]}..., the manifest "
                     f"says {self.manifest.files[name].sha256[:16]}... Copy the bundle again, or {REBUILD}"
                 )
+
+    def check_runnable(self) -> None:
+        """Everything to know before an engine is given the graphs: hashes, no stranger among the files, and that the
+        manifest's configuration is the one the weights carry. Raises BundleError.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.check(*(name for name in self.manifest.files if name not in (GOLDEN, PARITY)))
+        named = {*self.manifest.files, MANIFEST}
+        strange = sorted(p.name for p in self.folder.iterdir() if not p.is_dir() and p.name not in named)
+        if strange:  # a graph could read its weights from there, unhashed
+            raise BundleError(
+                f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
+                "copy the bundle again"
+            )
+        try:
+            with safe_open(str(self.path(WEIGHTS)), framework="np") as file:
+                said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BundleError(f"'{self.folder / WEIGHTS}' cannot be read ({error}). {REBUILD}") from None
+        if said != asdict(self.manifest.config):
+            raise BundleError(f"'{self.folder}': the manifest describes another model than its weights do. {REBUILD}")
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""
@@ -182,7 +202,13 @@ class Bundle:
         config = self.manifest.config
         shape = (config.tokens, config.patch_dim)
         if config.nvp:
-            return np.ones(shape, np.float32)
+            try:
+                return np.ones(shape, np.float32)
+            except (ValueError, MemoryError):
+                raise BundleError(
+                    f"'{self.folder / MANIFEST}' describes images of {config.image_size} pixels a side, more than this "
+                    f"machine can hold: it was edited, or made for another machine. {REBUILD}"
+                ) from None
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -190,30 +216,48 @@ class Bundle:
                 variance: NDArray[np.float32] = file.get_tensor("var")
         except (SafetensorError, OSError) as error:
             raise BundleError(f"'{self.folder / WEIGHTS}' holds no prior variance 'var' ({error}). {REBUILD}") from None
-        if variance.shape != shape or variance.dtype != np.float32 or not (variance >= 0).all():
+        if (
+            variance.shape != shape
+            or variance.dtype != np.float32
+            or not (np.isfinite(variance) & (variance >= 0)).all()
+        ):
             raise BundleError(
                 f"'{self.folder / WEIGHTS}': the prior variance is {variance.dtype} {variance.shape}; "
-                f"expected float32 {shape}, not negative"
+                f"expected float32 {shape}, finite and not negative"
             )
         return variance
+
+
+def _require_inside(folder: Path, path: Path) -> None:
+    """Raise BundleError unless ``path`` is a regular file that lies, links followed, in ``folder``."""
+    try:
+        resolved = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BundleError(
+            f"'{path}' is missing, though the manifest names it. Copy the bundle again, or {REBUILD}"
+        ) from None
+    if not resolved.is_relative_to(folder.resolve()) or not resolved.is_file():
+        raise BundleError(f"'{path}' leads out of the bundle or is no regular file; a bundle's files lie inside it")
 
 
 def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
     """Parse and validate a manifest. Unknown keys are left alone; a missing or wrong one raises BundleError."""
     try:
-        document = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        document = json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        if _depth(document) > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"'{source}' is damaged: it is not JSON ({str(error)[:120]}). Copy the bundle again, or {REBUILD}"
+            f"'{source}' is damaged: it cannot be parsed ({str(error)[:120]}). Copy the bundle again, or {REBUILD}"
         ) from None
     reader = _Reader(source)
     top = reader.typed(document, dict, "the document")
     if top.get("format") != FORMAT:
-        raise BundleError(f"'{source}' says format {top.get('format')!r}; expected {FORMAT!r}: this is no bundle")
-    if top.get("schema") != SCHEMA or isinstance(top.get("schema"), bool):
+        raise BundleError(f"'{source}' says format {_short(top.get('format'))}; expected {FORMAT!r}: this is no bundle")
+    if top.get("schema") != SCHEMA or type(top["schema"]) is not int:  # true and 1.0 equal 1
         raise BundleError(
-            f"'{source}' has schema version {top.get('schema')!r}; this tarflow reads version {SCHEMA}. Install the "
-            f"tarflow that wrote it, or {REBUILD}"
+            f"'{source}' has schema version {_short(top.get('schema'))}; this tarflow reads version {SCHEMA}. "
+            f"Install the tarflow that wrote it, or {REBUILD}"
         )
     config = _read_config(reader, reader.get(top, "config", dict))
     files = {
@@ -231,7 +275,7 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
             raise reader.wrong(f"files lacks {name}")
     precision = reader.get(top, "precision", str)
     if precision not in PRECISIONS:
-        raise reader.wrong(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        raise reader.wrong(f"precision is {_short(precision)}; expected one of {', '.join(PRECISIONS)}")
     exporter = reader.get(top, "exporter", dict)
     return Manifest(
         name=reader.get(top, "name", str),
@@ -246,11 +290,13 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
 
 
 def _read_config(reader: _Reader, numbers: dict[str, Any]) -> ModelShape:
-    noise_std = numbers.get("noise_std")
+    if "noise_std" not in numbers:
+        raise reader.wrong("'noise_std' is missing")
+    noise_std = numbers["noise_std"]
     if noise_std is not None and not (
-        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std < math.inf
+        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_FLOAT
     ):
-        raise reader.wrong(f"config.noise_std is {noise_std!r}; expected null or a number of 0 or more")
+        raise reader.wrong(f"config.noise_std is {_short(noise_std)}; expected null or a number of 0 or more")
     positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
     config = ModelShape(
         **{name: reader.natural(numbers, name, 1) for name in positive},
@@ -267,8 +313,11 @@ def _read_block(reader: _Reader, entry: object, files: Mapping[str, FileEntry], 
     block = reader.typed(entry, dict, f"blocks[{k}]")
     graphs = reader.get(block, "graphs", dict)
     for kind in KINDS:
-        if graphs.get(kind) not in files:
-            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {graphs.get(kind)!r}, which is not among the files")
+        name = graphs.get(kind)
+        if not isinstance(name, str) or name not in files:
+            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {_short(name)}, which is not among the files")
+    if reader.get(block, "reversed", bool) != (k % 2 == 1):
+        raise reader.wrong(f"blocks[{k}].reversed is {block['reversed']}; in schema {SCHEMA} odd blocks are, even not")
     return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in KINDS})
 
 
@@ -294,7 +343,7 @@ class _Reader:
     def natural(self, mapping: Mapping[str, Any], key: str, least: int) -> int:
         value = self.get(mapping, key, int)
         if isinstance(value, bool) or not least <= value < 2**63:
-            raise self.wrong(f"'{key}' is {value}; expected an integer of {least} or more")
+            raise self.wrong(f"'{key}' is {_short(value)}; expected an integer of {least} or more")
         return value
 
     def hash(self, value: str) -> str:
@@ -305,9 +354,16 @@ class _Reader:
     def confined(self, name: str) -> str:
         """A relative path of plain components, with forward slashes, that stays inside the bundle."""
         parts = name.split("/")
-        if not name or "\\" in name or ":" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        if (
+            not name
+            or "\\" in name
+            or ":" in name
+            or "\0" in name
+            or any(part in ("", ".", "..") for part in parts)
+            or not _encodes(name)
+        ):
             raise BundleError(
-                f"'{self.source}' names the file '{name}', which is not a plain relative path inside the "
+                f"'{self.source}' names the file {_short(name)}, which is not a plain relative path inside the "
                 "bundle; it was not opened"
             )
         return name
@@ -315,3 +371,35 @@ class _Reader:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is beyond a float64")
+    return number
+
+
+def _depth(document: object) -> int:
+    """How deep a JSON document nests, without recursion."""
+    depth, level = 0, [document]
+    while level:
+        depth += 1
+        lists = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
+        level = [x for inner in lists for x in inner]
+    return depth
+
+
+def _encodes(name: str) -> bool:
+    """Whether a file can have this name: JSON may hold half a surrogate pair, a file system not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."

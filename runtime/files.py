@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,12 @@ from typing import BinaryIO
 
 from .errors import InputError, MachineError
 
+_UMASK = os.umask(0o022)  # read once: it can only be read by setting it, which other threads would see
+os.umask(_UMASK)
+_FORMAT = re.compile(rb'"format"\s*:\s*"tarflow-[a-z]+"')
+_OURS = re.compile(r"manifest\.json|(?:weights|golden)\.safetensors|PARITY\.md|block_\d+\.[a-z]+\.onnx")
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -21,9 +28,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises InputError if the folder does not exist, MachineError when the disk is full or not writable.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
     if path.is_dir():
         raise InputError(f"'{path}' is a folder; expected the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise InputError(f"'{path}' is a device or a pipe; expected the name of a file to write")
     if not path.parent.is_dir():
         raise InputError(f"the folder of '{path}' does not exist; create it first: mkdir -p '{path.parent}'")
     with disk_errors(path):
@@ -34,29 +43,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.chmod(0o666 & ~_umask())  # mkstemp is private; a result is as shared as its user says
+            partial.chmod(0o666 & ~_UMASK)  # mkstemp is private; a result is as shared as its user says
             partial.replace(path)
+            _sync(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise what :func:`replacing` would raise for a place that takes no files; before a long computation."""
+    with contextlib.suppress(_Unwritten), replacing(path):
+        raise _Unwritten
+
+
+class _Unwritten(Exception):
+    """Leaves ``replacing`` without writing."""
 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str = "manifest.json") -> Iterator[Path]:
     """A folder that appears at ``path`` whole when the block ends well; a failure leaves what was there before.
 
-    Raises InputError if ``path`` exists and ``force`` is not given, or is a folder of something else: neither empty
-    nor with the file ``marker`` in it.
+    Raises what :func:`check_replaceable` raises; MachineError when the disk is full or not writable.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        if not force:
-            raise InputError(f"'{path}' exists; pass --force to replace it, or another name with -o")
-        ours = path.is_dir() and not path.is_symlink() and ((path / marker).is_file() or not any(path.iterdir()))
-        if not ours:
-            raise InputError(
-                f"'{path}' was not made by this command, so --force does not replace it; choose another name"
-            )
+    check_replaceable(path, force, marker)
+    missing = [parent for parent in path.parents if not parent.exists()]  # innermost first
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -65,24 +78,72 @@ def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str = "m
             for file in partial.iterdir():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-            partial.chmod(0o777 & ~_umask())
-            _swap(partial, path)
+                file.chmod(0o666 & ~_UMASK)  # some writers make private files; a bundle is handed on
+            partial.chmod(0o777 & ~_UMASK)
+            _sync(partial)
+            _swap(partial, path, force)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            for parent in missing:
+                with contextlib.suppress(OSError):  # the bundle is in it
+                    parent.rmdir()
 
 
-def _swap(partial: Path, path: Path) -> None:
-    """Rename ``partial`` to ``path``; a folder already there steps aside first and is removed last."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
+def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str = "manifest.json") -> None:
+    """Raise InputError if ``path`` exists and ``force`` is not given, or is something else: neither empty nor ours.
+
+    Many programs have a manifest.json: the file ``marker`` must say, near its beginning, that its format is ours.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise InputError(f"'{path}' is a folder in use; expected the name of a folder to make")
+    with disk_errors(path):
+        taken = path.exists() or path.is_symlink()
+    if not taken:
+        return
+    if not force:
+        raise InputError(f"'{path}' exists; pass --force to replace it, or another name with -o")
+    if path.is_symlink() or not path.is_dir() or not (_has_format(path / marker) or _holds_only_ours(path)):
+        raise InputError(f"'{path}' was not made by this command, so --force does not replace it; choose another name")
+
+
+def _holds_only_ours(folder: Path) -> bool:
+    """Empty, or a bundle by its files' names, whatever became of its manifest."""
+    return all(_OURS.fullmatch(path.name) for path in folder.iterdir())
+
+
+def _has_format(marker: Path) -> bool:
     try:
+        with marker.open("rb") as file:
+            return _FORMAT.search(file.read(4096)) is not None
+    except OSError:
+        return False
+
+
+def _swap(partial: Path, path: Path, force: bool) -> None:
+    """Rename ``partial`` to ``path``; a folder already there steps aside first and is removed last."""
+    if not force and (path.exists() or path.is_symlink()):
+        raise InputError(f"'{path}' appeared meanwhile and was kept; pass --force to replace it")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        if path.exists():
+            path.rename(old)
         partial.rename(path)
     except BaseException:
-        if old.exists():
+        if old.exists() and not path.exists():
             old.rename(path)
         raise
+    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder last beyond a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -97,18 +158,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or _short_write(error):
             raise MachineError(
                 f"the disk is full: '{path}' was not written, nothing was left behind; free some space"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in _UNWRITABLE:
             raise MachineError(
-                f"'{error.filename or path}': {error.strerror}; choose a place you can write to"
+                f"'{path}' cannot be written: {error.strerror}; choose a place you can write to"
             ) from None
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _short_write(error: OSError) -> bool:
+    """numpy's ndarray.tofile says 'N requested and M written' and no errno when the disk is full."""
+    return error.errno is None and "requested and" in str(error)

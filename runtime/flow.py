@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import decode
 from . import noise as noise_source
 from .backend import Array, Backend, Branches, open_backend
-from .bundle import GOLDEN, PARITY, Bundle, ModelShape
+from .bundle import Bundle, ModelShape
 from .errors import InputError
 from .image import patchify, unpatchify
 
@@ -34,6 +34,7 @@ REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fi
 REDRAWS = 8  # attempts at a sample that is not finite
 _CACHE_BUDGET = 2 << 30  # bytes of KV cache a default batch may take
 _LARGEST_BATCH = 64
+_LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ class Samples(np.ndarray[Any, np.dtype[np.float32]]):
 class Flow:
     """A bundle, open on one provider. Create it with :meth:`open`."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, prior_variance: Array | None = None) -> None:
         self.bundle, self.backend = bundle, backend
-        self._deviation = np.sqrt(bundle.prior_variance())  # (T, D)
+        self.deviation = np.sqrt(bundle.prior_variance() if prior_variance is None else prior_variance)  # (T, D)
 
     @classmethod
     def open(
@@ -115,14 +116,14 @@ class Flow:
         spinning: bool | None = None,
         low_memory: bool = False,
     ) -> Flow:
-        """Open a bundle after checking the hashes of its graphs and weights.
+        """Open a bundle, after checking the hashes of its graphs and weights.
 
         ``provider`` is "cpu", "cuda" or "auto". ``threads`` (None: one a core) and ``spinning`` (False where cores
         are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory. Raises BundleError
         for a damaged bundle, MachineError if the provider is not to be had, InputError for an unknown one.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        opened.check(*(name for name in opened.manifest.files if name not in (GOLDEN, PARITY)))
+        opened.check_runnable()
         return cls(opened, open_backend(provider, opened, threads, spinning, low_memory))
 
     @property
@@ -178,7 +179,7 @@ class Flow:
             z[inside] = latents[output] if latents is not None else self.noise(seed, range(start, stop)[inside])
             tile_classes = np.full(stop - start, -1, np.int64)
             tile_classes[inside] = classes[output]
-            branches = self._branches(guidance, tile_classes)
+            branches = self.branches(guidance, tile_classes)
 
             x = self._decode(z, branches, counter)
             if redraw_nonfinite:
@@ -250,7 +251,7 @@ class Flow:
         Uniform dequantisation, 2 (x + u) / 256 - 1, or x / 127.5 - 1 plus Gaussian noise, whichever the model knows.
         """
         array = np.asarray(images)
-        if array.dtype != np.uint8 or array.shape[1:] != self.config.image or array.ndim != 4:
+        if array.dtype != np.uint8 or array.shape[1:] != self.config.image or array.ndim != 4 or not len(array):
             raise InputError(
                 f"images are {array.dtype} of shape {array.shape}; expected uint8 (N, *{self.config.image})"
             )
@@ -264,10 +265,11 @@ class Flow:
     # --- one tile, patches in and patches out -------------------------------------------------------------------
 
     def _decode(self, z: Array, branches: Branches, counter: _Counter) -> Array:
-        x = z * self._deviation
+        x = z * self.deviation
         for block in reversed(range(self.config.blocks)):
             decoding = self.backend.decoding(block, x, branches)
             x = decode.serial(decoding, self.config.tokens, partial(counter.step, block))
+            decoding.close()
         return x
 
     def _encode(self, x: Array, branches: Branches) -> tuple[Array, Array]:
@@ -292,7 +294,7 @@ class Flow:
     def _round_trip(self, x: Array, z: Array, branches: Branches) -> Array:
         """(B,): largest difference of the encoded samples from the latents they were decoded from."""
         found, _ = self._encode(x, branches)
-        error: Array = np.abs(found - z * self._deviation).max((1, 2))
+        error: Array = np.abs(found - z * self.deviation).max((1, 2))
         return error
 
     def _redraw(self, x: Array, z: Array, branches: Branches, indices: range, inside: slice, seed: int) -> list[int]:
@@ -315,8 +317,12 @@ class Flow:
         if noise is None:
             if n is None:
                 raise InputError("nothing to draw: give n, the number of samples, or noise")
-            if n < 1:
+            if n < 1 or n != int(n):
                 raise InputError(f"n is {n}; expected 1 or more samples")
+            if n * math.prod(self.config.image) * 4 > _LARGEST_RESULT:
+                raise InputError(
+                    f"n is {n}: more than {_LARGEST_RESULT >> 40} TiB of samples; draw them in parts, by first_sample"
+                )
             noise_source.normal(seed, [first_sample, first_sample + n - 1], (1,))  # refuses what is out of range
             return None, int(n)
         array = np.asarray(noise)
@@ -329,10 +335,12 @@ class Flow:
             raise InputError(f"noise has type {array.dtype}; expected float32")
         if n is not None and n != len(array):
             raise InputError(f"n is {n} but noise holds {len(array)} samples; drop one of the two")
-        if not np.isfinite(array).all():
-            bad = np.flatnonzero(~np.isfinite(array).all((1, 2)))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+            latents = np.ascontiguousarray(array, np.float32)
+        if not np.isfinite(latents).all():
+            bad = np.flatnonzero(~np.isfinite(latents).all((1, 2)))
             raise InputError(f"noise is not finite in {len(bad)} of {len(array)} samples, the first at row {bad[0]}")
-        return np.ascontiguousarray(array, np.float32), len(array)
+        return latents, len(latents)
 
     def _labels(self, labels: ArrayLike | None, count: int) -> NDArray[np.int64]:
         if labels is None:
@@ -360,7 +368,8 @@ class Flow:
             raise InputError(
                 f"images have type {array.dtype}; expected floats in [-1, 1]: dequantise 8-bit images first"
             )
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
             bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
             raise InputError(f"{len(bad)} of {len(array)} images are not finite, the first at row {bad[0]}")
@@ -382,6 +391,13 @@ class Flow:
         return float(denoise)
 
     def _refuse_idle_guidance(self, guidance: Guidance, classes: NDArray[np.int64]) -> None:
+        if not guidance.scale and guidance.attention_temperature != 1:
+            raise InputError(
+                f"attention temperature {guidance.attention_temperature:g} does nothing without guidance; "
+                "give a guidance scale above 0 too"
+            )
+        if guidance.scale and guidance.what == "a" and not self.config.nvp:
+            raise InputError("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'")
         if guidance.scale and guidance.attention_temperature == 1 and (classes < 0).all():
             kind = "an unconditional model" if not self.config.classes else "samples without a label"
             cure = "" if not self.config.classes else "give labels, or "
@@ -391,7 +407,8 @@ class Flow:
                 f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
             )
 
-    def _branches(self, guidance: Guidance, classes: NDArray[np.int64]) -> Branches:
+    def branches(self, guidance: Guidance, classes: NDArray[np.int64]) -> Branches:
+        """The branches that draw samples of ``classes`` (B,), below 0 for the null class, with this guidance."""
         tokens = self.config.tokens
         if not guidance.scale:
             return Branches.plain(classes, tokens)

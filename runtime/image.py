@@ -87,12 +87,16 @@ def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tup
     for path in paths:
         try:
             with Image.open(path) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError("more than 8 bits a channel; save it with 8")
+                if opened.size != (size, size):
+                    raise InputError(
+                        f"'{path}' is {opened.width}x{opened.height} pixels; this model takes {size}x{size}: resize it"
+                    )
                 pixels = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"'{path}' cannot be read as an image ({error}); remove or replace it") from None
-        if pixels.shape[:2] != (size, size):
-            raise InputError(
-                f"'{path}' is {pixels.shape[1]}x{pixels.shape[0]} pixels; this model takes {size}x{size}: resize it"
-            )
         images.append(pixels.reshape(size, size, channels).transpose(2, 0, 1))
     return np.stack(images), [str(p.relative_to(root)) for p in paths]

@@ -6,6 +6,7 @@ and lets it grow in buckets, so that early steps do not pay for slots that are s
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 Feeds = dict[str, NDArray[Any]]
 CACHE_TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bfloat16
+MASKED = -1e30  # exp() of it is exactly 0
 _BFLOAT16 = 16  # ONNX TensorProto.BFLOAT16
-_ACTIVATIONS = 1 << 30  # bytes of attention weights that forward and gradient may hold at once
+_ACTIVATIONS = 1 << 30  # bytes of activations that forward and gradient may hold at once
 
 
 def load_onnxruntime() -> Any:
@@ -35,6 +37,8 @@ def load_onnxruntime() -> Any:
             f"ONNX Runtime is not installed ({error}); install one of its two builds: pip install onnxruntime, "
             "or pip install onnxruntime-gpu on a machine with CUDA"
         ) from None
+    if PROVIDERS["cuda"] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls(directory="")  # CUDA's libraries, where pip put them
     return onnxruntime
 
 
@@ -68,6 +72,10 @@ class OrtBackend:
         self._threads, self._spinning = threads, spinning
         self._sessions: dict[tuple[int, str], onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
+        self.memory = Memory(keep=not low_memory)
+        self.copies_inputs = provider != "cpu"  # elsewhere, binding an array copies what is in it at that moment
+        if provider != "cpu":
+            self.session(0, "forward")  # fails here and now if the provider does not start
 
     def decoding(self, block: int, z: Array, branches: Branches) -> OrtDecoding:
         return OrtDecoding(self, block, z, branches)
@@ -76,8 +84,9 @@ class OrtBackend:
         session = self.session(block, "forward")
         mix, inverse_temperature = branches.mix, branches.inverse_temperature
         parts = []
-        for rows in self._chunks(len(x), 3 * len(inverse_temperature)):
-            labels = branches.labels[:, rows]
+        passes = len(inverse_temperature)
+        for rows in self._chunks(len(x), 3 * passes, 12 * passes):
+            labels = self.classes(branches.labels[:, rows])
             feeds: Feeds = {"x": x[rows], "labels": labels, "mix": mix, "inverse_temperature": inverse_temperature}
             parts.append(self.run(session, block, "forward", feeds))
         z, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -86,15 +95,19 @@ class OrtBackend:
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
         session = self.session(block, "gradient")
         parts = []
-        for rows in self._chunks(len(x), self.config.layers + 4):
+        for rows in self._chunks(len(x), self.config.layers + 4, 12 * (self.config.layers + 1)):
             feeds: Feeds = {
                 "x": x[rows],
-                "labels": labels[None, rows],
+                "labels": self.classes(labels[None, rows]),
                 "grad_z": grad_z[rows],
                 "grad_log_det": grad_log_det[rows],
             }
             parts.append(self.run(session, block, "gradient", feeds)[0])
         return np.concatenate(parts)
+
+    def classes(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Labels as the graphs take them: the null class comes after the last."""
+        return np.where(labels < 0, self.config.classes, labels)
 
     def session(self, block: int, kind: str) -> Any:
         """The session of one graph, opened on first use."""
@@ -133,15 +146,44 @@ class OrtBackend:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])
         try:
-            return self._ort.InferenceSession(str(path), options, providers=self._providers)
+            session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:
             raise BundleError(f"'{path}' cannot be loaded by {self.description}: {_first_line(error)}") from None
+        if self._providers[0] not in session.get_providers():  # ONNX Runtime falls back to the CPU without a word
+            raise MachineError(
+                f"{self._providers[0]} could not be started: its libraries or a GPU are missing; run: tarflow doctor, "
+                "or use --provider cpu"
+            )
+        return session
 
-    def _chunks(self, batch: int, live: int) -> list[slice]:
-        """Sub-batches whose attention weights, ``live`` copies of them, fit the budget."""
-        per_row = live * self.config.heads * self.config.tokens**2 * 4
+    def _chunks(self, batch: int, attention: int, hidden: int) -> list[slice]:
+        """Sub-batches that fit the budget: so many (H, T, T) and (T, C) arrays of each row live at once."""
+        config = self.config
+        per_row = 4 * config.tokens * (attention * config.heads * config.tokens + hidden * config.width)
         rows = max(1, min(batch, _ACTIVATIONS // per_row))
         return [slice(start, start + rows) for start in range(0, batch, rows)]
+
+
+class Memory:
+    """Large buffers handed from one block's cache to the next: fresh ones cost a page fault for every 4 KiB."""
+
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
+        self._free: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        with self._lock:
+            fitting = [i for i, buffer in enumerate(self._free) if len(buffer) == size]
+            if fitting:
+                return self._free.pop(fitting[0])
+            self._free.clear()  # of another batch: let go before there are two
+        return np.empty(size, np.uint8)
+
+    def give(self, buffers: list[NDArray[np.uint8]]) -> None:
+        with self._lock:
+            if self._keep:
+                self._free += buffers
 
 
 class OrtDecoding:
@@ -155,13 +197,22 @@ class OrtDecoding:
         self._z = np.ascontiguousarray(block_order(z, self._reversed))
         self._x = np.zeros_like(self._z)
         self._x[:, 0] = self._z[:, 0]
-        self._branches = branches
-        self._rows = branches.labels.size
+        self._labels = backend.classes(branches.labels)
+        # Per step and branch, what multiplies each of the network's outputs: (T, G, 1, outputs)
+        parts = branches.mix if config.nvp else branches.mix[1:]
+        self._mix = np.repeat(parts.transpose(2, 1, 0), config.patch_dim, 2)[:, :, None]
+        self._mix_varies = bool((self._mix != self._mix[:1]).any())
+        scale = branches.inverse_temperature / np.float32(np.sqrt(config.head_dim))
+        self._query_scale = np.repeat(scale, len(z)).reshape(-1, 1, 1, 1)
         self._cache_type = CACHE_TYPES[backend.bundle.manifest.precision]
-        self._cache = np.zeros((2 * config.layers, self._rows, config.heads, 0, config.head_dim), self._cache_type)
-        self._bucket = 32 if config.tokens <= 512 else 64
-        self._position = np.zeros(1, np.int64)
-        self._window = 0
+        rows = branches.labels.size
+        self._cache = np.zeros((2 * config.layers, rows, config.heads, 0, config.head_dim), self._cache_type)
+        whole = 2 * config.layers * rows * config.width * config.tokens
+        self._memory = [backend.memory.take(whole * self._cache.itemsize) for _ in range(2)]
+        # Larger buckets make attention read more empty slots, smaller ones copy the cache more often: 16, 32, 64 slots
+        # for 64, 256, 1024 patches balance the two.
+        self._bucket = 16 * math.ceil(math.sqrt(3 * config.tokens) / 16)
+        self._window, self._position = 0, 0
 
     def guess(self, patches: Array) -> None:
         self._x[:] = block_order(patches, self._reversed)
@@ -170,14 +221,21 @@ class OrtDecoding:
         tokens = self._x.shape[1]
         if position < 0 or window < 1 or position + window >= tokens:
             raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
-        if window != self._window or position + window > self._cache.shape[3]:
-            self._prepare(position + window, window)
         end = position + window
+        if window != self._window or end > self._cache.shape[3]:
+            self._prepare(end, window)
+        self._unmask(position)
         self._x_in[:] = self._x[:, position:end]
         self._z_in[:] = self._z[:, position + 1 : end + 1]
-        self._mix_in[:] = self._branches.mix[:, :, position:end]
-        self._position[0] = position
+        self._index_in[:] = (
+            range(tokens - 1 - position, tokens - 1 - end, -1) if self._reversed else range(position, end)
+        )
+        if self._mix_varies:
+            self._fill_mix(position, end)
         try:
+            if self._backend.copies_inputs:
+                for name, value in self._bound:
+                    self._binding.bind_ortvalue_input(name, value)
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise self._backend.failed(self._block, "step", error) from None
@@ -187,39 +245,71 @@ class OrtDecoding:
     def patches(self) -> Array:
         return np.ascontiguousarray(block_order(self._x, self._reversed))
 
+    def close(self) -> None:
+        """Hand the memory of the cache to the next block. The decoding must not be used afterwards."""
+        self._backend.memory.give(self._memory)
+        self._memory = []
+
+    def _unmask(self, position: int) -> None:
+        """Let attention see the slots before ``position``, and those alone."""
+        low, high = sorted((self._position, position))
+        self._bias[:, low:high] = 0 if position > self._position else MASKED
+        self._position = position
+
+    def _fill_mix(self, position: int, end: int) -> None:
+        self._mix_in[:] = self._mix[position:end].transpose(1, 2, 0, 3)
+
     def _prepare(self, filled: int, window: int) -> None:
         """Grow the cache to hold ``filled`` slots, and bind buffers for ``window``."""
         config = self._backend.config
         batch, _, patch_dim = self._x.shape
+        branches, outputs = len(self._labels), self._mix.shape[3]
         capacity = self._cache.shape[3]
         if filled > capacity:
             grown = min(config.tokens, -(-filled // self._bucket) * self._bucket)
-            cache = np.zeros((*self._cache.shape[:3], grown, config.head_dim), self._cache_type)
+            shape = (*self._cache.shape[:3], grown, config.head_dim)
+            self._memory.reverse()  # what the cache is now lies in the other half, and is copied from there
+            cache = self._memory[0].view(self._cache_type)[: math.prod(shape)].reshape(shape)
             cache[:, :, :, :capacity] = self._cache
-            self._cache = cache
-        self._window = window
+            cache[:, :, :, capacity:] = 0  # masked, but must be finite
+            self._cache, capacity = cache, grown
+        self._window, self._position = window, 0
         self._x_in, self._z_in, self._x_out = (np.empty((batch, window, patch_dim), np.float32) for _ in range(3))
-        self._mix_in = np.empty((2, len(self._branches.inverse_temperature), window), np.float32)
-        self._fresh = np.empty((2 * config.layers, self._rows, config.heads, window, config.head_dim), self._cache_type)
-
-        binding = self._session.io_binding()
-        inputs: Feeds = {
-            "x": self._x_in,
-            "z": self._z_in,
-            "labels": np.ascontiguousarray(self._branches.labels),
-            "position": self._position,
-            "mix": self._mix_in,
-            "inverse_temperature": self._branches.inverse_temperature,
+        self._index_in = np.empty((batch, window), np.int64)
+        self._mix_in = np.empty((branches, batch, window, outputs), np.float32)
+        self._fill_mix(0, window)
+        own = np.where(np.tri(window, dtype=bool), np.float32(0), np.float32(MASKED))
+        self._bias = np.concatenate([np.full((window, capacity), MASKED, np.float32), own], 1)
+        self._fresh = np.empty((*self._cache.shape[:3], window, config.head_dim), self._cache_type)
+        self.inputs: Feeds = {
+            "x": self._x_in.reshape(-1, patch_dim),
+            "z": self._z_in.reshape(-1, patch_dim),
+            "index": self._index_in.reshape(-1),
+            "labels": self._labels.repeat(window, 1),
+            "mix": self._mix_in.reshape(branches, -1, outputs),
+            "query_scale": self._query_scale,
+            "bias": self._bias,
         }
         for layer in range(config.layers):
-            inputs[f"key_{layer}"], inputs[f"value_{layer}"] = self._cache[2 * layer], self._cache[2 * layer + 1]
-        self._bound = [(name, self._value(array)) for name, array in inputs.items()]
-        for name, value in self._bound:  # a value borrows its array: both must outlive the binding
+            self.inputs[f"key_{layer}"] = self._cache[2 * layer]
+            self.inputs[f"value_{layer}"] = self._cache[2 * layer + 1]
+        try:
+            self._bind(
+                {"x_next": self._x_out.reshape(-1, patch_dim), "fresh": self._fresh.reshape(-1, *self._fresh.shape[2:])}
+            )
+        except Exception as error:  # a graph with other inputs than the manifest lets expect
+            raise self._backend.failed(self._block, "step", error) from None
+
+    def _bind(self, outputs: Feeds) -> None:
+        """Bind all arrays. A value borrows its array on the CPU, so both must outlive the binding."""
+        binding = self._session.io_binding()
+        self._bound = [(name, self._value(array)) for name, array in self.inputs.items()]
+        for name, value in self._bound:
             binding.bind_ortvalue_input(name, value)
-        self._outputs = [("x_next", self._value(self._x_out)), ("fresh", self._value(self._fresh))]
+        self._outputs = [(name, self._value(array)) for name, array in outputs.items()]
         for name, value in self._outputs:
             binding.bind_ortvalue_output(name, value)
-        self.inputs, self._binding = inputs, binding
+        self._binding = binding
 
     def _value(self, array: NDArray[Any]) -> Any:
         ort = self._backend._ort

@@ -6,14 +6,16 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import Config, Hints, infer
+from .config import Config, ConfigError, Hints, infer, parse_noise
 from .model import TarFlow
 
 CONFIG_KEY = "tarflow.config"  # safetensors metadata: the Config as JSON, so that nothing need be inferred
@@ -26,6 +28,10 @@ _RENAME = (
     (re.compile(r"\.layers\.(\d+)\.up\."), r".attn_blocks.\1.mlp.main.0."),
     (re.compile(r"\.layers\.(\d+)\.down\."), r".attn_blocks.\1.mlp.main.2."),
     (re.compile(r"\.layers\.(\d+)\."), r".attn_blocks.\1."),
+)
+_FAMILY = re.compile(
+    r"^(?:var|blocks\.(\d+)\.(?:pos_embed|class_embed|(?:proj_in|proj_out)\.(?:weight|bias)"
+    r"|attn_blocks\.(\d+)\.(?:attention\.(?:norm|qkv|proj)|mlp\.(?:norm|main\.[02]))\.(?:weight|bias)))$"
 )
 _MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
 _WRAPPED = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
@@ -72,7 +78,20 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     if config is None:
         _require_core(path, state)
         config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints or Hints())
+    elif hints is not None:
+        config = _heed(config, hints, path)
     return build(config, state, str(path))
+
+
+def _heed(config: Config, hints: Hints, path: Path) -> Config:
+    """The configuration a file carries, with another training noise if one was asked for."""
+    for option, said, found in (
+        ("--patch-size", hints.patch_size, config.patch_size),
+        ("--channels", hints.channels, config.channels),
+    ):
+        if said is not None and said != found:
+            raise ConfigError(f"{option} {said} contradicts '{path}', which says {found}; drop the option")
+    return config if hints.noise is None else replace(config, noise_std=parse_noise(hints.noise))
 
 
 def build(config: Config, state: Mapping[str, Tensor], source: str) -> TarFlow:
@@ -106,6 +125,7 @@ def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
 
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(tensors, str(partial), {CONFIG_KEY: json.dumps(model.config.to_dict())})
+            partial.chmod(0o644)  # safetensors makes private files
         else:
             mask = torch.tril(torch.ones(model.config.tokens, model.config.tokens))
             state |= {f"blocks.{k}.attn_mask": mask for k in range(model.config.blocks)}
@@ -117,9 +137,14 @@ def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
+        if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums its own files carry
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"'{path}' is damaged: '{damaged}' does not match its checksum; copy it again")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # files older than the zip format cannot be mapped
+        except (RuntimeError, ValueError, OSError):  # files older than the zip format cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -128,7 +153,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 "state_dict of tensors; save one with torch.save(model.state_dict(), path)"
             ) from None
         raise CheckpointError(f"'{path}' is not a PyTorch checkpoint, or is damaged") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (MemoryError, PermissionError, CheckpointError):
+        raise
+    except Exception as error:  # damage makes torch raise almost anything: struct.error, OSError, IndexError ...
         raise CheckpointError(
             f"'{path}' is truncated, damaged or no PyTorch checkpoint ({_first_line(error)}); "
             "copy it again and compare checksums"
@@ -137,7 +164,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         for key in ("model", "state_dict"):
             if isinstance(state.get(key), dict):
                 state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"'{path}' is not a state_dict: expected names mapped to tensors")
     return state
 
@@ -148,7 +175,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         config = Config(**json.loads(metadata[CONFIG_KEY])) if CONFIG_KEY in metadata else None
-    except (SafetensorError, json.JSONDecodeError, TypeError) as error:
+        if config is not None and max(config.blocks, config.layers) > len(state):
+            raise ValueError(f"{config.blocks} blocks of {config.layers} layers for {len(state)} weights")
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is truncated, damaged or no safetensors file ({error})") from None
     return state, config
 
@@ -165,10 +194,21 @@ def _require_core(path: Path, state: Mapping[str, Tensor]) -> None:
     core = ("blocks.0.pos_embed", "blocks.0.proj_in.weight", "blocks.0.proj_out.weight")
     missing = [n for n in (*core, "blocks.0.attn_blocks.0.attention.qkv.weight") if n not in state]
     missing += [f"{n} (as a matrix)" for n in core if n in state and state[n].dim() != 2]
+    if "blocks.0.class_embed" in state and not state["blocks.0.class_embed"].dim():
+        missing += ["blocks.0.class_embed (a row a class)"]
     relative = _relative(state)
-    if missing or relative:
-        extra = [n for n in state if any(mark in n.lower() for mark in _RELATIVES.get(relative or "", ()))]
-        raise CheckpointError(_foreign(str(path), missing, extra or sorted(state), relative))
+    marks = _RELATIVES.get(relative or "", ())
+    strange = [n for n in state if any(mark in n.lower() for mark in marks)] or [
+        n for n in sorted(state) if not _is_placed(n, len(state))
+    ]
+    if missing or relative or strange:
+        raise CheckpointError(_foreign(str(path), missing, strange, relative))
+
+
+def _is_placed(name: str, weights: int) -> bool:
+    """Whether a name is the family's, its block and layer numbers plausible: fewer than there are weights."""
+    match = _FAMILY.match(name)
+    return match is not None and all(len(n) < 9 and int(n) < weights for n in match.groups() if n)
 
 
 def _compare(source: str, state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -87,7 +87,6 @@ class Hints:
     patch_size: int | None = None
     channels: int | None = None
     noise: float | str | None = None
-    head_dim: int | None = None
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> Config:
@@ -145,7 +144,6 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
         classes=classes,
         nvp=nvp,
         noise_std=parse_noise(noise),
-        head_dim=hints.head_dim or HEAD_DIM,
     )
 
 

@@ -163,14 +163,19 @@ def _reader(size: int, channels: int) -> Callable[[Path], NDArray[np.uint8]]:
 
 
 def write_grid(images: Tensor, path: str | os.PathLike[str], columns: int) -> None:
-    """Write images (N, channels, size, size) in [-1, 1] as one PNG, row after row. Values outside are clipped."""
+    """Write images (N, channels, size, size) in [-1, 1] as one PNG, row after row. Values outside are clipped.
+
+    Images have a margin, and those of less than 32 pixels are enlarged, so that one can look at them.
+    """
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    zoom = max(32 // pixels.shape[-1], 1)
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     count, channels, size, _ = pixels.shape
-    rows = -(-count // columns)
-    sheet = torch.zeros(rows * columns, channels, size, size, dtype=torch.uint8)
-    sheet[:count] = pixels
-    tiles = sheet.view(rows, columns, channels, size, size).permute(0, 3, 1, 4, 2)
-    flat = tiles.reshape(rows * size, columns * size, channels).numpy()
+    rows, cell = -(-count // columns), size + 2
+    sheet = torch.full((rows * columns, channels, cell, cell), 64, dtype=torch.uint8)
+    sheet[:count, :, 1:-1, 1:-1] = pixels
+    tiles = sheet.view(rows, columns, channels, cell, cell).permute(0, 3, 1, 4, 2)
+    flat = tiles.reshape(rows * cell, columns * cell, channels).numpy()
     pillow().fromarray(flat if channels == 3 else flat[:, :, 0]).save(path)
 
 
@@ -183,7 +188,7 @@ def generator(device: torch.device, *key: int | str) -> torch.Generator:
 def noisy(images: Tensor, noise_std: float | None, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
     """uint8 images (B, ...) -> [-1, 1] with the model's training noise; image i's noise depends on ``keys[i]`` alone.
 
-    Gaussian noise of ``noise_std``, or for None uniform dequantisation (arXiv 2412.06329, section 3.3).
+    Gaussian noise of ``noise_std``, or for None uniform dequantisation (arXiv 2412.06329, on noise augmented training).
     """
     draw = torch.rand if noise_std is None else torch.randn
     shape, device = images.shape[1:], images.device

@@ -97,6 +97,9 @@ class TwinDecoding:
         result: Array = self.block.order(self.x).cpu().numpy().copy()
         return result
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
 
 def _passes(block: Block, like: Tensor, branches: Branches) -> list[Branch]:
     labels = torch.from_numpy(np.ascontiguousarray(branches.labels)).to(like.device)

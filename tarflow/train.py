@@ -1,4 +1,4 @@
-"""Training: maximum likelihood of noisy images (arXiv 2412.06329, sections 3.1 and 3.3), resumable bit for bit."""
+"""Training: maximum likelihood of noise-augmented images (arXiv 2412.06329), resumable bit for bit."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tarflow.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, shift, write_grid
@@ -139,6 +141,12 @@ def test_stream_shows_every_image_once_an_epoch_in_a_new_order() -> None:
     assert stream.rows(7, 6).tolist() == [*first[7:], *second[:3]]
 
 
+@given(start=st.integers(0, 10**6), count=st.integers(1, 40), size=st.integers(1, 12), seed=st.integers(0, 9))
+def test_any_piece_of_the_stream_is_its_single_places(start: int, count: int, size: int, seed: int) -> None:
+    stream = Stream(a_split(size), None, seed)
+    assert stream.rows(start, count).tolist() == [stream.rows(start + i, 1)[0] for i in range(count)]
+
+
 def test_stream_is_the_same_however_it_is_cut() -> None:
     def stream() -> Stream:
         return Stream(a_split(), 0.1, seed=3, drop_label=0.5, flip=True, jitter=0.5)
@@ -189,9 +197,11 @@ def test_jitter_moves_no_further_than_asked() -> None:
 
 
 def test_grid_puts_images_row_after_row(tmp_path: Path) -> None:
-    images = torch.tensor([-2.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    images = torch.tensor([-2.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
     write_grid(images, tmp_path / "grid.png", columns=2)
     with Image.open(tmp_path / "grid.png") as sheet:
-        assert sheet.size == (4, 4)
+        assert sheet.size == (68, 68)  # 2 columns of 16 pixels, doubled, with a margin around each
         pixels = np.asarray(sheet)
-    assert pixels[::2, ::2, 0].tolist() == [[0, 128], [255, 0]]
+    assert pixels[1::34, 1::34, 0].tolist() == [[0, 128], [255, 64]]
+    assert pixels[32::34, 32::34, 0].tolist() == [[0, 128], [255, 64]]
+    assert (pixels[::34] == 64).all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,8 +122,6 @@ def test_an_export_out_of_tolerance_leaves_no_bundle(
 def test_a_failed_export_leaves_the_bundle_that_was_there(
     bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     shutil.copytree(bundle("vp"), tmp_path / "bundle")
     before = Bundle.open(tmp_path / "bundle").hash
 
@@ -169,6 +170,30 @@ def test_verify_compares_with_the_checkpoint_and_catches_another(
     assert not any("block 0" in sentence for sentence in wrong)
     with pytest.raises(InputError, match="classes 5 against 3"):
         verify_bundle(bundle("vp"), golden("cond").checkpoint)
+
+
+def test_verify_catches_another_prior(
+    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    state = torch.load(golden("vp").checkpoint, weights_only=True)
+    state["var"] *= 4
+    torch.save(state, tmp_path / golden("vp").checkpoint.name)
+    assert verify.failures(verify_bundle(bundle("vp"), tmp_path / golden("vp").checkpoint.name))
+
+
+def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("cond"), tmp_path / "copy"))
+    model = onnx.load(folder / "block_01.step.onnx", load_external_data=False)
+    (node,) = [n for n in model.graph.node if n.op_type == "ReduceSum"]  # over the branches
+    node.op_type = "ReduceMax"
+    onnx.save(model, folder / "block_01.step.onnx")
+    content = (folder / "block_01.step.onnx").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["block_01.step.onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    wrong = verify.failures(verify_bundle(folder))
+    assert wrong
+    assert all("guided" in sentence for sentence in wrong)
 
 
 def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(

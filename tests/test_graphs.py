@@ -10,7 +10,7 @@ import torch
 
 from tarflow.config import Config
 from tarflow.export.graphs import Forward, Gradient, Step
-from tarflow.model import Block, TarFlow, guidance_mix
+from tarflow.model import TarFlow, guidance_mix
 from tarflow.reference import Twin
 from tarflow.runtime.backend import Branches
 
@@ -39,6 +39,11 @@ def labels_of(model: TarFlow, batch: int) -> torch.Tensor:
     return torch.tensor([0, -1, 3, 1, 2][:batch]) if model.config.classes else torch.full((batch,), -1)
 
 
+def for_graph(model: TarFlow, labels: torch.Tensor) -> torch.Tensor:
+    """Graphs count the null class as one more class."""
+    return torch.where(labels < 0, model.config.classes, labels)
+
+
 @pytest.mark.parametrize("k", [0, 1])
 def test_forward_is_the_model_and_gradient_is_autograd(model: TarFlow, k: int) -> None:
     block, labels = model.blocks[k], labels_of(model, 3)
@@ -48,33 +53,40 @@ def test_forward_is_the_model_and_gradient_is_autograd(model: TarFlow, k: int) -
     (expected,) = torch.autograd.grad((z * grad_z).sum() + (log_det * grad_log_det).sum(), x)
     with torch.no_grad():
         mix = torch.ones(2, 1, model.config.tokens)
-        found_z, found_log_det = Forward(block)(x, labels[None], mix, torch.ones(1))
-        found = Gradient(block)(x, labels[None], grad_z, grad_log_det)
+        found_z, found_log_det = Forward(block)(x, for_graph(model, labels)[None], mix, torch.ones(1))
+        found = Gradient(block)(x, for_graph(model, labels)[None], grad_z, grad_log_det)
     torch.testing.assert_close(found_z, z, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found_log_det, log_det, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def walk(
-    block: Block, z: torch.Tensor, x: torch.Tensor, labels: torch.Tensor, windows: list[int], guidance: float
+    model: TarFlow, k: int, z: torch.Tensor, x: torch.Tensor, labels: torch.Tensor, windows: list[int]
 ) -> torch.Tensor:
-    """Step through a block in windows that read the true x; the cache is kept as a runtime keeps it."""
-    config = block.config
-    branches = 2 if guidance else 1
-    stacked = torch.stack([labels, torch.full_like(labels, -1)])[:branches]
-    mix = guidance_mix(config.tokens, guidance, "ab", annealed=True)
-    temperature = torch.tensor([1.0, 1.3])[:branches]
-    cache = [torch.zeros(branches * len(z), config.heads, config.tokens, 64) for _ in range(2 * config.layers)]
+    """Step in windows that read the true x (z and x in block order); the cache is kept as a runtime keeps it."""
+    block, config, batch = model.blocks[k], model.config, len(z)
+    order = torch.arange(config.tokens).flip(0) if block.reversed else torch.arange(config.tokens)
+    outputs = config.patch_dim * (2 if config.nvp else 1)
+    cache = [torch.zeros(batch, config.heads, config.tokens, config.head_dim) for _ in range(2 * config.layers)]
     found, position = [x[:, :1]], 0
     for window in windows:
         end = position + window
-        out, fresh = Step(block)(
-            x[:, position:end], z[:, position + 1 : end + 1], stacked, torch.tensor([position]),
-            mix[:, :, position:end], temperature, cache,
-        )  # fmt: skip
-        for slots, new in zip(cache, fresh, strict=True):
+        bias = torch.full((window, config.tokens + window), -1e30)
+        bias[:, :position] = 0
+        bias[:, config.tokens :] = torch.full((window, window), -1e30).triu(1)
+        flat, fresh = Step(block)(
+            x[:, position:end].reshape(-1, config.patch_dim),
+            z[:, position + 1 : end + 1].reshape(-1, config.patch_dim),
+            order[position:end].repeat(batch),
+            for_graph(model, labels).repeat_interleave(window)[None],
+            torch.ones(1, batch * window, outputs),
+            torch.full((batch, 1, 1, 1), config.head_dim**-0.5),
+            bias,
+            cache,
+        )
+        for slots, new in zip(cache, fresh.chunk(2 * config.layers), strict=True):
             slots[:, :, position:end] = new
-        found.append(out)
+        found.append(flat.view(batch, window, -1))
         position = end
     return torch.cat(found, 1)
 
@@ -87,7 +99,7 @@ def test_steps_of_any_window_invert_the_block(model: TarFlow, k: int, windows: l
     with torch.no_grad():
         z = block.order(block.encode(x, labels)[0])
         ordered = block.order(x)
-        found = walk(block, z, ordered, labels, windows, 0.0)
+        found = walk(model, k, z, ordered, labels, windows)
     torch.testing.assert_close(found, ordered, atol=2e-5, rtol=1e-4)
 
 
@@ -108,7 +120,7 @@ def test_guided_forward_is_the_inverse_of_guided_decoding(model: TarFlow) -> Non
         with torch.no_grad():
             back, _ = Forward(model.blocks[k])(
                 torch.from_numpy(x),
-                torch.from_numpy(branches.labels),
+                for_graph(model, torch.from_numpy(branches.labels)),
                 torch.from_numpy(branches.mix),
                 torch.from_numpy(branches.inverse_temperature),
             )
@@ -123,8 +135,8 @@ def test_no_patch_sees_itself_or_its_successors(model: TarFlow) -> None:
     changed[:, 5] += 1  # block 1 is reversed: patches 0...4 come after it
     mix = torch.ones(2, 1, model.config.tokens)
     with torch.no_grad():
-        a, _ = Forward(block)(x, labels[None], mix, torch.ones(1))
-        b, _ = Forward(block)(changed, labels[None], mix, torch.ones(1))
+        a, _ = Forward(block)(x, for_graph(model, labels)[None], mix, torch.ones(1))
+        b, _ = Forward(block)(changed, for_graph(model, labels)[None], mix, torch.ones(1))
     differs = (a != b).any(-1)[0]
     assert not differs[6:].any()
     assert differs[:6].all()
