@@ -94,7 +94,7 @@ def generate(
     report = samples.report
     assert report is not None
     if json:
-        errors = None if report.certificate is None else [float(e) for e in report.certificate]
+        found = report.certificate
         emit(
             {
                 "bundle": str(flow.bundle.folder),
@@ -107,12 +107,8 @@ def generate(
                 "files": written,
                 "level": report.level,
                 "certificate": None
-                if errors is None
-                else {
-                    "max": float(report.certificate.max()),
-                    "per_sample": errors,
-                    "seconds": report.certificate_seconds,
-                },
+                if found is None
+                else {"max": float(found.max()), "per_sample": found.tolist(), "seconds": report.certificate_seconds},
                 "nonfinite": list(report.nonfinite),
                 "redrawn": list(report.redrawn),
                 "seconds": report.seconds,

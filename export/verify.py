@@ -181,7 +181,7 @@ def failures(card: dict[str, Any]) -> list[str]:
     """Sentences about what in a card is out of its tolerance; empty if all is well."""
     limit = card["tolerance"]
     rms: list[tuple[str, float]] = [
-        (part, card[part]["rms"]) for part in ("sample", "denoised", "golden") if part in card
+        (part, card[part]["rms"]) for part in ("guided", "sample", "denoised", "golden") if part in card
     ]
     rms += [(f"block {block['block']}", block["rms"]) for block in card.get("blocks", ())]
     measured = [(f"{part} rms error", value, limit["rms"]) for part, value in rms]

@@ -6,6 +6,7 @@ Most cases call the command line's ``main`` in this process; what is about proce
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -32,7 +33,7 @@ from tarflow.checkpoint import CONFIG_KEY, CheckpointError, load, reference_stat
 from tarflow.cli.main import main
 from tarflow.config import Config, ConfigError
 from tarflow.model import TarFlow
-from tarflow.runtime.bundle import MANIFEST, Bundle
+from tarflow.runtime.bundle import MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.files import replacing, replacing_folder
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.image import write_png
@@ -236,7 +237,7 @@ def test_generate_refuses_what_cannot_be_meant(args: str, words: str, cond: Path
 
 def test_more_samples_than_memory_can_hold_are_refused_at_once(cond: Path, tmp_path: Path) -> None:
     """Under a limit of address space, so that a mistake here does not take the machine's memory."""
-    limited = ["prlimit", f"--as={8 << 30}", *TARFLOW, "generate", str(cond), "--n", str(10**11)]
+    limited = ["prlimit", f"--as={8 << 30}", *TARFLOW, "generate", str(cond), "--n", str(10**9)]
     done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20)
     Outcome(done.returncode, done.stdout, done.stderr).refused(MACHINE, "memory", "--n")
 
@@ -998,6 +999,10 @@ def test_a_model_without_gaussian_noise_is_not_denoised(uncond: Path, tmp_path: 
     folder = shutil.copytree(uncond, tmp_path / "bundle")
     document = json.loads((folder / MANIFEST).read_text())
     document["config"]["noise_std"] = None
+    weights = (folder / WEIGHTS).read_bytes()
+    assert weights.count(b'\\"noise_std\\": 0.1,') == 1
+    (folder / WEIGHTS).write_bytes(weights.replace(b'\\"noise_std\\": 0.1,', b'\\"noise_std\\":null,'))
+    document["files"][WEIGHTS]["sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(document))
     image = Bundle.open(folder).manifest.config.image
     np.save(tmp_path / "x.npy", np.zeros((1, *image), np.float32))

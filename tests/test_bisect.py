@@ -47,7 +47,7 @@ def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
 
 def test_a_sound_bundle_has_nothing_to_find(bundle: Callable[..., Path]) -> None:
     assert bisect_bundle(bundle("cond")) is None
-    assert bisect_bundle(bundle("vp", "bf16")) is None
+    assert bisect_bundle(bundle("uncond", "bf16")) is None
 
 
 def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(

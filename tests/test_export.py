@@ -37,7 +37,7 @@ def typed_nodes(path: Path) -> list[tuple[onnx.NodeProto, int]]:
     return [(node, types.get(node.input[0], 0)) for node in graph.node if node.input]
 
 
-@pytest.mark.parametrize(("case", "engine"), [("cond", "fp32"), ("demo", "fp16"), ("vp", "bf16")])
+@pytest.mark.parametrize(("case", "engine"), [("cond", "fp32"), ("demo", "fp16"), ("uncond", "bf16")])
 def test_precision_is_typed_into_the_graphs(bundle: Callable[..., Path], case: str, engine: str) -> None:
     opened = Bundle.open(bundle(case, engine))
     for block in opened.manifest.blocks:
@@ -115,14 +115,14 @@ def test_an_export_out_of_tolerance_leaves_no_bundle(
 ) -> None:
     monkeypatch.setitem(verify.TOLERANCES, "fp16", {"rms": 1e-9, "bits_per_dim": 1.0, "certificate": 1.0})
     with pytest.raises(CheckFailed, match="rms"):
-        export(golden("vp").checkpoint, tmp_path / "bundle", "fp16")
+        export(golden("uncond").checkpoint, tmp_path / "bundle", "fp16")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_the_bundle_that_was_there(
     bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(bundle("vp"), tmp_path / "bundle")
+    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
     before = Bundle.open(tmp_path / "bundle").hash
 
     def interrupted(*_: object) -> None:
@@ -130,9 +130,9 @@ def test_a_failed_export_leaves_the_bundle_that_was_there(
 
     monkeypatch.setattr(pipeline, "_finish", interrupted)
     with pytest.raises(InputError, match="exists"):
-        export(golden("vp").checkpoint, tmp_path / "bundle")
+        export(golden("uncond").checkpoint, tmp_path / "bundle")
     with pytest.raises(KeyboardInterrupt):
-        export(golden("vp").checkpoint, tmp_path / "bundle", force=True, check=False)
+        export(golden("uncond").checkpoint, tmp_path / "bundle", force=True, check=False)
     assert Bundle.open(tmp_path / "bundle").hash == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
