@@ -155,6 +155,7 @@ class Flow:
         Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
         """
         latents, count = self._noise(n, noise, seed, first_sample)
+        images = np.empty((count, *self.config.image), np.float32)  # first: too many fail here, at once
         classes = self._labels(labels, count)
         guidance = guidance or Guidance()
         self._refuse_idle_guidance(guidance, classes)
@@ -168,7 +169,6 @@ class Flow:
         counter = _Counter(progress, len(tiles) * self.config.blocks * (self.config.tokens - 1))
 
         started = time.perf_counter()
-        images = np.empty((count, *self.config.image), np.float32)
         certificate = np.empty(count, np.float32) if certify else None
         redrawn: list[int] = []
         certificate_seconds = denoise_seconds = 0.0
