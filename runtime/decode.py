@@ -8,7 +8,7 @@ from .backend import Array, Decoding
 
 
 def serial(decoding: Decoding, tokens: int, on_step: Callable[[int], None] | None = None) -> Array:
-    """One position after the other, T - 1 dependent steps: exact (arXiv 2412.06329, section 3.1).
+    """One position after the other, T - 1 dependent steps: exact (arXiv 2412.06329).
 
     ``on_step`` is told each finished position; an exception it raises cancels. Returns patches (B, T, D).
     """

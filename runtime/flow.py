@@ -39,7 +39,7 @@ _LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Classifier-free guidance (arXiv 2412.06329, section 3.4): (1 + scale) * conditional - scale * unconditional.
+    """Classifier-free guidance (arXiv 2412.06329): (1 + scale) * conditional - scale * unconditional.
 
     ``what`` names the parts guided: "a" (log_scale), "b" (shift) or "ab". ``annealed`` lets the scale grow linearly
     along the sequence. ``attention_temperature`` divides the attention logits of the unconditional branch only; it
@@ -221,7 +221,7 @@ class Flow:
         return z, (log_det / z[0].size).astype(np.float32)
 
     def denoise(self, images: ArrayLike, labels: ArrayLike | None = None, strength: float = 1.0) -> Array:
-        """One step along the score (Tweedie, section 3.3): x + strength * sigma^2 * grad log p(x | labels).
+        """One step along the score (Tweedie; the paper's score-based denoising): x + strength * sigma^2 * grad log p(x | labels).
 
         Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
         """

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The shape of a TarFlow model (arXiv 2412.06329, section 3).
+    """The shape of a TarFlow model (arXiv 2412.06329).
 
     ``noise_std`` is the Gaussian training noise in [-1, 1] image units, or None for a model trained with
     uniform dequantisation. ``classes`` is 0 for an unconditional model. ``nvp=False`` is the

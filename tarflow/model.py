@@ -1,4 +1,4 @@
-"""TarFlow in PyTorch: a stack of autoregressive flow blocks over image patches (arXiv 2412.06329, section 3).
+"""TarFlow in PyTorch: a stack of autoregressive flow blocks over image patches (arXiv 2412.06329).
 
 Shapes: B images, T patches in a sequence, D numbers in a patch, C width, H heads, d head dimension,
 G guidance branches (1, or 2 when guided). Read bottom-up: attention, layer, block, flow.
@@ -212,7 +212,7 @@ class TarFlow(nn.Module):
     forward = encode  # so that DistributedDataParallel, which calls forward, can train it
 
     def loss(self, z: Tensor, log_det: Tensor) -> Tensor:
-        """Negative log-likelihood per dimension in nats, without the constant (section 3.1, equation 6)."""
+        """Negative log-likelihood per dimension in nats, without the constant (the paper's training objective)."""
         return 0.5 * z.float().pow(2).mean() - log_det.mean()
 
     @torch.no_grad()
@@ -225,7 +225,7 @@ class TarFlow(nn.Module):
         annealed: bool = False,
         attention_temperature: float = 1.0,
     ) -> Tensor:
-        """Noise (B, T, D) -> images, before denoising. Guidance as in section 3.4 of the paper.
+        """Noise (B, T, D) -> images, before denoising. Guidance as in the paper.
 
         The guided log_scale ("a") and shift ("b") are ``(1 + g) * conditional - g * unconditional``, with g
         constant or growing linearly to ``guidance``; the temperature divides the unconditional logits only.
@@ -240,7 +240,7 @@ class TarFlow(nn.Module):
         return self.unpatchify(x)
 
     def denoise(self, images: Tensor, labels: Tensor | None = None, strength: float = 1.0) -> Tensor:
-        """One step along the score (Tweedie, section 3.3): x + strength * sigma^2 * grad log p(x)."""
+        """One step along the score (Tweedie; the paper's score-based denoising): x + strength * sigma^2 * grad log p(x)."""
         if self.config.noise_std is None:
             raise ValueError("a model trained with uniform dequantisation has no Gaussian noise to remove")
         with torch.enable_grad():
