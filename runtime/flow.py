@@ -221,7 +221,7 @@ class Flow:
         return z, (log_det / z[0].size).astype(np.float32)
 
     def denoise(self, images: ArrayLike, labels: ArrayLike | None = None, strength: float = 1.0) -> Array:
-        """One step along the score (Tweedie; the paper's score-based denoising): x + strength * sigma^2 * grad log p(x | labels).
+        """One step along the score (Tweedie): x + strength * sigma^2 * grad log p(x | labels).
 
         Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
         """

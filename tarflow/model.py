@@ -240,7 +240,7 @@ class TarFlow(nn.Module):
         return self.unpatchify(x)
 
     def denoise(self, images: Tensor, labels: Tensor | None = None, strength: float = 1.0) -> Tensor:
-        """One step along the score (Tweedie; the paper's score-based denoising): x + strength * sigma^2 * grad log p(x)."""
+        """One step along the score (Tweedie): x + strength * sigma^2 * grad log p(x)."""
         if self.config.noise_std is None:
             raise ValueError("a model trained with uniform dequantisation has no Gaussian noise to remove")
         with torch.enable_grad():
