@@ -60,7 +60,7 @@ def cases(quick: bool) -> list[Case]:
         image_size=32, channels=3, patch_size=2, width=384, blocks=2, layers=4, classes=CLASSES, noise_std=0.1
     )
     found = [Case("width 64, 2 layers, T 64", tiny, 64, g, 2.3, 9) for g in (0.0, 1.0)]
-    for batch, repeats in ((1, 9), (8, 3), (32, 2)):
+    for batch, repeats in ((1, 7), (8, 3), (32, 2)):
         found += [Case("width 384, 4 layers, T 256", middle, batch, g, 4.0, repeats) for g in (0.0, 1.0)]
     return found[:2] if quick else found
 
