@@ -1,4 +1,4 @@
-"""Step, Forward, Gradient: one flow block as the three modules that get traced.
+"""Step, Resident, Forward, Gradient: one flow block as the modules that get traced.
 
 The same mathematics as ``tarflow.model``, written for a graph that must run anywhere and fast: matrix products in two
 dimensions on weights as they are stored, attention spelled out, precision made of explicit casts, no flip of a weight,
@@ -53,6 +53,22 @@ class BlockGraph(nn.Module):
     def mlp(self, layer: Layer, h: Tensor) -> Tensor:
         return product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
 
+    def embed(self, x: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+        """x (B, W, D), labels (G, B), the patches' rows of the position embedding (W, C) -> (R * W, C)."""
+        batch, window, _ = x.shape
+        h = product(x.reshape(-1, self.config.patch_dim), self.block.proj_in).float()
+        h = h.view(batch, window, -1) + places
+        if self.block.class_embed is None:
+            h = h.unsqueeze(0).expand(labels.shape[0], -1, -1, -1)
+        else:
+            h = h + F.embedding(labels, self.class_table).unsqueeze(2)
+        return h.reshape(-1, self.config.width)
+
+    def query_scale(self, inverse_temperature: Tensor, batch: int) -> Tensor:
+        """(G,) -> (R, 1, 1, 1), in the precision of the weights."""
+        scale: Tensor = (inverse_temperature * self.config.head_dim**-0.5).to(self.block.proj_in.weight.dtype)
+        return scale.unsqueeze(1).expand(-1, batch).reshape(-1, 1, 1, 1)
+
 
 class Step(BlockGraph):
     """A window of the inverse: patches known at positions p ... p + W - 1 give the next ones, for B images at once.
@@ -106,6 +122,82 @@ class Step(BlockGraph):
         return z + out, torch.cat(fresh)
 
 
+class Resident(BlockGraph):
+    """The step for a device: sequence, cache and position are state that stays there, each written in place.
+
+    Bind every state output to the memory of its input and the same launch, or one captured CUDA graph, makes every
+    step. Nothing else changes between steps. Positions are not checked here: writes out of range are dropped.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        z: Tensor,
+        offsets: Tensor,
+        labels: Tensor,
+        mix: Tensor,
+        inverse_temperature: Tensor,
+        cache: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """x (B, 1, T, D) known up to ``position`` (1,), z (B, T, D), both in block order, offsets (W,) = 0 ... W - 1,
+        labels (G, B), mix (2, G, T), inverse_temperature (G,), cache: per layer keys and values, (R, H, T, d) each.
+
+        Returns the state after the step: x with the W patches from ``position`` + 1 on, ``position`` + W, the cache
+        with the window's keys and values.
+        """
+        batch, tokens = x.shape[0], self.config.tokens
+        at = position + offsets  # (W,)
+        place = tokens - 1 - at if self.block.reversed else at
+        h = self.embed(x.index_select(2, at).squeeze(1), labels, F.embedding(place, self.block.pos_embed))
+        scale = self.query_scale(inverse_temperature, batch)
+        hidden = torch.arange(tokens) > at.unsqueeze(1)  # (W, T)
+        written = []
+        for j, layer in enumerate(self.block.layers):
+            attention = layer.attention
+            query, key, value = self.heads(attention, attention.norm(h), cache[2 * j].shape[0])
+            keys = self.write(cache[2 * j], key, position)
+            values = self.write(cache[2 * j + 1], value, position)
+            scores = (query * scale) @ keys.transpose(2, 3)  # (R, H, W, T)
+            mixed = softmax(scores.float().masked_fill(hidden, MASKED)).to(query.dtype) @ values
+            h = h + product(mixed.transpose(1, 2).reshape(-1, self.config.width), attention.proj).float()
+            h = h + self.mlp(layer, h)
+            written += [keys, values]
+        outputs = self.config.patch_dim * (2 if self.config.nvp else 1)  # said, not inferred: parsers need to know it
+        out = product(h, self.block.proj_out).float().view(labels.shape[0], batch, at.shape[0], outputs)
+        mix = mix.index_select(2, at).unsqueeze(2).unsqueeze(-1)  # (2, G, 1, W, 1)
+        found = z.index_select(1, at + 1)
+        if self.config.nvp:
+            log_scale, shift = out.chunk(2, -1)
+            found = found * (log_scale * mix[0]).sum(0).exp() + (shift * mix[1]).sum(0)
+        else:
+            found = found + (out * mix[1]).sum(0)
+        return self.write(x, found.unsqueeze(1), position + 1), at[-1:] + 1, *written
+
+    def write(self, slots: Tensor, fresh: Tensor, position: Tensor) -> Tensor:
+        """slots (N, H, T, d) with those from ``position`` on replaced by fresh (N, H, W, d)."""
+        written: Tensor = torch.ops.tarflow.write_slots(slots, fresh, position.expand(slots.shape[0]))
+        return written
+
+
+def rewritten(slots: Tensor, fresh: Tensor, position: Tensor) -> Tensor:
+    """A copy of slots (N, H, T, d) with fresh (N, H, W, d) from ``position`` (1,) on."""
+    offset = torch.arange(slots.shape[2]) - position
+    inside = (offset >= 0) & (offset < fresh.shape[2])
+    return torch.where(inside.unsqueeze(1), fresh.index_select(2, offset.clamp(0, fresh.shape[2] - 1)), slots)
+
+
+@torch.library.custom_op("tarflow::write_slots", mutates_args=())
+def write_slots(slots: Tensor, fresh: Tensor, positions: Tensor) -> Tensor:
+    """:func:`rewritten` as one operator, which becomes ONNX's TensorScatter: ``positions`` (N,), all the same."""
+    return rewritten(slots, fresh, positions[:1])
+
+
+@write_slots.register_fake
+def _(slots: Tensor, fresh: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty_like(slots)
+
+
 class Forward(BlockGraph):
     """Encode through one block, all positions at once; with ``mix``, the exact inverse of guided decoding."""
 
@@ -116,9 +208,8 @@ class Forward(BlockGraph):
         """
         batch, tokens, _ = x.shape
         branches = labels.shape[0]
-        h = self.embed(x, labels)
-        scale = (inverse_temperature * self.config.head_dim**-0.5).to(self.block.proj_in.weight.dtype)
-        scale = scale.unsqueeze(1).expand(-1, batch).reshape(-1, 1, 1, 1)  # (R, 1, 1, 1)
+        h = self.embed(x, labels, self.block.pos_embed)
+        scale = self.query_scale(inverse_temperature, batch)
         mask = self.causal(tokens)
         for layer in self.block.layers:
             attention = layer.attention
@@ -136,17 +227,6 @@ class Forward(BlockGraph):
             self.shifted((part * weight).sum(0)) for part, weight in zip(out.chunk(2, -1), mix.unbind(0), strict=True)
         )
         return (x - shift) * torch.exp(-log_scale), -log_scale.sum((1, 2))
-
-    def embed(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x (B, T, D), labels (G, B) -> (R * T, C)."""
-        batch, tokens, _ = x.shape
-        h = product(x.reshape(-1, self.config.patch_dim), self.block.proj_in).float()
-        h = h.view(batch, tokens, -1) + self.block.pos_embed
-        if self.block.class_embed is None:
-            h = h.unsqueeze(0).expand(labels.shape[0], -1, -1, -1)
-        else:
-            h = h + F.embedding(labels, self.class_table).unsqueeze(2)
-        return h.reshape(-1, self.config.width)
 
     def causal(self, tokens: int) -> Tensor:
         """(T, T), True where attention may not look."""
@@ -170,7 +250,7 @@ class Gradient(Forward):
         """x (B, T, D), labels (1, B), grad_z (B, T, D), grad_log_det (B,) -> grad_x (B, T, D)."""
         batch, tokens, _ = x.shape
         mask = self.causal(tokens)
-        h = self.embed(x, labels)
+        h = self.embed(x, labels, self.block.pos_embed)
         tapes = []
         for layer in self.block.layers:
             h, tape = self.layer_forward(layer, h, batch, mask)

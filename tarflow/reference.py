@@ -33,6 +33,7 @@ class Twin:
     """A backend that runs the model itself in PyTorch, float32, on the model's device."""
 
     description = f"PyTorch {torch.__version__}"
+    largest_batch: int | None = None
 
     def __init__(self, model: TarFlow) -> None:
         self.model = model

@@ -1,0 +1,118 @@
+"""Decoding with everything on the device: what lives there, and in which order steps are launched.
+
+Sequence, cache and position are state of the resident graph (FORMAT.md): each step reads them and writes them in
+place, so nothing crosses the bus between the first step of a block and the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backend import Array, Branches, block_order, pad_rows
+from .bundle import ModelShape
+
+POSITION = "position"  # never written in place: engines may write it before the last operator that reads it
+_SUFFIX = "_next"
+
+
+class Steps(Protocol):
+    """A resident graph with its tensors in place on some device. One owner at a time."""
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        """Copy an array to an input."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A copy of an input, after everything launched has ended."""
+
+    def launch(self, window: int) -> None:
+        """One step from the current position on; may return before it has ended."""
+
+    def close(self, clean: bool) -> None:
+        """Hand the memory on. ``clean`` says that the cache is known to be finite."""
+
+
+def shapes(config: ModelShape, batch: int, branches: int, window: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a resident graph's inputs, in the graph's order."""
+    cache = (branches * batch, config.heads, config.tokens, config.head_dim)
+    return {
+        "x": (batch, 1, config.tokens, config.patch_dim),
+        POSITION: (1,),
+        "z": (batch, config.tokens, config.patch_dim),
+        "offsets": (window,),
+        "labels": (branches, batch),
+        "mix": (2, branches, config.tokens),
+        "inverse_temperature": (branches,),
+        **dict.fromkeys(cache_names(config), cache),
+    }
+
+
+def cache_names(config: ModelShape) -> list[str]:
+    """Names of the cache's inputs."""
+    return [f"{part}_{layer}" for layer in range(config.layers) for part in ("key", "value")]
+
+
+def is_state(name: str) -> bool:
+    """Whether an input comes back as an output, with ``_next`` behind its name."""
+    return name in ("x", POSITION) or name.startswith(("key_", "value_"))
+
+
+def next_name(name: str) -> str:
+    """The output that a state input becomes."""
+    return name + _SUFFIX
+
+
+class ResidentDecoding:
+    """One block being inverted by :class:`Steps`; ``labels`` (G, B) as graphs take them.
+
+    A device that takes no fewer than ``least`` images computes the last one several times.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        reverse: bool,
+        z: Array,
+        labels: NDArray[np.int64],
+        branches: Branches,
+        least: int = 1,
+    ) -> None:
+        self._steps, self._reversed, self._least = steps, reverse, least
+        self._batch, self._tokens, _ = z.shape
+        ordered = self._ordered(z)
+        start = np.zeros_like(ordered)
+        start[:, 0] = ordered[:, 0]
+        steps.write("z", ordered)
+        steps.write("x", start[:, None])
+        steps.write("labels", np.ascontiguousarray(pad_rows(labels, least, 1)))
+        steps.write("mix", np.ascontiguousarray(branches.mix))
+        steps.write("inverse_temperature", branches.inverse_temperature)
+        self._position = -1  # where the device believes it is; -1: whatever an earlier block left
+        self._clean = False
+
+    def guess(self, patches: Array) -> None:
+        self._steps.write("x", self._ordered(patches)[:, None])
+
+    def step(self, position: int, window: int = 1) -> None:
+        if position < 0 or window < 1 or position + window >= self._tokens:  # a device drops such writes silently
+            raise IndexError(f"window {position}...{position + window - 1} has no next patch in {self._tokens}")
+        if position != self._position:
+            self._steps.write(POSITION, np.array([position], np.int64))
+        self._steps.launch(window)
+        self._position = position + window
+
+    def patches(self) -> Array:
+        found = self._steps.read("x")[: self._batch, 0]
+        # A value that is not finite shows in the patch it leads to. Masked or not, it must not stay in the cache.
+        self._clean = bool(np.isfinite(found).all())
+        return np.ascontiguousarray(block_order(found, self._reversed))
+
+    def close(self) -> None:
+        """Hand the memory to the next block. The decoding must not be used afterwards."""
+        self._steps.close(self._clean)
+
+    def _ordered(self, patches: Array) -> Array:
+        """As the device holds them: in block order, at least so many rows."""
+        return np.ascontiguousarray(pad_rows(block_order(patches, self._reversed), self._least))
