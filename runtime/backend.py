@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .errors import InputError, MachineError
+from .bundle import Bundle, ModelShape
+from .errors import BundleError, InputError, MachineError
 
 Array = NDArray[np.float32]
+_ACTIVATIONS = 1 << 30  # bytes of activations that forward and gradient may hold at once
+NAMES = ("auto", "cpu", "cuda", "tensorrt", "ort-tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Backend(Protocol):
     """The three graphs of every block, on one engine."""
 
     description: str  # which engine on which device, for people
+    largest_batch: int | None  # images a decoding takes at once; None: what memory holds
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         """Begin inverting ``block`` on z (B, T, D)."""
@@ -72,6 +75,21 @@ def block_order(sequence: NDArray[Any], reverse: bool) -> NDArray[Any]:
     return sequence[:, ::-1] if reverse else sequence
 
 
+def rows_that_fit(config: ModelShape, attention: int, hidden: int) -> int:
+    """How many images fit the budget for activations, if so many (H, T, T) and (T, C) arrays of each live at once."""
+    per_row = 4 * config.tokens * (attention * config.heads * config.tokens + hidden * config.width)
+    return max(1, _ACTIVATIONS // per_row)
+
+
+def pad_rows(array: NDArray[Any], least: int, axis: int = 0) -> NDArray[Any]:
+    """The array with its last row repeated until there are ``least`` of them."""
+    missing = least - array.shape[axis]
+    if missing <= 0:
+        return array
+    last = np.take(array, [-1], axis)
+    return np.concatenate([array, np.repeat(last, missing, axis)], axis)
+
+
 def open_backend(
     provider: str,
     bundle: Bundle,
@@ -79,26 +97,43 @@ def open_backend(
     spinning: bool | None = None,
     low_memory: bool = False,
 ) -> Backend:
-    """Open a bundle's graphs on a provider: "cpu" or "cuda" (ONNX Runtime), or "auto" for the best that is here.
+    """Open a bundle on a provider: "cpu", "cuda" or "ort-tensorrt" (ONNX Runtime), "tensorrt" (engines made by
+    ``tarflow build``), or "auto": the first of TensorRT, CUDA, CPU that works here; its ``description`` says why not
+    the others.
 
-    Raises InputError for an unknown provider, MachineError when the machine cannot run it.
+    Raises InputError for an unknown provider, MachineError when the machine cannot run it, BundleError when the
+    bundle has no engines that fit.
     """
-    from .ort import PROVIDERS, OrtBackend, load_onnxruntime
-
-    if provider == "auto":
-        if PROVIDERS["cuda"] in load_onnxruntime().get_available_providers():
-            try:
-                return OrtBackend(bundle, "cuda", threads, spinning, low_memory)
-            except MachineError:  # compiled in, but there is no GPU: the CPU it is, and ``description`` says so
-                pass
-        provider = "cpu"
-    if provider not in PROVIDERS:
-        raise InputError(f"provider '{provider}' is unknown; expected one of auto, {', '.join(PROVIDERS)}")
+    if provider not in NAMES:
+        raise InputError(f"provider '{provider}' is unknown; expected one of {', '.join(NAMES)}")
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected 1 or more, or nothing for one a core")
-    if bundle.manifest.precision == "bf16" and provider == "cpu":
+    if provider != "auto":
+        return _open(provider, bundle, threads, spinning, low_memory)
+    reasons = []
+    for name in ("tensorrt", "cuda"):
+        try:
+            backend = _open(name, bundle, threads, spinning, low_memory)
+        except (MachineError, BundleError) as error:
+            reasons.append(f"not {name}: {str(error).splitlines()[0].split('; ')[0]}")
+        else:
+            break
+    else:
+        backend = _open("cpu", bundle, threads, spinning, low_memory)
+    backend.description = "; ".join([backend.description, *reasons])
+    return backend
+
+
+def _open(name: str, bundle: Bundle, threads: int | None, spinning: bool | None, low_memory: bool) -> Backend:
+    if name == "tensorrt":
+        from .trt import open_tensorrt
+
+        return open_tensorrt(bundle, low_memory)
+    from .ort import OrtBackend
+
+    if bundle.manifest.precision == "bf16" and name == "cpu":
         raise MachineError(
             "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with --provider cuda, "
             "or export for this machine: tarflow export CHECKPOINT --engine fp32"
         )
-    return OrtBackend(bundle, provider, threads, spinning, low_memory)
+    return OrtBackend(bundle, name, threads, spinning, low_memory)

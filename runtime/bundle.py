@@ -29,6 +29,7 @@ WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 PARITY = "PARITY.md"
 KINDS = ("step", "forward", "gradient")
+DEVICE_KINDS = ("resident", "pingpong")  # for engines; a bundle written before there were any has none
 PRECISIONS = ("fp32", "fp16", "bf16")
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
 REBUILD = "export it again: tarflow export CHECKPOINT -o BUNDLE --force"
@@ -85,6 +86,10 @@ class BlockEntry:
 
     reversed: bool
     graphs: Mapping[str, str]
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a graph of this kind: one of KINDS always, of DEVICE_KINDS maybe."""
+        return kind in self.graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,13 +317,14 @@ def _read_config(reader: _Reader, numbers: dict[str, Any]) -> ModelShape:
 def _read_block(reader: _Reader, entry: object, files: Mapping[str, FileEntry], k: int) -> BlockEntry:
     block = reader.typed(entry, dict, f"blocks[{k}]")
     graphs = reader.get(block, "graphs", dict)
-    for kind in KINDS:
+    kinds = [*KINDS, *(kind for kind in DEVICE_KINDS if kind in graphs)]
+    for kind in kinds:
         name = graphs.get(kind)
         if not isinstance(name, str) or name not in files:
             raise reader.wrong(f"blocks[{k}].graphs.{kind} is {_short(name)}, which is not among the files")
     if reader.get(block, "reversed", bool) != (k % 2 == 1):
         raise reader.wrong(f"blocks[{k}].reversed is {block['reversed']}; in schema {SCHEMA} odd blocks are, even not")
-    return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in KINDS})
+    return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in kinds})
 
 
 @dataclass(frozen=True, slots=True)

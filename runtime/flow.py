@@ -118,9 +118,10 @@ class Flow:
     ) -> Flow:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
-        ``provider`` is "cpu", "cuda" or "auto". ``threads`` (None: one a core) and ``spinning`` (False where cores
-        are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory. Raises BundleError
-        for a damaged bundle, MachineError if the provider is not to be had, InputError for an unknown one.
+        ``provider`` is "cpu", "cuda", "tensorrt" or "auto". ``threads`` (None: one a core) and ``spinning`` (False
+        where cores are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory. Raises
+        BundleError for a damaged bundle or one without engines that fit, MachineError if the provider is not to be
+        had, InputError for an unknown one.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         opened.check_runnable()
@@ -165,6 +166,12 @@ class Flow:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch size is {batch_size}; expected 1 or more")
         tile = REPRODUCIBLE_TILE if reproducible else (batch_size or self._default_batch(guidance))
+        largest = self.backend.largest_batch
+        if largest is not None and tile > largest:
+            raise InputError(
+                f"batches of {tile} images are more than these engines take, which is {largest}: use a smaller "
+                f"batch size, or build others: tarflow build '{self.bundle.folder}' --batch 1,{tile},{tile}"
+            )
         tiles = list(_tiles(first_sample, count, tile, aligned=reproducible))
         counter = _Counter(progress, len(tiles) * self.config.blocks * (self.config.tokens - 1))
 
@@ -424,7 +431,7 @@ class Flow:
         config = self.config
         half = 2 if self.bundle.manifest.precision != "fp32" else 4
         row = 2 * config.layers * config.width * config.tokens * half * (2 if guidance.scale else 1)
-        return max(1, min(_LARGEST_BATCH, _CACHE_BUDGET // row))
+        return max(1, min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, _CACHE_BUDGET // row))
 
     def _level(self, reproducible: bool) -> str:
         if reproducible:

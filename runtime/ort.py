@@ -1,31 +1,38 @@
 """The backend on ONNX Runtime.
 
-The step graph reads its KV cache and returns the window's keys and values; this module owns the cache, stores them,
-and lets it grow in buckets, so that early steps do not pay for slots that are still empty.
+On a CPU the step graph reads its KV cache and returns the window's keys and values; this module owns the cache, stores
+them, and lets it grow in buckets, so that early steps do not pay for slots that are still empty. On a GPU the resident
+graph keeps everything on the device.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, block_order
+from .backend import Array, Branches, Decoding, block_order, rows_that_fit
 from .bundle import Bundle
 from .errors import BundleError, MachineError, TarflowError
+from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 
 if TYPE_CHECKING:
     import onnxruntime
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",  # ONNX Runtime's own use of TensorRT; what it refuses goes to CUDA
+}
 Feeds = dict[str, NDArray[Any]]
 CACHE_TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bfloat16
 MASKED = -1e30  # exp() of it is exactly 0
 _BFLOAT16 = 16  # ONNX TensorProto.BFLOAT16
-_ACTIVATIONS = 1 << 30  # bytes of activations that forward and gradient may hold at once
 
 
 def load_onnxruntime() -> Any:
@@ -46,7 +53,8 @@ class OrtBackend:
     """Sessions for every block's graphs, opened when first used; with ``low_memory``, one block's at a time.
 
     Safe to use from several threads. ``threads`` None leaves the number to ONNX Runtime (one a core); ``spinning``
-    False makes idle threads sleep, which is better when cores are shared.
+    False makes idle threads sleep, which is better when cores are shared. ``resident`` keeps the state of decoding on
+    the device; None does so on a GPU. ``cuda_graph`` lets the CUDA provider record a step once and replay it.
     """
 
     def __init__(
@@ -56,9 +64,12 @@ class OrtBackend:
         threads: int | None = None,
         spinning: bool | None = None,
         low_memory: bool = False,
+        resident: bool | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
         self.low_memory = low_memory
+        self.largest_batch: int | None = None
         self._ort = load_onnxruntime()
         name = PROVIDERS[provider]
         available = self._ort.get_available_providers()
@@ -67,18 +78,30 @@ class OrtBackend:
                 f"provider '{provider}' needs {name}; this ONNX Runtime {self._ort.__version__} has "
                 f"{', '.join(available)}. Install onnxruntime-gpu in place of onnxruntime, or use --provider cpu"
             )
-        self._providers = [name] if provider == "cpu" else [name, PROVIDERS["cpu"]]
+        self._providers = list(dict.fromkeys([name, *([PROVIDERS["cuda"]] * (provider != "cpu")), PROVIDERS["cpu"]]))
         self.description = f"ONNX Runtime {self._ort.__version__}, {name.removesuffix('ExecutionProvider')}"
         self._threads, self._spinning = threads, spinning
-        self._sessions: dict[tuple[int, str], onnxruntime.InferenceSession] = {}
+        self._sessions: dict[tuple[int, str, tuple[tuple[str, int], ...]], onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
         self.memory = Memory(keep=not low_memory)
         self.copies_inputs = provider != "cpu"  # elsewhere, binding an array copies what is in it at that moment
+        self.device = "cpu" if provider == "cpu" else "cuda"
+        self.resident = provider != "cpu" if resident is None else resident
+        self.cuda_graph = cuda_graph and provider == "cuda"
+        self._idle: list[OrtSteps] = []
+        self._graph_ids = itertools.count(1)
+        self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time
+        if self.resident and not bundle.manifest.blocks[0].has("resident"):
+            self.resident, self.description = False, f"{self.description}, cache on the host: an old bundle"
         if provider != "cpu":
             self.session(0, "forward")  # fails here and now if the provider does not start
 
-    def decoding(self, block: int, z: Array, branches: Branches) -> OrtDecoding:
-        return OrtDecoding(self, block, z, branches)
+    def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
+        if not self.resident:
+            return OrtDecoding(self, block, z, branches)
+        steps = self._steps(block, len(z), len(branches.labels))
+        reverse = self.bundle.manifest.blocks[block].reversed
+        return ResidentDecoding(steps, reverse, z, self.classes(branches.labels), branches)
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         session = self.session(block, "forward")
@@ -109,14 +132,14 @@ class OrtBackend:
         """Labels as the graphs take them: the null class comes after the last."""
         return np.where(labels < 0, self.config.classes, labels)
 
-    def session(self, block: int, kind: str) -> Any:
-        """The session of one graph, opened on first use."""
+    def session(self, block: int, kind: str, sizes: tuple[tuple[str, int], ...] = ()) -> Any:
+        """The session of one graph, opened on first use; ``sizes`` fixes axes by name."""
         with self._lock:
             if self.low_memory:  # sessions in use elsewhere live on until their users let go of them
                 self._sessions = {key: s for key, s in self._sessions.items() if key[0] == block}
-            if (block, kind) not in self._sessions:
-                self._sessions[block, kind] = self._open(block, kind)
-            return self._sessions[block, kind]
+            if (block, kind, sizes) not in self._sessions:
+                self._sessions[block, kind, sizes] = self._open(block, kind, sizes)
+            return self._sessions[block, kind, sizes]
 
     def run(self, session: Any, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
         """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
@@ -133,7 +156,7 @@ class OrtBackend:
             )
         return BundleError(f"block {block}'s {kind} graph failed in {self.description}: {_first_line(error)}")
 
-    def _open(self, block: int, kind: str) -> Any:
+    def _open(self, block: int, kind: str, sizes: tuple[tuple[str, int], ...]) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors; ONNX Runtime's hints are not for our users
         options.inter_op_num_threads = 1
@@ -144,9 +167,11 @@ class OrtBackend:
         if kind != "step":
             # Prepacking would copy the block's weights for every session. It pays only where a graph runs per step.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        for axis, size in sizes:  # known shapes fold away, and with them the arithmetic that would leave the GPU
+            options.add_free_dimension_override_by_name(axis, size)
         path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=self._providers)
+            session = self._start(path, options, kind)
         except Exception as error:
             raise BundleError(f"'{path}' cannot be loaded by {self.description}: {_first_line(error)}") from None
         if self._providers[0] not in session.get_providers():  # ONNX Runtime falls back to the CPU without a word
@@ -156,11 +181,40 @@ class OrtBackend:
             )
         return session
 
+    def _start(self, path: Path, options: Any, kind: str) -> Any:
+        """A session; of a resident graph, one that captures CUDA graphs if the provider lets it."""
+        if kind == "resident" and self.cuda_graph:
+            try:
+                first = (self._providers[0], {"enable_cuda_graph": "1"})
+                return self._ort.InferenceSession(str(path), options, providers=[first, *self._providers[1:]])
+            except Exception as error:  # a node that has no CUDA kernel in this version: slower, not wrong
+                self.cuda_graph = False
+                self.description += f", without CUDA graphs: {_first_line(error)[:120]}"
+        return self._ort.InferenceSession(str(path), options, providers=self._providers)
+
+    def _steps(self, block: int, batch: int, branches: int) -> OrtSteps:
+        """Memory for this shape, left by an earlier block or new; memory of other shapes is let go of."""
+        with self._lock:
+            self._idle = [steps for steps in self._idle if steps.shape == (batch, branches)]
+            steps = self._idle.pop() if self._idle else None
+        if steps is None:
+            steps = OrtSteps(self, batch, branches)
+        steps.block = block
+        return steps
+
+    def give(self, steps: OrtSteps) -> None:
+        """Take memory back for another block."""
+        if not self.low_memory:
+            with self._lock:
+                self._idle.append(steps)
+
+    def graph_id(self) -> int:
+        """A number no captured CUDA graph has yet."""
+        return next(self._graph_ids)
+
     def _chunks(self, batch: int, attention: int, hidden: int) -> list[slice]:
-        """Sub-batches that fit the budget: so many (H, T, T) and (T, C) arrays of each row live at once."""
-        config = self.config
-        per_row = 4 * config.tokens * (attention * config.heads * config.tokens + hidden * config.width)
-        rows = max(1, min(batch, _ACTIVATIONS // per_row))
+        """Sub-batches that fit the budget of :func:`rows_that_fit`."""
+        rows = rows_that_fit(self.config, attention, hidden)
         return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 
@@ -316,6 +370,84 @@ class OrtDecoding:
         if array.dtype == np.uint16:
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
         return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+class OrtSteps:
+    """The resident graph on ONNX Runtime; every tensor is allocated here, once for all blocks of a batch size.
+
+    State outputs are bound to their inputs' memory. The position is not: a step reads it until its end, so two of
+    them take turns. So a step can be run twice without harm, which ONNX Runtime does to capture a CUDA graph.
+    """
+
+    def __init__(self, backend: OrtBackend, batch: int, branches: int) -> None:
+        self._backend, self.shape, self.block = backend, (batch, branches), 0
+        self._cache_type = CACHE_TYPES[backend.bundle.manifest.precision]
+        self._values: dict[str, Any] = {}
+        for name, shape in shapes(backend.config, batch, branches, 1).items():
+            if name != "offsets":
+                self._values[name] = self._allocate(np.zeros(shape, self._type(name)))
+        self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
+        self._bindings: dict[tuple[int, int, int], tuple[Any, Any, Any]] = {}
+        self._turn = 0
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        self._values[self._current(name)].update_inplace(array)
+
+    def read(self, name: str) -> NDArray[Any]:
+        return np.array(self._values[self._current(name)].numpy())
+
+    def launch(self, window: int) -> None:
+        key = self.block, window, self._turn
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(window)
+        session, binding, options = self._bindings[key]
+        try:
+            with self._backend.launching:
+                session.run_with_iobinding(binding, options)
+        except Exception as error:
+            raise self._backend.failed(self.block, "resident", error) from None
+        self._turn = 1 - self._turn
+
+    def close(self, clean: bool) -> None:
+        if clean:
+            self._backend.give(self)
+
+    def _bind(self, window: int) -> tuple[Any, Any, Any]:
+        batch, branches = self.shape
+        sizes = (("batch", batch), ("branches", branches), ("rows", batch * branches), ("window", window))
+        session = self._backend.session(self.block, "resident", sizes)
+        if f"offsets {window}" not in self._values:
+            self._values[f"offsets {window}"] = self._allocate(np.arange(window))
+        binding = session.io_binding()
+        for name, shape in shapes(self._backend.config, batch, branches, window).items():
+            source = f"offsets {window}" if name == "offsets" else self._current(name)
+            place = self._backend.device, 0, self._element(name), shape
+            binding.bind_input(name, *place, self._values[source].data_ptr())
+            if is_state(name):
+                target = self._current(name, 1 - self._turn)
+                binding.bind_output(next_name(name), *place, self._values[target].data_ptr())
+        options = self._backend._ort.RunOptions()
+        if self._backend.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(self._backend.graph_id()))
+        return session, binding, options
+
+    def _current(self, name: str, turn: int | None = None) -> str:
+        """Which tensor is an input's now: the position alone changes."""
+        turn = self._turn if turn is None else turn
+        return next_name(POSITION) if name == POSITION and turn else name
+
+    def _type(self, name: str) -> Any:
+        if name in (POSITION, "labels", "offsets"):
+            return np.int64
+        return self._cache_type if name.startswith(("key_", "value_")) else np.float32
+
+    def _element(self, name: str) -> Any:
+        """The element type as bindings take it."""
+        found = self._type(name)
+        return _BFLOAT16 if found is np.uint16 else found
+
+    def _allocate(self, array: NDArray[Any]) -> Any:
+        return self._backend._ort.OrtValue.ortvalue_from_numpy(array, self._backend.device, 0)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,95 @@
+"""Does TensorRT take these graphs? Asked of its own parser for every node, and of its builder for every graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.bundle import Bundle
+from ..runtime.errors import BundleError
+from ..runtime.trt import make_logger
+from .engine import Options, Parsed, builder_config, find_tensorrt, new_record
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of a graph, and whether the parser takes it."""
+
+    name: str
+    operator: str
+    supported: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one graph. ``reason`` says why it was refused or did not build; empty if it did."""
+
+    graph: str
+    kind: str
+    nodes: tuple[Node, ...]
+    built: bool
+    seconds: float
+    reason: str
+
+    @property
+    def refused(self) -> list[Node]:
+        return [node for node in self.nodes if not node.supported]
+
+
+def check(
+    bundle: Bundle,
+    options: Options | None = None,
+    watch: Callable[[str], None] = lambda stage: None,
+    package: str | None = None,
+) -> tuple[str, list[Verdict]]:
+    """Parse and build every graph of a bundle, keeping nothing: TensorRT's name and version, a verdict for each graph.
+
+    Raises MachineError where TensorRT is not installed.
+    """
+    bundle.check_runnable()
+    options = options or Options(batch=(1, 2, 4))
+    trt, package = find_tensorrt(package)
+    record = new_record(bundle, trt, package, options)
+    verdicts = []
+    for entry in bundle.manifest.blocks:
+        for kind, graph in entry.graphs.items():
+            if kind == "step":  # the host's own: its cache grows from step to step, as no engine's can
+                continue
+            watch(f"check {graph}")
+            started = time.monotonic()
+            nodes = _nodes(trt, bundle.path(graph))
+            reason = ""
+            if all(node.supported for node in nodes):
+                try:
+                    parsed = Parsed(trt, bundle.path(graph))
+                    engine_kind = "step" if kind in ("resident", "pingpong") else kind
+                    config = builder_config(parsed, bundle, record, options, engine_kind)
+                    if parsed.builder.build_serialized_network(parsed.network, config) is None:
+                        reason = parsed.log.take()
+                except BundleError as error:
+                    reason = str(error)
+            else:
+                reason = "the parser does not take every node"
+            verdicts.append(Verdict(graph, kind, nodes, not reason, round(time.monotonic() - started, 2), reason))
+    return f"{package} {trt.__version__}", verdicts
+
+
+def _nodes(trt: Any, path: Path) -> tuple[Node, ...]:
+    """Every node of a graph with the parser's verdict on it."""
+    import onnx
+
+    names = [(node.name, node.op_type) for node in onnx.load(path, load_external_data=False).graph.node]
+    log = make_logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)  # must outlive its parser
+    parser = trt.OnnxParser(network, log)
+    taken = set(range(len(names)))
+    if not parser.supports_model_v2(path.read_bytes(), str(path)):
+        taken = set()
+        for number in range(parser.num_subgraphs):
+            if parser.is_subgraph_supported(number):
+                taken |= set(parser.get_subgraph_nodes(number))
+    return tuple(Node(name, operator, number in taken) for number, (name, operator) in enumerate(names))

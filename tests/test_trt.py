@@ -1,0 +1,348 @@
+"""The TensorRT runtime on a double of the device that executes the same graphs from the same addresses."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tarflow.runtime import cuda as cuda_module
+from tarflow.runtime.backend import Branches
+from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.decode import serial
+from tarflow.runtime.engines import read_record
+from tarflow.runtime.errors import BundleError, InputError, MachineError
+from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.trt import TrtBackend, open_tensorrt
+
+from .conftest import Golden, largest
+from .device_double import DoubleCuda, DoubleTensorRT, build_double
+from .test_golden import RUNS, SAMPLES, guidance_of
+
+Device = tuple[DoubleCuda, DoubleTensorRT]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """CUDA and TensorRT doubles in place of the real ones."""
+    cuda = DoubleCuda()
+    trt = DoubleTensorRT(cuda)
+    monkeypatch.setattr(cuda_module, "_load", lambda: cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    yield cuda, trt
+    gc.collect()
+    assert not cuda.allocated, "device memory was not given back"
+    assert not cuda.graphs, "captured graphs were not destroyed"
+
+
+@pytest.fixture
+def built(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """built("cond", "fp32", **options of build_double): a bundle with engines for the double."""
+
+    def build(case: str = "cond", engine: str = "fp32", **options: Any) -> Path:
+        folder = tmp_path / f"{case}-{engine}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(bundle(case, engine), folder)
+        build_double(folder, **options)
+        return folder
+
+    return build
+
+
+def trt_backend(flow: Flow) -> TrtBackend:
+    assert isinstance(flow.backend, TrtBackend)
+    return flow.backend
+
+
+@pytest.mark.parametrize("step_graph", ["resident", "pingpong"])
+@pytest.mark.parametrize(("name", "run"), RUNS)
+def test_golden_vectors_come_out_in_both_formulations(
+    device: Device, built: Callable[..., Path], golden: Callable[[str], Golden], name: str, run: int, step_graph: str
+) -> None:
+    case, flow = golden(name), Flow.open(built(name, step_graph=step_graph), provider="tensorrt")
+    arguments: dict[str, Any] = {
+        "noise": case.vectors["noise"],
+        "labels": case.labels,
+        "guidance": guidance_of(case, run),
+    }
+    raw = flow.sample(**arguments, denoise=False, certify=True)
+    assert raw.report is not None
+    assert raw.report.certificate is not None
+    assert largest(raw, case.raw(run)) < SAMPLES
+    assert raw.report.certificate.max() < 1e-4
+    assert largest(flow.sample(**arguments), case.vectors[f"sample{run}.denoised"]) < SAMPLES
+
+
+def test_half_precision_engines_compute_what_onnx_runtime_does(device: Device, built: Callable[..., Path]) -> None:
+    folder = built("cond", "fp16")
+    options: dict[str, Any] = {"labels": 2, "guidance": Guidance(1.0), "certify": True}
+    found, expected = (
+        Flow.open(folder, provider="tensorrt").sample(5, **options),
+        Flow.open(folder).sample(5, **options),
+    )
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 5e-3
+
+
+def test_a_captured_graph_gives_the_same_bits_and_nothing_crosses_the_bus_in_the_loop(
+    device: Device, built: Callable[..., Path]
+) -> None:
+    cuda, _ = device
+    bundle = Bundle.open(built())
+    captured, plain = (Flow(bundle, open_tensorrt(bundle, cuda_graph=on)) for on in (True, False))
+    first = captured.sample(3, labels=1)
+    steps = bundle.manifest.config.blocks * (bundle.manifest.config.tokens - 1)
+    assert cuda.calls.count("capture") == bundle.manifest.config.blocks  # one for each engine
+    assert cuda.calls.count("replay") == steps - bundle.manifest.config.blocks  # all but the warm-up
+    cuda.calls.clear()
+    second = captured.sample(3, labels=1, denoise=False)
+    assert cuda.calls.count("replay") == steps  # captured graphs serve the next batch
+    assert cuda.calls.count("capture") == 0
+    # Per block: z, x, labels, mix, temperature and the first position go up, the patches come down. No step adds any.
+    assert cuda.calls.count("copy HostToDevice") == 6 * bundle.manifest.config.blocks
+    assert cuda.calls.count("copy DeviceToHost") == bundle.manifest.config.blocks
+    assert np.array_equal(plain.sample(3, labels=1), first)
+    assert np.array_equal(plain.sample(3, labels=1, denoise=False), second)
+
+
+def test_ping_pong_needs_two_graphs_an_engine(device: Device, built: Callable[..., Path]) -> None:
+    cuda, _ = device
+    flow = Flow.open(built(step_graph="pingpong"), provider="tensorrt")
+    flow.sample(2)
+    flow.sample(2)
+    assert cuda.calls.count("capture") == 2 * flow.config.blocks
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_any_number_of_samples_fits_a_batch_range(device: Device, built: Callable[..., Path], n: int) -> None:
+    folder = built(batch=(2, 3, 4))  # at least 2: single rows are padded; at most 4: more go in turns
+    found = Flow.open(folder, provider="tensorrt").sample(n, labels=np.arange(n) % 5, guidance=Guidance(0.5))
+    expected = Flow.open(folder).sample(n, labels=np.arange(n) % 5, guidance=Guidance(0.5))
+    assert largest(found, expected) < 1e-5
+
+
+def test_windows_solve_many_positions_at_once(device: Device, built: Callable[..., Path]) -> None:
+    folder = built(window=(1, 4, 8))
+    flow, cpu = Flow.open(folder, provider="tensorrt"), Flow.open(folder)
+    z, plain = cpu.noise(0, range(3)), Branches.plain(np.array([0, 1, -1]), cpu.config.tokens)
+    expected = serial(cpu.backend.decoding(1, z, plain), cpu.config.tokens)
+    decoding = flow.backend.decoding(1, z, plain)
+    decoding.guess(expected)
+    for start, width in ((0, 4), (4, 8), (12, 1), (0, 8), (8, 7)):  # over again, too
+        decoding.step(start, width)
+    assert largest(decoding.patches(), expected) < 1e-5
+    decoding.close()
+
+
+def test_images_and_gradients_go_through_engines_too(device: Device, built: Callable[..., Path]) -> None:
+    folder = built(batch=(1, 2, 3))
+    flow, cpu = Flow.open(folder, provider="tensorrt"), Flow.open(folder)
+    images = np.tanh(np.random.default_rng(0).normal(size=(7, *cpu.config.image))).astype(np.float32)
+    labels = np.arange(7) % 5 - 1
+    assert largest(flow.bits_per_dim(images, labels), cpu.bits_per_dim(images, labels)) < 1e-5
+    assert largest(flow.denoise(images, labels), cpu.denoise(images, labels)) < 1e-5
+
+
+@pytest.mark.parametrize(("position", "window"), [(-1, 1), (15, 1), (16, 1), (8, 8), (0, 16), (3, 0)])
+def test_a_position_out_of_bounds_never_reaches_the_device(
+    device: Device, built: Callable[..., Path], position: int, window: int
+) -> None:
+    _, trt = device
+    flow = Flow.open(built(window=(1, 8, 16)), provider="tensorrt")
+    decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.array([0, 1]), 16))
+    with pytest.raises(IndexError, match="has no next patch in 16"):
+        decoding.step(position, window)
+    assert trt.executed == 0
+
+
+def test_a_sample_that_overflows_leaves_no_trace_in_the_next_batch(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    flow = Flow.open(folder, provider="tensorrt")
+    noise = flow.noise(0, range(3))
+    noise[1] = 3e38
+    with np.errstate(all="ignore"):
+        broken = flow.sample(noise=noise, labels=0, denoise=False)
+    assert broken.report is not None
+    assert 1 in broken.report.nonfinite
+    assert largest(flow.sample(3, labels=0), Flow.open(folder).sample(3, labels=0)) < 1e-5
+
+
+def test_two_threads_share_one_stream(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    flow, results = Flow.open(folder, provider="tensorrt"), {}
+
+    def draw(seed: int) -> None:
+        results[seed] = flow.sample(3, labels=seed, seed=seed, guidance=Guidance(1.0))
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, found in results.items():
+        expected = Flow.open(folder).sample(3, labels=seed, seed=seed, guidance=Guidance(1.0))
+        assert largest(found, expected) < 1e-5
+
+
+def test_low_memory_keeps_one_block_and_stays_right(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    flow = Flow.open(folder, provider="tensorrt", low_memory=True)
+    expected = Flow.open(folder).sample(2, labels=1)
+    for _ in range(2):
+        assert largest(flow.sample(2, labels=1), expected) < 1e-5
+    assert len({block for block, _ in trt_backend(flow)._engines}) == 1
+
+
+def test_stripped_engines_take_the_weights_of_the_bundle(device: Device, built: Callable[..., Path]) -> None:
+    _, trt = device
+    folder = built(strip_weights=True)
+    found = Flow.open(folder, provider="tensorrt").sample(2, labels=1)
+    assert largest(found, Flow.open(folder).sample(2, labels=1)) < 1e-5
+    assert "block_00.resident.onnx" in trt.refitted
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_no_driver_is_one_sentence_and_no_runtime_is_made(device: Device, built: Callable[..., Path]) -> None:
+    cuda, trt = device
+    folder = built()
+    for devices in (0, -1):
+        cuda.devices = devices
+        with pytest.raises(MachineError, match="no NVIDIA GPU can be used here") as refusal:
+            Flow.open(folder, provider="tensorrt")
+        assert "\n" not in str(refusal.value)
+    assert trt.runtimes == 0
+    description = Flow.open(folder, provider="auto").backend.description
+    assert "CPU; not tensorrt: no NVIDIA GPU" in description
+    assert "not cuda: " in description
+
+
+def test_auto_takes_engines_where_there_are_any(device: Device, built: Callable[..., Path]) -> None:
+    assert Flow.open(built(), provider="auto").backend.description == "tensorrt 11.4.0.106 fp32, NVIDIA Double"
+
+
+def test_an_engine_that_was_changed_is_never_deserialised(device: Device, built: Callable[..., Path]) -> None:
+    _, trt = device
+    folder = built()
+    flow = Flow.open(folder, provider="tensorrt")
+    path = folder / "engines" / "double" / "block_03.step.engine"
+    path.write_bytes(path.read_bytes().replace(b"resident", b"pingpong"))
+    with pytest.raises(BundleError, match=r"block_03\.step\.engine' was changed after it was built.*tarflow build"):
+        flow.sample(1)
+    assert trt.deserialised == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "11.3.0.99"}, "need tensorrt 11.3.0.99 exactly, here is 11.4.0.106"),
+        ({"package": "tensorrt_rtx"}, "tensorrt_rtx"),
+        ({"gpu": "NVIDIA A100"}, "tuned for NVIDIA A100, here is NVIDIA Double"),
+        ({"capabilities": ("8.0",)}, "compute capability 8.0.*here is NVIDIA Double \\(9.0\\)"),
+        ({"bundle": "0" * 64}, "built from another bundle"),
+        ({"engines": {}}, "not finished"),
+    ],
+)
+def test_engines_that_do_not_fit_are_refused_with_the_command_that_rebuilds_them(
+    device: Device, built: Callable[..., Path], changes: dict[str, Any], message: str
+) -> None:
+    _, trt = device
+    folder = built()
+    place = folder / "engines" / "double"
+    record = read_record(place)
+    target = replace(record.target, **{k: changes.pop(k) for k in ("gpu", "capabilities") if k in changes})
+    replace(record, target=target, **changes).write(place)
+    with pytest.raises(BundleError, match=message) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert f"tarflow build '{folder}' --batch 1,8,32" in str(refusal.value)
+    assert trt.deserialised == 0
+
+
+def test_a_version_compatible_engine_runs_in_the_lean_runtime_of_a_later_version(
+    device: Device, built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, _ = device
+    folder = built(version="11.2.0.1", version_compatible=True)
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", DoubleTensorRT(cuda, "11.4.0.106"))
+    assert largest(Flow.open(folder, provider="tensorrt").sample(1), Flow.open(folder).sample(1)) < 1e-5
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", DoubleTensorRT(cuda, "11.1.0.1"))  # older than the engines
+    with pytest.raises(BundleError, match=r"need tensorrt 11\.2\.0\.1 exactly, here is 11\.1\.0\.1"):
+        Flow.open(folder, provider="tensorrt")
+
+
+def test_a_batch_out_of_range_is_refused_before_anything_runs(device: Device, built: Callable[..., Path]) -> None:
+    _, trt = device
+    folder = built(batch=(1, 2, 4))
+    flow = Flow.open(folder, provider="tensorrt")
+    for options in ({"batch_size": 5}, {"reproducible": True}):
+        with pytest.raises(
+            InputError, match=r"more than these engines take, which is 4: .* tarflow build .* --batch 1,"
+        ):
+            flow.sample(8, **options)
+    with pytest.raises(InputError, match=r"a batch of 6 is more than these engines take \(4\)"):
+        flow.backend.decoding(0, flow.noise(0, range(6)), Branches.plain(np.zeros(6, np.int64), 16))
+    decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.zeros(2, np.int64), 16))
+    with pytest.raises(InputError, match=r"windows of 1 to 1 .* --window 1,3,3"):
+        decoding.step(0, 3)
+    assert trt.executed == 0
+
+
+def test_what_tensorrt_says_comes_back_as_one_error_with_the_block(device: Device, built: Callable[..., Path]) -> None:
+    _, trt = device
+    flow = Flow.open(built(), provider="tensorrt")
+    trt.fail = "Error Code 1: Cask (Cask convolution execution)"
+    with pytest.raises(BundleError, match=r"block 3's step engine refused to run\. TensorRT says: Error Code 1: Cask"):
+        flow.sample(1)
+    trt.fail = "Requested amount of GPU memory (7 bytes) could not be allocated"
+    with pytest.raises(MachineError, match=r"out of GPU memory in block 3's step engine; use a smaller --batch-size"):
+        flow.sample(1)
+    trt.fail = None
+    flow.sample(1)
+
+
+def test_too_little_device_memory_is_said(device: Device, built: Callable[..., Path]) -> None:
+    cuda, _ = device
+    flow = Flow.open(built(), provider="tensorrt")
+    cuda.memory = 100_000
+    with pytest.raises(MachineError, match=r"the GPU has no .* GiB of free memory left .* smaller --batch-size"):
+        flow.sample(8)
+
+
+def test_a_record_that_lies_about_the_precision_is_found_out(device: Device, built: Callable[..., Path]) -> None:
+    folder = built("cond", "fp32", precision="fp16")
+    with pytest.raises(BundleError, match=r"keeps its cache as .*FLOAT.*record says fp16"):
+        Flow.open(folder, provider="tensorrt").sample(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"\xff\xfe", b'{"format": "tarflow-engines", "schema": 2}', b"[" * 100_000],
+    ids=["empty", "object", "list", "binary", "schema", "deep"],
+)
+def test_a_damaged_record_is_an_error_of_the_bundle(device: Device, built: Callable[..., Path], content: bytes) -> None:
+    folder = built()
+    (folder / "engines" / "double" / "engines.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"engines\.json' is damaged or of another version"):
+        Flow.open(folder, provider="tensorrt")
+
+
+def test_an_engine_outside_its_folder_is_not_opened(device: Device, built: Callable[..., Path], tmp_path: Path) -> None:
+    folder = built()
+    place = folder / "engines" / "double"
+    record = (place / "engines.json").read_text()
+    (place / "engines.json").write_text(record.replace('"block_00.step.engine"', '"../../evil.engine"'))
+    with pytest.raises(BundleError, match=r"is no engine's name"):
+        Flow.open(folder, provider="tensorrt")
+    (place / "engines.json").write_text(record)
+    shutil.move(place / "block_03.step.engine", tmp_path / "elsewhere.engine")
+    (place / "block_03.step.engine").symlink_to(tmp_path / "elsewhere.engine")
+    with pytest.raises(BundleError, match="missing or no regular file"):
+        Flow.open(folder, provider="tensorrt").sample(1)
