@@ -81,13 +81,22 @@ def stages(quiet: bool = False) -> Iterator[Callable[[str], None]]:
     if quiet:
         yield lambda stage: None
     elif sys.stderr.isatty():
-        from rich.console import Console
-
-        console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
-        with console.status("") as status:
-            yield lambda stage: status.update(f"{stage}  ({time.monotonic() - started:.0f} s)")
+        with status_line() as line:
+            yield lambda stage: line(f"{stage}  ({time.monotonic() - started:.0f} s)")
     else:
         yield lambda stage: say(f"[{time.monotonic() - started:6.1f} s] {stage}")
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that each call replaces; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, no_color="NO_COLOR" in os.environ).status("") as status:
+        yield status.update
 
 
 def read_array(path: Path, what: str) -> NDArray[Any]:

@@ -23,7 +23,12 @@ PACKAGES = (
     "torch",
     "onnx",
     "tensorrt",
+    "tensorrt-cu13",
     "tensorrt-rtx",
+    "onnxruntime-ep-nv-tensorrt-rtx",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "cuda-python",
+    "polygraphy",
 )
 SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
@@ -38,7 +43,10 @@ def doctor(json: Json = False) -> None:
     versions = {name: found for name in PACKAGES if (found := _version(name))}
     providers, problems = _providers()
     problems += _known_bad(versions, providers)
-    tests = {name: _self_test(name) for name in ("cpu", "cuda") if name in providers}
+    tests: dict[str, dict[str, Any]] = {name: _self_test(name) for name in ("cpu", "cuda") if name in providers}
+    if "cpu" in tests:
+        tests["cpu, graphs for devices"] = _self_test("cpu", resident=True)
+    tensorrt = _tensorrt(versions, providers)
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,6 +55,7 @@ def doctor(json: Json = False) -> None:
         "packages": versions,
         "providers": providers,
         "self_test": tests,
+        "tensorrt": tensorrt,
         "problems": problems,
     }
     if json:
@@ -60,6 +69,7 @@ def doctor(json: Json = False) -> None:
                 *((name, found) for name, found in versions.items()),
                 ("providers", ", ".join(providers) or "none"),
                 *((f"self-test {name}", _spell(result)) for name, result in tests.items()),
+                *(("tensorrt", sentence) for sentence in tensorrt),
             ]
         )
         for problem in problems:
@@ -123,16 +133,56 @@ def _gpu() -> str | None:
     return answer.splitlines()[0] if answer else None
 
 
-def _self_test(provider: str) -> dict[str, Any]:
+def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
+    """Sentences about building and running engines here, and about ONNX Runtime's own ways to TensorRT."""
+    import ctypes
+
+    from ..export.engine import find_tensorrt
+    from ..runtime.cuda import Cuda
+    from ..runtime.errors import MachineError
+
+    sentences = []
+    try:
+        trt, package = find_tensorrt(None)
+        sentences.append(f"{package} {trt.__version__} builds engines: tarflow build BUNDLE")
+    except MachineError as error:
+        sentences.append(str(error))
+    try:
+        cuda = Cuda()
+        sentences.append(f"engines can run on {cuda.name}, compute capability {cuda.capability}")
+    except MachineError as error:
+        sentences.append(str(error).split(";")[0])
+    if "ort-tensorrt" in providers:
+        try:
+            ctypes.CDLL("libnvinfer.so.10")
+            sentences.append("ONNX Runtime's own TensorRT provider finds TensorRT 10: --provider ort-tensorrt")
+        except OSError:
+            sentences.append(
+                "ONNX Runtime's own TensorRT provider is compiled in, but its wheels want TensorRT 10, and "
+                "libnvinfer.so.10 is not here; engines of tarflow build need neither"
+            )
+    if any(name.startswith("onnxruntime-ep-nv-tensorrt-rtx") for name in versions):
+        sentences.append(
+            "the TensorRT-RTX plugin of ONNX Runtime is installed; tarflow does not load it: build engines with "
+            "pip install 'tarflow[tensorrt-rtx]' and tarflow build"
+        )
+    return sentences
+
+
+def _self_test(provider: str, resident: bool | None = None) -> dict[str, Any]:
     """Invert the demo's last block and encode it again: the error is the certificate of one block."""
     import numpy as np
 
     from ..runtime.backend import Branches
+    from ..runtime.bundle import Bundle
     from ..runtime.decode import serial
     from ..runtime.flow import Flow
+    from ..runtime.ort import OrtBackend
 
     try:
-        flow = Flow.open(DEMO, provider)
+        bundle = Bundle.open(DEMO)
+        bundle.check_runnable()
+        flow = Flow(bundle, OrtBackend(bundle, provider, resident=resident))
         block = flow.config.blocks - 1
         z = flow.noise(0, range(4))
         branches = Branches.plain(np.full(4, -1, np.int64), flow.config.tokens)

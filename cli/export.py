@@ -12,6 +12,7 @@ from .options import Channels, Json, NoiseStd, PatchSize
 
 if TYPE_CHECKING:
     from ..export.pipeline import Plan
+    from ..runtime.bundle import Bundle
 
 
 def export(
@@ -26,6 +27,9 @@ def export(
     noise_std: NoiseStd = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before it appears.")
+    ] = True,
+    build: Annotated[
+        bool, typer.Option("--build/--no-build", help="End in TensorRT engines, where TensorRT is installed.")
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
@@ -46,6 +50,7 @@ def export(
         return
     with stages() as watch:
         bundle = pipeline.export(source, output, engine, hints, force, verify, watch)
+    engines, why_not = _engines(bundle, quiet=json) if build else (None, "not asked for")
     total = sum(entry.size for entry in bundle.manifest.files.values())
     card = bundle.manifest.parity
     if json:
@@ -57,6 +62,8 @@ def export(
                 "bytes": total,
                 "files": {name: entry.size for name, entry in bundle.manifest.files.items()},
                 "parity": card,
+                "engines": engines,
+                "engines_missing": why_not,
             }
         )
         return
@@ -69,6 +76,26 @@ def export(
         )
     else:
         say("not verified; run: tarflow verify " + str(output))
+    if engines:
+        print(f"engines: {engines}")
+    elif build:
+        say(f"no engines: {why_not}; on a GPU machine run: tarflow build {output}")
+
+
+def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None]:
+    """The folder of engines just built, or why there are none: the machine, never the bundle."""
+    from ..export.engine import build
+    from ..export.verify import verify_engines
+    from ..runtime.errors import MachineError
+    from .build import shown
+
+    try:
+        with shown(quiet) as watch:
+            folder, record = build(bundle, watch=watch)
+        verify_engines(bundle, folder, record)
+    except MachineError as error:
+        return None, str(error).split(".")[0].split("; pip")[0]
+    return str(folder), None
 
 
 def _print_plan(plan: Plan, output: Path, json: bool) -> None:

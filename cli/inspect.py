@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import default_bundle, emit, show, size_text
 from .options import BundleArgument, Json
+
+if TYPE_CHECKING:
+    from ..runtime.bundle import Bundle
 
 
 def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
@@ -15,7 +18,7 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
 
     Example: tarflow inspect tarflow-bundle --json
     """
-    from ..runtime.bundle import KINDS, Bundle
+    from ..runtime.bundle import Bundle
 
     opened = Bundle.open(default_bundle(bundle))
     opened.check()
@@ -46,8 +49,10 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
     )
     print("graphs")
     for k, block in enumerate(m.blocks):
-        sizes = ", ".join(f"{kind} {size_text(m.files[block.graphs[kind]].size)}" for kind in KINDS)
+        sizes = ", ".join(f"{kind} {size_text(m.files[block.graphs[kind]].size)}" for kind in block.graphs)
         print(f"  block {k} ({'reversed' if block.reversed else 'in order'}): {sizes}, opset {m.opset}")
+    for line in _engines(opened):
+        print(line)
     card = m.parity
     if not card:
         print("parity: not verified; run: tarflow verify")
@@ -58,11 +63,35 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
         print("parity: a card of another version; see it with --json")
 
 
+def _engines(bundle: Bundle) -> list[str]:
+    """A line for each build of TensorRT engines, without loading any."""
+    from ..runtime.engines import folders, read_record
+    from ..runtime.errors import BundleError
+
+    lines = []
+    for folder in folders(bundle):
+        try:
+            record = read_record(folder)
+        except BundleError as error:
+            lines.append(f"  {folder.name}: {error}")
+            continue
+        wrong = [] if record.bundle == bundle.hash else ["built from another bundle"]
+        if not record.complete(len(bundle.manifest.blocks)):
+            wrong.append("not finished")
+        engines = record.engines.values()
+        worst = max((engine.parity["rms"] for engine in engines if engine.parity), default=None)
+        built = "/".join(sorted({engine.built for engine in engines}))
+        run = f"rms {worst:.2g} at most" if worst is not None else "not run"
+        state = "; ".join([f"{len(engines)} engines, {built} for {record.target}", run, *wrong])
+        lines.append(f"  {record.package} {record.version}, batch {record.profiles['step'][0].batch}: {state}")
+    return ["engines", *lines] if lines else []
+
+
 def _print_card(card: Mapping[str, Any]) -> None:
     print(f"parity: {card.get('backend')} against {card.get('oracle')}, {card.get('method')}")
     for block in card.get("blocks", ()):
         print(f"  block {block['block']}: rms {block['rms']:.2g}, max {block['max']:.2g}, cosine {block['cosine']:.9f}")
-    for part in ("guided", "sample", "denoised"):
+    for part in ("guided", "resident", "sample", "denoised"):
         if part in card:
             print(f"  {part}: rms {card[part]['rms']:.2g}, max {card[part]['max']:.2g}")
     print(f"  certificate {card['certificate']:.2g}, shift of bits/dim {card.get('bits_per_dim_shift', 0):.2g}")

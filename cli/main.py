@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, doctor, export, generate, inspect, likelihood, train, verify
+from . import bench, bisect, build, check, doctor, export, generate, inspect, likelihood, train, verify
 
 EXIT_INTERRUPTED = 130
 
@@ -22,6 +22,8 @@ app = typer.Typer(
     "Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment, 4 incompatible artifact.",
 )
 app.command()(export.export)
+app.command()(build.build)
+app.command()(check.check_engine)
 app.command()(generate.generate)
 app.command()(train.train)
 app.command()(verify.verify)

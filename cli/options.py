@@ -14,7 +14,9 @@ BundleArgument = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Provider = Annotated[str, typer.Option(help="cpu, cuda, or auto for the best that is here.")]
+Provider = Annotated[
+    str, typer.Option(help="cpu, cuda, tensorrt (engines of tarflow build), ort-tensorrt, or auto for the best here.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of one operator. Default: one a core.")]
 Spinning = Annotated[
     bool | None, typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared.")

@@ -63,7 +63,7 @@ def _print_card(card: dict[str, Any]) -> None:
     print(f"{card['backend']} against {card['oracle']}: {card['method']}, {card['samples']} samples")
     print(f"  {'':<10} {'cosine':>12} {'norm ratio':>11} {'rms':>9} {'p99':>9} {'max':>9}")
     rows = [(f"block {block['block']}", block) for block in card.get("blocks", ())]
-    rows += [(part, card[part]) for part in ("guided", "sample", "denoised", "golden") if part in card]
+    rows += [(part, card[part]) for part in ("guided", "resident", "sample", "denoised", "golden") if part in card]
     for name, d in rows:
         print(
             f"  {name:<10} {d['cosine']:12.9f} {d['norm_ratio']:11.7f} {d['rms']:9.2g} {d['p99']:9.2g} {d['max']:9.2g}"

@@ -108,7 +108,7 @@ def _suspect(flow: Flow, oracle: Flow, pairs: Pairs, limit: float, watch: Callab
     for place_, block in enumerate(reversed(range(config.blocks))):
         z, x = pairs.states[place_], pairs.states[place_ + 1]
         watch(f"block {block}: step graph")
-        decoding = backend.decoding(block, z, plain)
+        decoding = OrtDecoding(backend, block, z, plain)
         for step in range(config.tokens - 1):
             decoding.guess(x)  # every step sees the oracle's patches
             decoding.step(step)

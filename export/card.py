@@ -27,7 +27,7 @@ def markdown(manifest: Manifest) -> str:
         "| | cosine | norm ratio | rms | p99 | max |",
         "|---|---|---|---|---|---|",
         *(_row(f"block {block['block']}", block) for block in card.get("blocks", ())),
-        *(_row(part, card[part]) for part in ("guided", "sample", "denoised") if part in card),
+        *(_row(part, card[part]) for part in ("guided", "resident", "sample", "denoised") if part in card),
         "",
         f"Round-trip certificate {card['certificate']:.2g}.",
     ]

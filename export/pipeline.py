@@ -21,7 +21,7 @@ from tarflow.config import Config, Hints
 from tarflow.model import TarFlow
 from tarflow.reference import Twin
 
-from ..runtime.backend import open_backend
+from ..runtime.backend import Backend, open_backend
 from ..runtime.bundle import (
     GOLDEN,
     MANIFEST,
@@ -36,13 +36,13 @@ from ..runtime.bundle import (
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import check_replaceable, replacing_folder, sha256
 from ..runtime.flow import Flow
-from ..runtime.ort import OrtBackend
+from ..runtime.ort import PROVIDERS, OrtBackend
 from . import verify
 from .bisect import Finding, bisect
 from .card import markdown
 from .emulate import emulate_bfloat16
 from .precision import PRECISIONS, Precision, typed
-from .trace import KINDS, OPSET, Stored, place, trace
+from .trace import KINDS, OPSET, Stored, pingpong, place, trace
 from .weights import rename, weights_size, write_weights
 
 Watch = Callable[[str], None]
@@ -91,7 +91,13 @@ def plan(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hints 
     precision = precision_named(engine)
     model = open_checkpoint(checkpoint, hints)
     config, weights = model.config, weights_size(model, precision)
-    sizes = {"step": (5, 5), "forward": (6, 4), "gradient": (6, 8)}  # KiB: per graph, per layer, measured
+    sizes = {
+        "step": (5, 5),
+        "forward": (6, 4),
+        "gradient": (6, 8),
+        "resident": (8, 5),
+        "pingpong": (9, 9),
+    }  # KiB: per graph, per layer, measured
     mask = config.tokens**2 if config.tokens <= 512 else 0  # larger ones the exporter leaves to be computed
     files = {WEIGHTS: weights + 4096, GOLDEN: verify.SAMPLES * config.tokens * config.patch_dim * 12 + 400}
     for k in range(config.blocks):
@@ -136,11 +142,11 @@ def verify_bundle(
     """
     with _beside_pytorch(folder, checkpoint, hints, provider, watch) as (flow, oracle, model):
         pairs = verify.make_pairs(oracle, _parameters(model), watch)
-        card = verify.verify(flow, oracle, pairs, watch)
+        card = verify.verify(flow, oracle, pairs, watch, _resident(flow.bundle) if provider == "cpu" else None)
         if pairs.serial:
             watch("verify golden pairs")
             card["golden"] = verify.verify_golden(flow)["sample"]
-        card["backend"] += _emulation(flow.bundle.manifest)
+        card["backend"] += _emulation(flow.bundle.manifest) if provider == "cpu" else ""
         return card
 
 
@@ -153,6 +159,11 @@ def bisect_bundle(
     watch: Watch = lambda stage: None,
 ) -> tuple[Finding, dict[str, Any]] | None:
     """Where a bundle leaves PyTorch, and the tensors that show it; None if nowhere. Raises as :func:`verify_bundle`."""
+    if provider not in PROVIDERS:
+        raise InputError(
+            f"bisect looks inside ONNX graphs, which provider '{provider}' does not run; expected one of "
+            + ", ".join(PROVIDERS)
+        )
     with _beside_pytorch(folder, checkpoint, hints, provider, watch) as (flow, oracle, model):
         pairs = verify.make_pairs(oracle, _parameters(model), watch)
         return bisect(flow, oracle, model, pairs, tolerance, watch)
@@ -178,8 +189,8 @@ def _beside_pytorch(
             f"'{checkpoint or 'weights'}' is not the model in '{folder}': {differing}; "
             "name the checkpoint it was exported from"
         )
-    with torch.no_grad(), runnable(bundle) as here:
-        backend = open_backend(provider, here) if here is bundle else OrtBackend(here, low_memory=True)
+    with torch.no_grad(), runnable(bundle) if provider == "cpu" else contextlib.nullcontext(bundle) as here:
+        backend = OrtBackend(here, low_memory=True) if here is not bundle else open_backend(provider, bundle)
         yield Flow(here, backend), twin_flow(model, bundle), model
 
 
@@ -202,10 +213,12 @@ def _graphs(
         for kind, module in KINDS.items():
             watch(f"trace {kind}, {'reversed' if first.reversed else 'in order'}")
             graph = trace(kind, first, precision.dtype)
+            versions = {kind: graph} if kind != "resident" else {kind: graph, "pingpong": pingpong(graph)}
             for k in range(parity, model.config.blocks, 2):
-                place(graph, k, stored, rename(module(first), k), folder / _graph_name(k, kind))
+                for name, version in versions.items():
+                    place(version, k, stored, rename(module(first), k), folder / _graph_name(k, name))
     return tuple(
-        BlockEntry(model.blocks[k].reversed, {kind: _graph_name(k, kind) for kind in KINDS})
+        BlockEntry(model.blocks[k].reversed, {kind: _graph_name(k, kind) for kind in (*KINDS, "pingpong")})
         for k in range(model.config.blocks)
     )
 
@@ -221,7 +234,8 @@ def _parity(model: TarFlow, manifest: Manifest, folder: Path, check: bool, watch
         if not check:
             return {}
         with runnable(Bundle(folder, manifest, "")) as bundle:
-            card = verify.verify(Flow(bundle, OrtBackend(bundle, low_memory=True)), oracle, pairs, watch)
+            flow = Flow(bundle, OrtBackend(bundle, low_memory=True))
+            card = verify.verify(flow, oracle, pairs, watch, _resident(bundle))
             card["backend"] += _emulation(manifest)
     wrong = verify.failures(card)
     if wrong:
@@ -250,6 +264,13 @@ def runnable(bundle: Bundle) -> Iterator[Bundle]:
                 model = onnx.load(bundle.folder / graph, load_external_data=False)
                 onnx.save(emulate_bfloat16(model), folder / graph)
         yield Bundle(folder, bundle.manifest, bundle.hash)
+
+
+def _resident(bundle: Bundle) -> Backend | None:
+    """What runs a bundle's resident graphs on this machine's CPU; None for a bundle that has none."""
+    if not bundle.manifest.blocks[0].has("resident"):
+        return None
+    return OrtBackend(bundle, low_memory=True, resident=True)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.backend import Array, Backend, Branches
-from ..runtime.bundle import GOLDEN
+from ..runtime.backend import Array, Backend, Branches, open_backend
+from ..runtime.bundle import GOLDEN, Bundle
 from ..runtime.decode import serial
+from ..runtime.engines import Record
+from ..runtime.errors import BundleError, CheckFailed, MachineError
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
+from ..runtime.trt import open_tensorrt
 
 SAMPLES = 4
 # By precision: rms of patches and samples, shift of bits/dim, round-trip error; about ten times what is measured on
@@ -108,8 +112,17 @@ def make_pairs(oracle: Flow, parameters: int, watch: Callable[[str], None] = lam
     return Pairs(noise, labels, images, denoised, tuple(states), decode)
 
 
-def verify(flow: Flow, oracle: Flow, pairs: Pairs, watch: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
-    """The parity card of ``flow`` against ``oracle``: a JSON document, see FORMAT.md."""
+def verify(
+    flow: Flow,
+    oracle: Flow,
+    pairs: Pairs,
+    watch: Callable[[str], None] = lambda stage: None,
+    resident: Backend | None = None,
+) -> dict[str, Any]:
+    """The parity card of ``flow`` against ``oracle``: a JSON document, see FORMAT.md.
+
+    ``resident`` is a backend that decodes with the bundle's resident graphs, to be compared too.
+    """
     config = flow.config
     plain = Branches.plain(pairs.labels, config.tokens)
     blocks = []
@@ -127,6 +140,16 @@ def verify(flow: Flow, oracle: Flow, pairs: Pairs, watch: Callable[[str], None] 
         ),
         key=lambda difference: difference.rms,
     )
+    resident_worst = None
+    if resident is not None:
+        watch("verify resident steps")
+        resident_worst = max(
+            (
+                Difference.between(_sweep(resident, block, pairs.states[place], pairs.states[place + 1], plain), x)
+                for place, (block, x) in enumerate(zip(reversed(range(config.blocks)), pairs.states[1:], strict=True))
+            ),
+            key=lambda difference: difference.rms,
+        )
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
@@ -140,6 +163,8 @@ def verify(flow: Flow, oracle: Flow, pairs: Pairs, watch: Callable[[str], None] 
         "guided": asdict(guided_worst),
         "bits_per_dim_shift": float(shift),
     }
+    if resident_worst is not None:
+        card["resident"] = asdict(resident_worst)
     if pairs.serial:
         watch("verify samples")
         found_images = flow.sample(noise=pairs.noise, labels=pairs.labels, denoise=False, certify=True)
@@ -177,11 +202,81 @@ def verify_golden(flow: Flow) -> dict[str, Any]:
     return card
 
 
+def verify_engines(
+    bundle: Bundle, folder: Path, record: Record, watch: Callable[[str], None] = lambda stage: None
+) -> tuple[Record, str | None]:
+    """Run freshly built engines against ONNX Runtime's CPU, and write what came out beside each engine's hash.
+
+    Returns the record, and why nothing could be run, or None. Raises CheckFailed if an engine is out of its
+    precision's tolerance; such engines are removed.
+    """
+    try:
+        backend = open_tensorrt(bundle, folder=folder)
+    except (MachineError, BundleError) as error:
+        return record, str(error).splitlines()[0].split(";")[0]
+    if bundle.manifest.precision == "bf16":
+        return record, "ONNX Runtime has no bf16 on CPUs to compare with; run: tarflow verify --provider tensorrt"
+    judge = open_backend("cpu", bundle, low_memory=True)
+    return keep_parity(folder, record, engine_parity(bundle, backend, judge, watch)), None
+
+
+def engine_parity(
+    bundle: Bundle, backend: Backend, judge: Backend, watch: Callable[[str], None] = lambda stage: None
+) -> dict[tuple[int, str], Difference]:
+    """(block, kind) -> how far the backend's graph is from the judge's, on the golden pairs and the judge's states."""
+    tensors = bundle.tensors(GOLDEN)
+    config = bundle.manifest.config
+    labels = tensors["labels"]
+    plain = Branches.plain(labels, config.tokens)
+    states, found = [patchify(tensors["images"], config.patch_size)], {}
+    for block in range(config.blocks):
+        watch(f"run block {block}'s engines")
+        z = judge.forward(block, states[-1], plain)[0]
+        found[block, "forward"] = Difference.between(backend.forward(block, states[-1], plain)[0], z)
+        decoding = backend.decoding(block, z, plain)
+        found[block, "step"] = Difference.between(serial(decoding, config.tokens), states[-1])
+        decoding.close()
+        states.append(z)
+    grad, ones = -states.pop(), np.ones(len(labels), np.float32)
+    for block in reversed(range(config.blocks)):
+        x = states.pop()
+        expected = judge.gradient(block, x, labels, grad, ones)
+        found[block, "gradient"] = Difference.between(backend.gradient(block, x, labels, grad, ones), expected)
+        grad = expected
+    return found
+
+
+def keep_parity(folder: Path, record: Record, parity: dict[tuple[int, str], Difference]) -> Record:
+    """Write each engine's parity into the record. Engines out of tolerance are removed, and raise CheckFailed."""
+    limit = TOLERANCES[record.precision]["rms"]
+    engines = {
+        name: replace(engine, parity={"against": "ONNX Runtime CPU", **asdict(parity[engine.block, engine.kind])})
+        for name, engine in record.engines.items()
+    }
+    wrong = [
+        f"{name}: rms error {parity[engine.block, engine.kind].rms:.2g} is above {limit:.2g}"
+        for name, engine in engines.items()
+        if not parity[engine.block, engine.kind].rms <= limit
+    ]
+    good = {name: engine for name, engine in engines.items() if not any(w.startswith(name) for w in wrong)}
+    record = replace(record, engines=good)
+    record.write(folder)
+    for name in engines.keys() - good.keys():
+        (folder / name).unlink(missing_ok=True)
+    if wrong:
+        raise CheckFailed(
+            "engines that do not compute what their graphs say were not kept:\n  "
+            + "\n  ".join(wrong)
+            + "\nBuild them again with another --level, or see whether the graphs are right: tarflow verify"
+        )
+    return record
+
+
 def failures(card: dict[str, Any]) -> list[str]:
     """Sentences about what in a card is out of its tolerance; empty if all is well."""
     limit = card["tolerance"]
     rms: list[tuple[str, float]] = [
-        (part, card[part]["rms"]) for part in ("guided", "sample", "denoised", "golden") if part in card
+        (part, card[part]["rms"]) for part in ("guided", "resident", "sample", "denoised", "golden") if part in card
     ]
     rms += [(f"block {block['block']}", block["rms"]) for block in card.get("blocks", ())]
     measured = [(f"{part} rms error", value, limit["rms"]) for part, value in rms]

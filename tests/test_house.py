@@ -12,8 +12,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"tarflow": ROOT / "tarflow", "export": ROOT / "export", "runtime": ROOT / "runtime", "cli": ROOT / "cli"}
-RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors"}
-COMMANDS = ("export", "generate", "train", "verify", "bisect", "likelihood", "denoise", "inspect", "doctor", "bench")
+RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda"}
+COMMANDS = (
+    "export",
+    "build",
+    "check-engine",
+    "generate",
+    "train",
+    "verify",
+    "bisect",
+    "likelihood",
+    "denoise",
+    "inspect",
+    "doctor",
+    "bench",
+)
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

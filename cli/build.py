@@ -1,0 +1,150 @@
+"""``tarflow build``: a bundle's graphs become TensorRT engines for the GPU here."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..runtime.errors import InputError
+from .console import default_bundle, emit, say, size_text, stages, status_line
+from .options import BundleArgument, Json
+
+if TYPE_CHECKING:
+    from ..export.engine import Progress
+    from ..runtime.engines import Record
+
+
+def build(
+    bundle: BundleArgument = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Precision the engines must have: fp32, fp16 or bf16. Default: the bundle's.")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Batch sizes the engines take.")] = "1,8,32",
+    window: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Positions a step solves at once.")] = "1",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CAPABILITIES",
+            help="Compute capabilities to build for, as in 8.6,8.9: any such GPU. Default: the GPU here; without one, "
+            "all that TensorRT-RTX knows.",
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="F", help="Read and keep TensorRT's timings here; only makes builds faster.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Engines that later TensorRT versions run too.")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Leave weights out; the bundle's are filled in on loading.")
+    ] = False,
+    level: Annotated[int | None, typer.Option(metavar="N", help="TensorRT's optimisation level, 0 to 5.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run every engine against ONNX Runtime, if a GPU is here.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Build TensorRT engines from a bundle, on the machine that will run them: one per block and graph.
+
+    An engine whose precision is not what was asked is not kept (exit code 1). Interrupted builds go on where they were.
+
+    Example: tarflow build imagenet64 --engine fp16 --batch 1,8,32
+    """
+    from ..export.engine import Options
+    from ..export.engine import build as build_engines
+    from ..export.verify import verify_engines
+    from ..runtime.bundle import Bundle
+
+    options = Options(
+        batch=_range("batch", batch),
+        window=_range("window", window),
+        device=_capabilities(device),
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        strip_weights=strip_weights,
+        level=level,
+    )
+    opened = Bundle.open(default_bundle(bundle))
+    with shown(quiet=json) as watch:
+        folder, record = build_engines(opened, engine, options, watch)
+    if verify:
+        with stages(quiet=json) as tell:
+            record, unverified = verify_engines(opened, folder, record, tell)
+    else:
+        unverified = "not asked for"
+    if json:
+        from dataclasses import asdict
+
+        emit({"folder": str(folder), "unverified": unverified, **asdict(record)})
+        return
+    print(f"{folder}: {_summary(record)}")
+    if unverified:
+        say(f"built, not run: {unverified}")
+
+
+def _summary(record: Record) -> str:
+    engines = record.engines.values()
+    attested = {engine.attested for engine in engines}
+    return (
+        f"{len(engines)} engines, {size_text(sum(engine.size for engine in engines))}, {record.package} "
+        f"{record.version} for {record.target}; {'/'.join(sorted({engine.built for engine in engines}))} read back "
+        f"from every {' and '.join(sorted(attested))}"
+    )
+
+
+@contextlib.contextmanager
+def shown(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """Progress for people: one line that moves on a terminal, a line for each engine elsewhere."""
+    if quiet:
+        yield lambda progress: None
+        return
+    with status_line() as line:
+        last = ""
+
+        def watch(progress: Progress) -> None:
+            nonlocal last
+            place = f"engine {progress.done} of {progress.total}, {progress.name}"
+            if progress.kept:
+                say(f"{place}: kept")
+            elif sys.stderr.isatty():
+                left = f", about {progress.left:.0f} s left" if progress.left is not None else ""
+                line(f"{place}: {100 * progress.fraction:.0f} %, {progress.elapsed:.0f} s{left}")
+            elif progress.name != last:
+                left = f", about {progress.left:.0f} s left" if progress.left is not None else ""
+                say(f"[{progress.elapsed:6.1f} s{left}] {place}")
+            last = progress.name
+
+        yield watch
+
+
+def _range(name: str, text: str) -> tuple[int, int, int]:
+    """``8`` or ``1,8,32``."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return 1, numbers[0], numbers[0]
+    if len(numbers) != 3:
+        raise InputError(f"--{name} '{text}' is not understood; expected MIN,OPT,MAX, as in 1,8,32, or one number")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _capabilities(text: str | None) -> tuple[str, ...] | None:
+    """``8.6,8.9`` or ``sm86,sm89``."""
+    import re
+
+    if text is None:
+        return None
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:sm_?)?(\d+)\.?(\d)\s*", part, re.I)
+        if not match:
+            raise InputError(f"--device '{part}' is not understood; expected compute capabilities, as in 8.6,8.9")
+        found.append(f"{match[1]}.{match[2]}")
+    return tuple(dict.fromkeys(found))

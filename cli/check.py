@@ -1,0 +1,51 @@
+"""``tarflow check-engine``: will TensorRT take these graphs?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .console import default_bundle, emit, stages
+from .options import BundleArgument, Json
+
+
+def check_engine(
+    bundle: BundleArgument = None,
+    nodes: Annotated[bool, typer.Option("--nodes", help="List every node, not only the refused ones.")] = False,
+    json: Json = False,
+) -> None:
+    """Ask TensorRT's parser about every node of every graph, and build every graph, keeping nothing. Needs no GPU.
+
+    Exit code 1 if a node is refused or a graph does not build.
+
+    Example: tarflow check-engine imagenet64
+    """
+    from ..export.check import check
+    from ..runtime.bundle import Bundle
+    from ..runtime.errors import CheckFailed
+
+    opened = Bundle.open(default_bundle(bundle))
+    with stages(quiet=json) as watch:
+        tensorrt, verdicts = check(opened, watch=watch)
+    failed = [verdict for verdict in verdicts if not verdict.built]
+    if json:
+        emit({"tensorrt": tensorrt, "ok": not failed, "graphs": [asdict(verdict) for verdict in verdicts]})
+    else:
+        print(f"{tensorrt}, {opened.manifest.precision} graphs of {opened.folder}")
+        for verdict in verdicts:
+            taken = len(verdict.nodes) - len(verdict.refused)
+            state = f"built in {verdict.seconds:.1f} s" if verdict.built else f"NOT BUILT: {verdict.reason}"
+            print(f"  {verdict.graph}: {taken} of {len(verdict.nodes)} nodes taken, {state}")
+            for node in verdict.nodes if nodes else verdict.refused:
+                print(f"    {node.name} ({node.operator}): {'taken' if node.supported else 'REFUSED'}")
+    if failed:
+        operators = Counter(node.operator for verdict in failed for node in verdict.refused)
+        refused = ", ".join(f"{name} ({count})" for name, count in operators.most_common())
+        raise CheckFailed(
+            f"{len(failed)} of {len(verdicts)} graphs do not become engines"
+            + (f"; refused operators: {refused}" if refused else "")
+            + ". Graphs of this tarflow do: export the bundle again, with tarflow export"
+        )

@@ -1,0 +1,446 @@
+"""Building engines with the real TensorRT-RTX, which needs no GPU: what builds, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import onnx
+import pytest
+import tensorrt_rtx
+import torch
+from onnx import TensorProto, helper
+
+from tarflow.config import Config
+from tarflow.export import attest
+from tarflow.export.check import check
+from tarflow.export.engine import Options, Parsed, Progress, build, builder_config, new_record, profiles
+from tarflow.export.precision import PRECISIONS, typed
+from tarflow.export.trace import KINDS, pingpong, place, trace
+from tarflow.export.verify import engine_parity, keep_parity
+from tarflow.export.weights import rename, write_weights
+from tarflow.model import TarFlow
+from tarflow.runtime import cuda as cuda_module
+from tarflow.runtime.backend import open_backend
+from tarflow.runtime.bundle import Bundle, ModelShape
+from tarflow.runtime.cuda import Cuda
+from tarflow.runtime.engines import Record, Target, read_record
+from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
+from tarflow.runtime.files import sha256
+from tarflow.runtime.trt import open_tensorrt
+
+from .conftest import Cli
+from .device_double import DoubleCuda, DoubleTensorRT, build_double
+
+LARGE = {"2-768-8-8": (2, 768), "4-1024-8-8": (4, 1024)}  # ImageNet64: 1024 patches of 12 numbers, 256 of 48
+QUICK = Options(batch=(1, 2, 4), device=("8.9",))
+
+
+@pytest.fixture
+def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """copy("cond", "fp32"): a bundle to write engines into."""
+
+    def make(case: str = "cond", engine: str = "fp32") -> Path:
+        folder = tmp_path / f"{case}-{engine}"
+        shutil.copytree(bundle(case, engine), folder)
+        return folder
+
+    return make
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Make a bundle whose files were changed consistent again."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        entry.update(sha256=sha256(folder / name), size=(folder / name).stat().st_size)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+# --- what builds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_graph_of_the_demo_builds_in_every_precision(copy: Callable[..., Path], precision: str) -> None:
+    opened = Bundle.open(copy("demo", precision))
+    folder, record = build(opened, precision, replace(QUICK, window=(1, 4, 8)))
+    assert len(record.engines) == 3 * len(opened.manifest.blocks)
+    guided_and_window = {(p.branches, p.window[2] > 1) for p in record.profiles["step"]}
+    assert guided_and_window == {(1, False), (2, False), (1, True), (2, True)}
+    for name, engine in record.engines.items():
+        assert (engine.asked, engine.built, engine.attested) == (precision, precision, "network")
+        assert sha256(folder / name) == engine.sha256
+        assert (folder / name).stat().st_size == engine.size
+        assert engine.parity is None  # nothing has run
+    assert read_record(folder) == record
+    verdicts = check(opened)[1]  # the formulation for old parsers too
+    assert {verdict.kind for verdict in verdicts} == {"resident", "pingpong", "forward", "gradient"}
+    assert all(verdict.built and not verdict.refused for verdict in verdicts)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", LARGE)
+def test_every_graph_of_a_large_block_builds(tmp_path: Path, name: str, precision: str) -> None:
+    patch, width = LARGE[name]
+    torch.manual_seed(0)
+    model = TarFlow(Config(64, 3, patch, width, blocks=1, layers=8, classes=1000, noise_std=0.05))
+    stored = write_weights(model, PRECISIONS[precision], tmp_path / "weights.safetensors")
+    block = typed(model.blocks[0], PRECISIONS[precision])
+    shape = SimpleNamespace(manifest=SimpleNamespace(config=ModelShape(**asdict(model.config))))
+    options = replace(QUICK, window=(1, 16, 64), batch=(1, 8, 32))
+    record: Any = SimpleNamespace(
+        package="tensorrt_rtx", target=Target(None, ("8.9",)), profiles=profiles(cast(Bundle, shape), options)
+    )
+    for kind in ("resident", "forward", "gradient"):
+        graph = trace(kind, block, PRECISIONS[precision].dtype)
+        for number, version in enumerate([graph, pingpong(graph)] if kind == "resident" else [graph]):
+            path = tmp_path / f"{kind}.{number}.onnx"
+            place(version, 0, stored, rename(KINDS[kind](block), 0), path)
+            parsed = Parsed(tensorrt_rtx, path)
+            assert attest.read_network(tensorrt_rtx, parsed.network).mismatch(precision) is None
+            engine_kind = "step" if kind == "resident" else kind
+            config = builder_config(parsed, cast(Bundle, shape), record, options, engine_kind)
+            plan = parsed.builder.build_serialized_network(parsed.network, config)
+            assert plan is not None, parsed.log.take()
+            parameters = sum(p.numel() for p in model.parameters())
+            assert memoryview(plan).nbytes > 0.9 * parameters * (4 if precision == "fp32" else 2)  # weights are in it
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------
+
+
+def test_finished_engines_are_kept_and_only_what_changed_is_built(copy: Callable[..., Path]) -> None:
+    opened = Bundle.open(copy())
+    seen: list[Progress] = []
+    folder, first = build(opened, options=QUICK, watch=seen.append)
+    built = {progress.name for progress in seen}
+    assert len(built) == 12
+    assert max(progress.fraction for progress in seen) == 1.0
+    assert any(progress.left for progress in seen)
+
+    def built_again(options: Options = QUICK) -> set[str]:
+        seen.clear()
+        build(opened, options=options, watch=seen.append)
+        return {progress.name for progress in seen if not progress.kept}
+
+    assert built_again() == set()
+    (folder / "block_01.step.engine").write_bytes(b"damaged")
+    (folder / "block_02.forward.engine").unlink()
+    assert built_again() == {"block_01.step.engine", "block_02.forward.engine"}
+    windows = replace(QUICK, window=(1, 2, 4))
+    assert built_again(windows) == {f"block_0{k}.step.engine" for k in range(4)}  # the others' profiles are the same
+    assert built_again(replace(windows, level=1)) == built
+    (folder / "engines.json").write_bytes(b"{")
+    assert built_again() == built
+    assert {e.key for e in first.engines.values()} == {e.key for e in read_record(folder).engines.values()}
+    assert built_again(replace(QUICK, device=("8.6",))) == built
+    assert len(list((opened.folder / "engines").iterdir())) == 2  # each target has a folder of its own
+
+
+def test_an_interrupted_build_leaves_whole_engines_and_goes_on(copy: Callable[..., Path]) -> None:
+    opened = Bundle.open(copy())
+
+    def interrupt(progress: Progress) -> None:
+        if progress.name == "block_01.forward.engine":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(opened, options=QUICK, watch=interrupt)
+    (folder,) = (opened.folder / "engines").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "block_00.forward.engine",
+        "block_00.gradient.engine",
+        "block_00.step.engine",
+        "block_01.step.engine",
+        "engines.json",
+    ]
+    seen: list[Progress] = []
+    _, record = build(opened, options=QUICK, watch=seen.append)
+    assert len({progress.name for progress in seen if not progress.kept}) == 8
+    assert len(record.engines) == 12
+
+
+def test_ctrl_c_ends_a_build_at_once_with_130(copy: Callable[..., Path]) -> None:
+    folder = copy("demo")
+    command = [sys.executable, "-m", "tarflow.cli.main", "build", str(folder), "--device", "8.9"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "engine 2 of 12" in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 10
+    assert "interrupted; nothing half-written was left" in errors
+    assert "Traceback" not in errors
+    (place,) = (folder / "engines").iterdir()
+    assert {path.name for path in place.iterdir()} == {*read_record(place).engines, "engines.json"}
+
+
+def test_a_timing_cache_is_kept_where_it_was_asked_for(copy: Callable[..., Path], tmp_path: Path) -> None:
+    opened = Bundle.open(copy("uncond"))
+    cache = tmp_path / "timings"
+    _, first = build(opened, options=replace(QUICK, timing_cache=cache))
+    assert cache.stat().st_size > 0
+    shutil.rmtree(opened.folder / "engines")
+    _, second = build(opened, options=replace(QUICK, timing_cache=cache))
+    assert {e.key for e in first.engines.values()} == {e.key for e in second.engines.values()}
+
+
+def test_building_needs_neither_pytorch_nor_its_exporter(copy: Callable[..., Path]) -> None:
+    code = (
+        "import sys\nfor name in ('torch', 'onnx', 'onnxscript', 'onnx_ir', 'sklearn'): sys.modules[name] = None\n"
+        "from tarflow.export.engine import Options, build\nfrom tarflow.runtime.bundle import Bundle\n"
+        f"print(len(build(Bundle.open({str(copy('uncond'))!r}), options=Options(device=('8.9',)))[1].engines))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_asks_fp16_and_builds_fp32_is_caught(copy: Callable[..., Path], cli: Cli) -> None:
+    folder = copy("cond", "fp32")
+    reseal(folder, precision="fp16")  # says fp16, and is typed fp32
+    done = cli("build", folder, "--engine", "fp16", "--device", "8.9")
+    assert done.returncode == 1
+    assert re.search(r"block 0's step engine is not what was asked for: asked fp16, built \d+ matrix", done.stderr)
+    assert "in fp32, a cache in fp32" in done.stderr
+    assert not (folder / "engines").exists()
+
+
+def test_a_single_product_in_the_wrong_precision_is_caught(copy: Callable[..., Path]) -> None:
+    folder = copy("cond", "fp16")
+    path = folder / "block_02.forward.onnx"
+    model = onnx.load(path, load_external_data=False)
+    at, product = next((i, node) for i, node in enumerate(model.graph.node) if node.op_type == "MatMul")
+    wide = [f"{name}.wide" for name in (*product.input, *product.output)]
+    casts = [
+        helper.make_node("Cast", [name], [f"{name}.wide"], f"Cast_{name}", to=TensorProto.FLOAT)
+        for name in product.input
+    ]
+    model.graph.node.insert(
+        at + 1, helper.make_node("Cast", [wide[-1]], list(product.output), "Cast_out", to=TensorProto.FLOAT16)
+    )
+    product.input[:], product.output[:] = wide[:-1], wide[-1:]
+    for node in reversed(casts):
+        model.graph.node.insert(at, node)
+    onnx.save(model, path)
+    reseal(folder)
+    with pytest.raises(CheckFailed, match=r"block 2's forward engine .* asked fp16, built 1 matrix products in fp32"):
+        build(Bundle.open(folder), options=QUICK)
+    (place_,) = (folder / "engines").iterdir()
+    assert not (place_ / "block_02.forward.engine").exists()
+    assert (place_ / "block_01.forward.engine").exists()  # what was right stays
+
+
+def test_another_precision_than_the_bundles_is_refused_before_building(copy: Callable[..., Path], cli: Cli) -> None:
+    folder = copy("cond", "fp32")
+    done = cli("build", folder, "--engine", "fp16")
+    assert done.returncode == 1
+    assert "asked for fp16 engines, but the graphs" in done.stderr
+    assert "tarflow export CHECKPOINT --engine fp16" in done.stderr
+    assert not (folder / "engines").exists()
+
+
+def layer(name: str, *types: str, **more: str) -> dict[str, Any]:
+    """A layer as the inspector writes it."""
+    tensors = [{"Name": f"t{i}", "Dimensions": [1], "Format/Datatype": text} for i, text in enumerate(types)]
+    return {"Name": name, "LayerType": "gemm", "Inputs": tensors[:-1], "Outputs": tensors[-1:], **more}
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ([layer("Gemm_12", "Half", "Half")], {"fp16": 1}),
+        ([layer("Gemm_12", "Row major linear FP32", "Row major linear FP32")], {"fp32": 1}),
+        ([layer("Gemm_1", "BFloat16", "Float"), layer("MatMul_7", "Float", "Float")], {"bf16": 1, "fp32": 1}),
+        ([layer("__myl_Cast", "Float", "Half"), layer("Add_3", "Float", "Float")], {}),
+        ([layer("__myl_Fc", "Half", "Half", Metadata="[ONNX Layer: Gemm_4]\u001e[ONNX Layer: Add_5]")], {"fp16": 1}),
+        (["Gemm_12"], {}),  # no details: nothing is known, and that is not good enough
+    ],
+)
+def test_the_inspectors_layers_are_read(layers: list[Any], found: dict[str, int]) -> None:
+    assert attest.layer_products({"Layers": layers, "I/O Tensors": []}) == found
+    finding = attest.Finding(found, frozenset(), "engine")
+    assert (finding.mismatch("fp16") is None) == (found == {"fp16": 1})
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--batch", "8,4,1"], 2, "batch is 8,4,1; expected 1 <= MIN <= OPT <= MAX, as in 1,8,32"),
+        (["--batch", "0"], 2, "expected 1 <= MIN <= OPT <= MAX"),
+        (["--batch", "many"], 2, "--batch 'many' is not understood; expected MIN,OPT,MAX"),
+        (["--window", "1,x,3"], 2, "--window '1,x,3' is not understood"),
+        (["--level", "9"], 2, "level is 9; expected 0 (fastest build) to 5 (fastest engine)"),
+        (["--device", "H100"], 2, "--device 'H100' is not understood; expected compute capabilities, as in 8.6,8.9"),
+        (["--device", "9.0"], 2, "builds no engines for compute capability 9.0; it knows 7.5, 8.0, 8.6"),
+        (["--engine", "int3"], 2, "engine 'int3' is unknown; expected one of fp32, fp16, bf16"),
+        (["--device", "7.5"], 4, "does not build with tensorrt_rtx"),
+        (["--strip-weights", "--device", "8.9"], 4, "does not build with tensorrt_rtx"),
+        (["--version-compatible", "--device", "8.9"], 2, "TensorRT-RTX has no version-compatible engines"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_sentence(
+    copy: Callable[..., Path], cli: Cli, arguments: list[str], code: int, message: str
+) -> None:
+    folder = copy()
+    done = cli("build", folder, *arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "engines").exists()
+
+
+def test_a_machine_without_a_driver_gets_one_clear_sentence(copy: Callable[..., Path], cli: Cli) -> None:
+    folder = copy("uncond")
+    sentence = "no NVIDIA GPU can be used here (cudaErrorInsufficientDriver): engines need one, with its driver"
+    done = cli("build", folder, "--device", "8.9")
+    assert done.returncode == 0
+    assert f"built, not run: {sentence}" in done.stderr
+    done = cli("generate", folder, "--provider", "tensorrt", "--n", "1", "-o", folder.parent / "x.png")
+    assert done.returncode == 3
+    assert done.stderr.strip() == (
+        f"tarflow: error: {sentence}; use --provider cpu, or run on a machine whose nvidia-smi shows a GPU"
+    )
+    done = cli("generate", folder, "--provider", "auto", "--n", "1", "-o", folder.parent / "x.png")
+    assert done.returncode == 0
+    assert "CPU; not tensorrt: no NVIDIA GPU can be used here" in done.stdout
+
+
+def test_without_tensorrt_build_says_what_to_install(
+    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(copy("uncond"))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MachineError, match=r"engines need TensorRT: .*pip install 'tarflow\[tensorrt-rtx\]'"):
+        build(opened)
+
+
+def test_full_tensorrt_builds_only_for_the_gpu_at_hand(
+    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part of the road that only a GPU machine takes, up to the builder."""
+    opened, cuda = Bundle.open(copy("uncond")), DoubleCuda()
+    monkeypatch.setattr(cuda_module, "_load", lambda: cuda)
+    record = new_record(opened, tensorrt_rtx, "tensorrt", Options())
+    assert (record.target.gpu, record.target.capabilities) == ("NVIDIA Double", ("9.0",))
+    assert new_record(opened, tensorrt_rtx, "tensorrt", Options(device=("9.0",))).target.gpu is None
+    with pytest.raises(InputError, match=r"GPU at hand, which is NVIDIA Double \(9.0\), not for 8.6"):
+        new_record(opened, tensorrt_rtx, "tensorrt", Options(device=("8.6",)))
+    cuda.devices = -1
+    with pytest.raises(MachineError, match="no NVIDIA GPU can be used here"):
+        new_record(opened, tensorrt_rtx, "tensorrt", Options())
+
+
+def test_a_bundle_from_before_there_were_graphs_for_devices_is_asked_to_be_exported_again(
+    copy: Callable[..., Path], cli: Cli
+) -> None:
+    folder = copy("uncond")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for block in manifest["blocks"]:
+        for kind in ("resident", "pingpong"):
+            name = block["graphs"].pop(kind)
+            del manifest["files"][name]
+            (folder / name).unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert cli("generate", folder, "--n", "1", "-o", folder.parent / "x.png").returncode == 0
+    done = cli("build", folder)
+    assert done.returncode == 4
+    assert f"tarflow export '{folder}' -o NEW --engine fp32" in done.stderr
+
+
+# --- check-engine -----------------------------------------------------------------------------------------------
+
+
+def test_check_engine_names_the_node_that_is_refused(copy: Callable[..., Path], cli: Cli) -> None:
+    folder = copy("uncond")
+    good = cli("check-engine", folder, "--json")
+    assert good.returncode == 0, good.stderr
+    document = json.loads(good.stdout)
+    assert document["ok"]
+    assert document["tensorrt"] == f"tensorrt_rtx {tensorrt_rtx.__version__}"
+    for graph in document["graphs"]:
+        model = onnx.load(folder / graph["graph"], load_external_data=False)
+        assert [node["name"] for node in graph["nodes"]] == [node.name for node in model.graph.node]
+        assert all(node["supported"] for node in graph["nodes"])
+        assert graph["built"]
+
+    path = folder / "block_00.forward.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node.append(helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "p"], "Planted_1"))
+    model.graph.node.append(helper.make_node("Cast", ["q"], ["extra"], "Planted_2", to=TensorProto.FLOAT))
+    model.graph.output.append(helper.make_tensor_value_info("extra", TensorProto.FLOAT, None))
+    onnx.save(model, path)
+    reseal(folder)
+    bad = cli("check-engine", folder)
+    assert bad.returncode == 1
+    assert "Planted_1 (DynamicQuantizeLinear): REFUSED" in bad.stdout
+    assert "1 of" in bad.stderr
+    assert "DynamicQuantizeLinear (1)" in bad.stderr
+
+
+# --- parity of engine files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Record]:
+    """A bundle, and its engines on a double of the device."""
+    cuda = DoubleCuda()
+    monkeypatch.setattr(cuda_module, "_load", lambda: cuda)
+    folder = copy()
+    monkeypatch.setitem(sys.modules, "tensorrt", DoubleTensorRT(cuda))
+    return folder, *build_double(folder)
+
+
+def test_the_parity_of_every_engine_file_is_recorded(double: tuple[Path, Path, Record]) -> None:
+    folder, place, record = double
+    opened = Bundle.open(folder)
+    record = keep_parity(place, record, engine_parity(opened, open_tensorrt(opened), open_backend("cpu", opened)))
+    assert read_record(place) == record
+    for engine in record.engines.values():
+        assert engine.parity is not None
+        assert engine.parity["against"] == "ONNX Runtime CPU"
+        assert engine.parity["rms"] < 1e-5
+
+
+def test_an_engine_that_computes_something_else_is_not_kept(double: tuple[Path, Path, Record]) -> None:
+    folder, place, record = double
+    swapped = place / "block_02.step.engine"
+    swapped.write_bytes((place / "block_00.step.engine").read_bytes())  # another block's weights
+    engines = {**record.engines, swapped.name: replace(record.engines[swapped.name], sha256=sha256(swapped))}
+    record = replace(record, engines=engines)
+    record.write(place)
+    opened = Bundle.open(folder)
+    parity = engine_parity(opened, open_tensorrt(opened), open_backend("cpu", opened))
+    with pytest.raises(CheckFailed, match=r"not kept:\n  block_02\.step\.engine: rms error .* is above 0\.0001"):
+        keep_parity(place, record, parity)
+    assert not swapped.exists()
+    assert swapped.name not in read_record(place).engines
+    with pytest.raises(BundleError, match="the build was not finished"):
+        open_tensorrt(opened)
+
+
+def test_cuda_speaks_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(MachineError, match=r"cuda-python is not installed .*pip install 'tarflow\[tensorrt\]'"):
+        Cuda()

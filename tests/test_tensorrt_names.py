@@ -1,0 +1,174 @@
+"""Every name of TensorRT and CUDA that the code uses exists: in TensorRT 11.4's bindings, TensorRT-RTX, cuda-python."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntime, DoubleTensorRT
+
+ROOT = Path(__file__).parent.parent
+FILES = ("runtime/trt.py", "export/engine.py", "export/attest.py", "export/check.py")
+RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}  # behind a check of the package
+# What a variable is in a file; a variable that is ours there is not listed.
+CLASSES = {
+    "runtime/trt.py": {
+        "engine": "ICudaEngine",
+        "context": "IExecutionContext",
+        "_runtime": "Runtime",
+        "refitter": "Refitter",
+        "parser": "OnnxParserRefitter",
+    },
+    "export/engine.py": {
+        "network": "INetworkDefinition",
+        "parser": "OnnxParser",
+        "builder": "Builder",
+        "config": "IBuilderConfig",
+        "runtime": "Runtime",
+        "e": "ParserError",
+        "cache": "ITimingCache",
+    },
+    "export/attest.py": {
+        "network": "INetworkDefinition",
+        "layer": "ILayer",
+        "engine": "ICudaEngine",
+        "inspector": "EngineInspector",
+        "tensor": "ITensor",
+    },
+    "export/check.py": {"parser": "OnnxParser", "builder": "Builder", "network": "INetworkDefinition"},
+}
+OURS = {
+    "classes",
+    "layers",
+    "patch_dim",
+    "tokens",
+    "exists",
+    "get",
+    "search",
+}  # members of our own, on variables of these names
+LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
+SYMBOLS = (
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "getPluginRegistry",
+    "getBuilderPluginRegistry",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getNvOnnxParserVersion",
+    "initLibNvInferPlugins",
+)
+DUMP = (
+    "import json, importlib, sys\nm = importlib.import_module(sys.argv[1])\n"
+    "print(json.dumps([m.__version__, {n: dir(getattr(m, n)) for n in dir(m)}]))"
+)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
+    """package -> name -> its members. The bindings load their libraries on import: empty ones will do for names."""
+    folder = tmp_path_factory.mktemp("libraries")
+    (folder / "empty.c").write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in SYMBOLS))
+    for library in LIBRARIES:
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, "empty.c"]
+        subprocess.run(command, cwd=folder, check=True, timeout=60)
+    found = {}
+    for package, version in (("tensorrt_bindings", "11.4."), ("tensorrt_rtx", "")):
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)} if version else None
+        command = [sys.executable, "-c", DUMP, package]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        said, found[package] = json.loads(done.stdout)
+        assert said.startswith(version)
+    return found
+
+
+def chain(node: ast.expr) -> list[str]:
+    """``a.b.c`` -> [a, b, c]; of a call or an index, what it hangs on is not followed."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return [node.id, *parts] if isinstance(node, ast.Name) else parts
+
+
+def attributes(file: str) -> list[list[str]]:
+    tree = ast.parse((ROOT / file).read_text())
+    return [chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+
+
+def used() -> set[tuple[str, str]]:
+    """(class or "", member) of TensorRT that the code uses."""
+    found: set[tuple[str, str]] = set()
+    for file in FILES:
+        for parts in attributes(file):
+            for module in ("trt", "_trt"):
+                if module in parts[:-1]:
+                    rest = parts[parts.index(module) + 1 :]
+                    found.add(("", rest[0]))
+                    if len(rest) > 1 and not rest[1].startswith("__"):
+                        found.add((rest[0], rest[1]))
+            for variable, kind in CLASSES[file].items():
+                if variable in parts[:-1] and parts[0] in (variable, "self", "parsed"):
+                    member = parts[parts.index(variable) + 1]
+                    if member not in OURS:
+                        found.add((kind, member))
+    return found
+
+
+def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[str, list[str]]]) -> None:
+    wanted = used()
+    assert len(wanted) > 60, "the search for names no longer finds them"
+    for member in (
+        "execute_async_v3",
+        "get_aliased_input_tensor",
+        "set_device_memory",
+        "set_optimization_profile_async",
+    ):
+        assert member in {name for _, name in wanted}
+    for package, members in names.items():
+        for owner, member in sorted(wanted):
+            if package == "tensorrt_bindings" and (member in RTX_ONLY or owner in RTX_ONLY):
+                continue
+            where = members if not owner else members[owner]
+            assert member in where, f"{package} has no {owner + '.' if owner else ''}{member}"
+
+
+def test_names_that_are_gone_would_be_noticed(names: dict[str, dict[str, list[str]]]) -> None:
+    assert "execute_async_v2" not in names["tensorrt_bindings"]["IExecutionContext"]
+    assert "FP16" not in names["tensorrt_bindings"]["BuilderFlag"]
+
+
+def test_the_double_has_nothing_that_tensorrt_has_not(names: dict[str, dict[str, list[str]]]) -> None:
+    helpers = {"open"}
+    for double, kind in (
+        (DoubleRuntime, "Runtime"),
+        (DoubleEngine, "ICudaEngine"),
+        (DoubleContext, "IExecutionContext"),
+    ):
+        methods = {name for name in vars(double) if not name.startswith("_")} - helpers
+        assert methods
+        assert methods <= set(names["tensorrt_bindings"][kind]), double
+    module = {name for name in vars(DoubleTensorRT) if not name.startswith("_")}
+    assert module <= set(names["tensorrt_bindings"])
+
+
+def test_all_calls_of_cuda_exist_in_cuda_python() -> None:
+    from cuda.bindings import runtime
+
+    calls = {parts[parts.index("api") + 1] for parts in attributes("runtime/cuda.py") if "api" in parts[:-1]}
+    assert len(calls) > 15
+    double: Any = {name for name in vars(DoubleCuda) if name.startswith("cuda")}
+    for name in calls | double:
+        assert hasattr(runtime, name), name
+    for parts in attributes("runtime/cuda.py"):
+        if "api" in parts and len(parts) > parts.index("api") + 2:  # members of enumerations
+            owner, member = parts[parts.index("api") + 1 :][:2]
+            assert hasattr(getattr(runtime, owner), member), f"{owner}.{member}"
