@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle
+from ..runtime.engines import Record
 from ..runtime.errors import BundleError
 from ..runtime.trt import make_logger
-from .engine import Options, Parsed, builder_config, find_tensorrt, new_record
+from .engine import Options, Parsed, apart, builder_config, find_tensorrt, new_record, progress_monitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +62,30 @@ def check(
             if kind == "step":  # the host's own: its cache grows from step to step, as no engine's can
                 continue
             watch(f"check {graph}")
-            started = time.monotonic()
-            nodes = _nodes(trt, bundle.path(graph))
-            reason = ""
-            if all(node.supported for node in nodes):
-                try:
-                    parsed = Parsed(trt, bundle.path(graph))
-                    engine_kind = "step" if kind in ("resident", "pingpong") else kind
-                    config = builder_config(parsed, bundle, record, options, engine_kind)
-                    if parsed.builder.build_serialized_network(parsed.network, config) is None:
-                        reason = parsed.log.take()
-                except BundleError as error:
-                    reason = str(error)
-            else:
-                reason = "the parser does not take every node"
-            verdicts.append(Verdict(graph, kind, nodes, not reason, round(time.monotonic() - started, 2), reason))
+            verdicts.append(apart(partial(_verdict, trt, bundle, record, options, kind, graph)))
     return f"{package} {trt.__version__}", verdicts
+
+
+def _verdict(
+    trt: Any, bundle: Bundle, record: Record, options: Options, kind: str, graph: str, cancelled: threading.Event
+) -> Verdict:
+    """Parse and build one graph."""
+    started = time.monotonic()
+    nodes = _nodes(trt, bundle.path(graph))
+    reason = ""
+    if all(node.supported for node in nodes):
+        try:
+            parsed = Parsed(trt, bundle.path(graph))
+            engine_kind = "step" if kind in ("resident", "pingpong") else kind
+            config = builder_config(parsed, bundle, record, options, engine_kind)
+            config.progress_monitor = progress_monitor(trt, lambda fraction: None, cancelled)
+            if parsed.builder.build_serialized_network(parsed.network, config) is None:
+                reason = parsed.log.take()
+        except BundleError as error:
+            reason = str(error)
+    else:
+        reason = "the parser does not take every node"
+    return Verdict(graph, kind, nodes, not reason, round(time.monotonic() - started, 2), reason)
 
 
 def _nodes(trt: Any, path: Path) -> tuple[Node, ...]:

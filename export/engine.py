@@ -16,8 +16,9 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..runtime.backend import rows_that_fit
 from ..runtime.bundle import WEIGHTS, Bundle
@@ -81,6 +82,7 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
+Result = TypeVar("Result")
 
 
 def build(
@@ -132,7 +134,9 @@ def _build_all(bundle: Bundle, record: Record, options: Options, folder: Path, t
             clock.kept(name, number)
             continue
         clock.begin(name, number)
-        made = _build_one(bundle, record, options, folder / name, engine, trt, clock)
+        build_one = partial(_build_one, bundle, record, options, folder / name, engine, trt, clock.moved)
+        made = apart(build_one, clock.tick)
+        clock.built()
         record = replace(record, engines={**record.engines, name: made})
         record.write(folder)
     record.write(folder)
@@ -298,7 +302,14 @@ def _remove_strangers(folder: Path, record: Record) -> None:
 
 
 def _build_one(
-    bundle: Bundle, record: Record, options: Options, path: Path, engine: Engine, trt: Any, clock: _Clock
+    bundle: Bundle,
+    record: Record,
+    options: Options,
+    path: Path,
+    engine: Engine,
+    trt: Any,
+    moved: Callable[[float], None],
+    cancelled: threading.Event,
 ) -> Engine:
     """Build, attest, and only then write one engine."""
     started = time.monotonic()
@@ -306,7 +317,8 @@ def _build_one(
     finding = attest.read_network(trt, parsed.network)
     _require(finding, engine, path)
     config = builder_config(parsed, bundle, record, options, engine.kind)
-    plan = clock.run(trt, config, lambda: parsed.builder.build_serialized_network(parsed.network, config))
+    config.progress_monitor = progress_monitor(trt, moved, cancelled)
+    plan = parsed.builder.build_serialized_network(parsed.network, config)
     if plan is None:
         raise BundleError(
             f"block {engine.block}'s {engine.kind} graph does not build with {record.package} {record.version} for "
@@ -432,11 +444,11 @@ def _deserialised(trt: Any, log: Any, content: Any, path: Path) -> Any:
 
 
 class _Clock:
-    """Turns TensorRT's phases into one fraction, keeps time, and carries an interruption into the build."""
+    """Keeps time over all engines of a build, and tells how far it is."""
 
     def __init__(self, total: int, watch: Watch) -> None:
         self.total, self.watch = total, watch
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
         self._built = 0
         self._name, self._number, self._fraction = "", 0, 0.0
 
@@ -447,43 +459,20 @@ class _Clock:
         self._name, self._number, self._fraction = name, number, 0.0
         self._tell()
 
-    def run(self, trt: Any, config: Any, work: Callable[[], Any]) -> Any:
-        """Build in a thread of its own, so that Ctrl-C is heard; the monitor then ends the build."""
-        monitor = _monitor(trt, self._moved)
-        config.progress_monitor = monitor
-        results: list[Any] = []
-        failures: list[BaseException] = []
+    def tick(self) -> None:
+        if time.monotonic() - self._told > 1:
+            self._tell()
 
-        def worker() -> None:
-            try:
-                results.append(work())
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=worker, name="tarflow-build")
-        thread.start()
-        told = 0.0
-        try:
-            while thread.is_alive():
-                thread.join(0.1)
-                if time.monotonic() - told > 1:
-                    told = time.monotonic()
-                    self._tell()
-        except BaseException:
-            monitor.cancelled = True
-            thread.join()
-            raise
-        if failures:
-            raise failures[0]
+    def built(self) -> None:
         self._built += 1
         self._fraction = 1.0
         self._tell()
-        return results[0]
 
-    def _moved(self, fraction: float) -> None:
+    def moved(self, fraction: float) -> None:
         self._fraction = max(self._fraction, fraction)
 
     def _tell(self) -> None:
+        self._told = time.monotonic()
         done = self._built + self._fraction
         left = None
         if self._built:  # engines of a kind take alike; before the first nobody knows
@@ -494,13 +483,46 @@ class _Clock:
         return time.monotonic() - self._started
 
 
-def _monitor(trt: Any, moved: Callable[[float], None]) -> Any:
+def apart(work: Callable[[threading.Event], Result], tick: Callable[[], None] = lambda: None) -> Result:
+    """``work(cancelled)``, run in a thread of its own; on Ctrl-C ``cancelled`` is set, and its end awaited.
+
+    TensorRT swallows the KeyboardInterrupt that Python raises in one of its callbacks (log lines, progress), and a
+    process that ends while TensorRT still builds is aborted. So no callback may run in the main thread, and nothing
+    but the work's own end ends the wait: after an interruption Thread.join counts a running thread as ended.
+    """
+    cancelled, ended = threading.Event(), threading.Event()
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work(cancelled))
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.set()
+
+    try:
+        threading.Thread(target=run, name="tarflow-build").start()
+        while not ended.wait(0.1):
+            tick()
+    except BaseException:
+        cancelled.set()
+        while not ended.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
+                ended.wait()
+        raise
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def progress_monitor(trt: Any, moved: Callable[[float], None], cancelled: threading.Event) -> Any:
     """TensorRT's progress monitor: nested phases of known length become one fraction of the outermost."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a base that is known only now
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.cancelled = False
             self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps, steps done
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -513,7 +535,7 @@ def _monitor(trt: Any, moved: Callable[[float], None]) -> Any:
             parent, steps, _ = self._phases.get(phase_name, (None, 1, 0))
             self._phases[phase_name] = (parent, steps, step + 1)
             moved(self._fraction())
-            return not self.cancelled
+            return not cancelled.is_set()
 
         def _fraction(self) -> float:
             total, weight = 0.0, 1.0
