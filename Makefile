@@ -18,7 +18,7 @@ types: $(DEV)/done
 	$(DEV)/bin/mypy
 
 unit: $(DEV)/done
-	$(DEV)/bin/pytest -n 2
+	$(DEV)/bin/pytest -n 2 --dist worksteal
 
 bench: $(DEV)/done ## compare with the published method, and write bench/RESULTS.md
 	$(DEV)/bin/python -m bench.compare

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 
 from tarflow.checkpoint import load
@@ -41,8 +42,9 @@ from . import verify
 from .bisect import Finding, bisect
 from .card import markdown
 from .emulate import emulate_bfloat16
+from .graphs import BlockGraph
 from .precision import PRECISIONS, Precision, typed
-from .trace import KINDS, OPSET, Stored, pingpong, place, trace
+from .trace import DIRECTED, KINDS, OPSET, Stored, pingpong, place, reverse, trace
 from .weights import rename, weights_size, write_weights
 
 Watch = Callable[[str], None]
@@ -111,7 +113,7 @@ def plan(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hints 
         precision=precision.name,
         files=files,
         peak_memory=int(full * (1 + 3 / config.blocks) + (700 << 20)),
-        seconds=10 + min(config.blocks, 2) * (8 + 3 * config.layers) + 5e-8 * full,
+        seconds=10 + (1 + min(config.blocks, 2)) * (3 + 2 * config.layers) + 5e-8 * full,
     )
 
 
@@ -207,16 +209,19 @@ def _weights(model: TarFlow, precision: Precision, folder: Path, watch: Watch) -
 def _graphs(
     model: TarFlow, precision: Precision, stored: dict[str, Stored], folder: Path, watch: Watch
 ) -> tuple[BlockEntry, ...]:
-    """Trace each kind once for each direction; blocks of one direction differ in nothing but their weights."""
+    """Trace each kind once, or once for each direction; blocks of one direction differ in nothing but their weights."""
+    graphs: dict[str, ir.Model] = {}
     for parity in range(min(2, model.config.blocks)):
         first = typed(model.blocks[parity], precision)
-        for kind, module in KINDS.items():
-            watch(f"trace {kind}, {'reversed' if first.reversed else 'in order'}")
-            graph = trace(kind, first, precision.dtype)
-            versions = {kind: graph} if kind != "resident" else {kind: graph, "pingpong": pingpong(graph)}
-            for k in range(parity, model.config.blocks, 2):
-                for name, version in versions.items():
-                    place(version, k, stored, rename(module(first), k), folder / _graph_name(k, name))
+        for kind in KINDS if parity == 0 else DIRECTED:
+            watch(f"trace {kind}" + (", reversed" if parity else ", in order") * (kind in DIRECTED))
+            graphs[kind] = trace(kind, first, precision.dtype)
+        if parity == 1:
+            graphs["resident"] = reverse(graphs["resident"], model.config.tokens)
+        graphs["pingpong"] = pingpong(graphs["resident"])
+        for k in range(parity, model.config.blocks, 2):
+            for kind, graph in graphs.items():
+                place(graph, k, stored, rename(BlockGraph(first), k), folder / _graph_name(k, kind))
     return tuple(
         BlockEntry(model.blocks[k].reversed, {kind: _graph_name(k, kind) for kind in (*KINDS, "pingpong")})
         for k in range(model.config.blocks)

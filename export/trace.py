@@ -26,6 +26,7 @@ KINDS: dict[str, type[BlockGraph]] = {
     "gradient": Gradient,
     "resident": Resident,
 }
+DIRECTED = ("forward", "gradient")  # a step graph serves blocks of both directions, a resident one after reverse()
 WEIGHTS = "weights.safetensors"
 # N = B * W and R = G * B tie the axes of a step graph together: facts for the host, not guards for the tracer.
 _DEFER: dict[str, Any] = {"prefer_deferred_runtime_asserts_over_guards": True}
@@ -154,7 +155,7 @@ def place(model: ir.Model, block: int, stored: Mapping[str, Stored], rename: Map
     """Write a traced graph for one block: every weight becomes a reference into the weights file beside it.
 
     ``rename`` maps initializer names to names, in block ``block``, in the weights file. A graph traced from one
-    block serves every block that reads the sequence in the same direction.
+    block serves every block of its direction, and of both if its kind is not in ``DIRECTED``.
     """
     for name, value in model.graph.initializers.items():
         if name not in rename:
@@ -171,6 +172,22 @@ def place(model: ir.Model, block: int, stored: Mapping[str, Stored], rename: Map
         )
     model.graph.name = f"block_{block:02d}"
     ir.save(model, path)
+
+
+def reverse(model: ir.Model, tokens: int) -> ir.Model:
+    """A copy of a resident graph for blocks of the other direction: it takes places from the sequence's other end."""
+    model = model.clone()
+    last = ir.tensor([tokens - 1], ir.DataType.INT64)
+    table = model.graph.initializers["block.pos_embed"]
+    (embed,) = (node for node, _ in table.uses())
+    tape = ir.tape.Tape()
+    place = tape.op("Sub", [tape.initializer(last, "last_place"), embed.inputs[1]])
+    for value in tape.initializers:
+        model.graph.initializers.add(value)
+    model.graph.insert_before(embed, tape.nodes)
+    embed.replace_input_with(1, place)
+    _strip(model)
+    return model
 
 
 def pingpong(model: ir.Model) -> ir.Model:
