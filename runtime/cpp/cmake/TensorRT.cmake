@@ -1,0 +1,16 @@
+# Sets TARFLOW_HAS_TENSORRT and makes the target tarflow_tensorrt where a TensorRT SDK and CUDA's runtime are found.
+set(TARFLOW_HAS_TENSORRT OFF)
+if(TENSORRT_ROOT)
+  find_package(CUDAToolkit QUIET)
+  find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h PATHS ${TENSORRT_ROOT} PATH_SUFFIXES include NO_DEFAULT_PATH)
+  find_library(TENSORRT_LIBRARY nvinfer PATHS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64 NO_DEFAULT_PATH)
+  if(NOT TENSORRT_INCLUDE_DIR OR NOT TENSORRT_LIBRARY OR NOT CUDAToolkit_FOUND)
+    message(FATAL_ERROR "TENSORRT_ROOT is ${TENSORRT_ROOT}; expected include/NvInferRuntime.h and lib/libnvinfer.so in it, "
+            "and the CUDA toolkit (found: '${TENSORRT_INCLUDE_DIR}', '${TENSORRT_LIBRARY}', '${CUDAToolkit_VERSION}')")
+  endif()
+  set(TARFLOW_HAS_TENSORRT ON)
+  add_library(tarflow_tensorrt INTERFACE)
+  target_include_directories(tarflow_tensorrt SYSTEM INTERFACE ${TENSORRT_INCLUDE_DIR})
+  target_link_libraries(tarflow_tensorrt INTERFACE ${TENSORRT_LIBRARY} CUDA::cudart)
+endif()
+message(STATUS "TensorRT: ${TARFLOW_HAS_TENSORRT}")

@@ -1,0 +1,63 @@
+// Flow: draws samples, encodes images, denoises, and says how far each sample can be trusted. FORMAT.md, "Sampling".
+// Arrays as in tarflow.h; inside, samples are (B, T, D) patches in patch order.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend.hpp"
+#include "tarflow.h"
+
+namespace tarflow::internal {
+
+// What handles that share weights have in common.
+struct Opened {
+  explicit Opened(const std::string& folder) : bundle(folder) {}
+  Bundle bundle;
+  std::unique_ptr<Backend> backend;  // refers to `bundle`
+  std::string backend_description;
+};
+
+// Opens a bundle on "cpu", "cuda", "ort-tensorrt", "tensorrt" or "auto".
+std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_open_options& options);
+
+class Flow {
+ public:
+  explicit Flow(std::shared_ptr<Opened> opened);
+
+  // `noise` may be null: samples are then drawn by seed.
+  void sample(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options,
+              float* images);
+  void encode(std::int64_t n, const float* images, const std::int64_t* labels, float* latents, float* log_det);
+  void log_likelihood(std::int64_t n, const float* images, const std::int64_t* labels, float* nats);
+  void denoise(std::int64_t n, const float* images, const std::int64_t* labels, double strength, float* denoised);
+  void noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float* noise) const;
+
+  const std::shared_ptr<Opened> opened;
+  Call call;
+  std::vector<float> certificate;  // of the last sample(), if asked for
+
+ private:
+  struct Run;   // one call of sample(): what was asked for, checked
+  struct Tile;  // one batch of it
+
+  Run plan(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options) const;
+  void draw(Run& run, std::uint64_t start, std::int64_t rows, float* images);
+  void decode(Run& run, const Tile* tile, const std::vector<float>& z, const Branches& branches, std::vector<float>& x);
+  void redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branches& branches, std::vector<float>& x);
+  void encode_patches(std::vector<float>& x, const Branches& branches, std::vector<float>& log_det);
+  void denoise_patches(std::vector<float>& x, const Branches& plain, double strength);
+  void round_trip(const std::vector<float>& x, const std::vector<float>& z, const Branches& branches, float* errors);
+  double checked_strength(double strength) const;
+  std::vector<std::int64_t> classes(std::int64_t n, const std::int64_t* labels) const;
+  void check_images(std::int64_t n, const float* images) const;
+  Branches branches(const tarflow_sample_options* guidance, std::vector<std::int64_t> labels) const;
+  std::int64_t default_batch(bool guided) const;
+  template <class Work>
+  void in_batches(std::int64_t n, const float* images, const std::int64_t* labels, const Work& work);
+
+  const ModelShape& shape_;
+};
+
+}  // namespace tarflow::internal

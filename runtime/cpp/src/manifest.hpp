@@ -1,0 +1,68 @@
+// What a bundle says about itself: FORMAT.md, "Manifest" and "Weights". Readers of untrusted bytes, and nothing else.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tarflow::internal {
+
+constexpr const char* kManifest = "manifest.json";
+constexpr const char* kWeights = "weights.safetensors";
+constexpr std::size_t kManifestLimit = std::size_t{16} << 20;       // bytes; kilobytes are normal
+constexpr std::uint64_t kWeightsHeaderLimit = std::uint64_t{64} << 20;  // bytes
+
+struct ModelShape {
+  std::int64_t image_size, channels, patch_size, width, blocks, layers, classes, head_dim;
+  bool nvp;
+  std::optional<double> noise_std;  // none: trained with uniform dequantisation
+
+  std::int64_t tokens() const { return (image_size / patch_size) * (image_size / patch_size); }  // T
+  std::int64_t patch_dim() const { return channels * patch_size * patch_size; }                  // D
+  std::int64_t heads() const { return width / head_dim; }
+  std::int64_t numbers() const { return tokens() * patch_dim(); }  // of one image
+};
+
+bool operator==(const ModelShape& a, const ModelShape& b);
+
+enum Kind { kStep, kForward, kGradient, kResident, kPingpong };
+constexpr std::array<const char*, 5> kKindNames = {"step", "forward", "gradient", "resident", "pingpong"};
+
+struct BlockEntry {
+  bool reversed;
+  std::array<std::string, 5> graphs;  // file names by Kind; the last two may be empty
+};
+
+struct FileEntry {
+  std::string sha256;
+  std::uint64_t size;
+};
+
+struct Manifest {
+  std::string name, precision;
+  ModelShape shape;
+  std::vector<BlockEntry> blocks;
+  std::map<std::string, FileEntry> files;
+};
+
+// Throws Error(TARFLOW_BUNDLE) with `source` and the place in it.
+Manifest read_manifest(std::string_view content, const std::string& source);
+
+// The JSON header of a safetensors file, without the eight bytes before it; `room` bytes of tensors follow it.
+struct WeightsHeader {
+  struct Tensor {
+    std::string type;
+    std::vector<std::int64_t> shape;
+    std::uint64_t begin, end;  // bytes after the header
+  };
+  ModelShape shape;
+  std::optional<Tensor> variance;  // "var"
+};
+
+WeightsHeader read_weights_header(std::string_view content, std::uint64_t room, const std::string& source);
+
+}  // namespace tarflow::internal
