@@ -3,12 +3,17 @@ RUN := .env-run
 DEV := .env-dev
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: generate test lint types unit bench demo clean
+CPP := runtime/cpp
+CPP_BUILD := $(CPP)/build
+ONNXRUNTIME_ROOT ?= $(CURDIR)/$(CPP_BUILD)/onnxruntime
+CMAKE_FLAGS := -DONNXRUNTIME_ROOT=$(ONNXRUNTIME_ROOT)
+
+.PHONY: generate test lint types unit cpp cpp-dev cpp-test bench demo clean
 
 generate: $(RUN)/done ## 64 demo images in samples.png, with nothing but the runtime installed
 	$(RUN)/bin/tarflow generate --n 64 --labels 0-9 --guidance 1 -o samples.png
 
-test: lint types unit ## everything that is checked before a change lands
+test: lint types unit cpp-test ## everything that is checked before a change lands
 
 lint: $(DEV)/done
 	$(DEV)/bin/ruff check .
@@ -17,8 +22,17 @@ lint: $(DEV)/done
 types: $(DEV)/done
 	$(DEV)/bin/mypy
 
-unit: $(DEV)/done
+unit: $(DEV)/done cpp-dev
 	$(DEV)/bin/pytest -n 2 --dist worksteal
+
+cpp: $(CPP_BUILD)/needs ## libtarflow, in runtime/cpp/build/release
+	cd $(CPP) && cmake --preset release $(CMAKE_FLAGS) && cmake --build --preset release
+
+cpp-dev: $(CPP_BUILD)/needs
+	cd $(CPP) && cmake --preset dev $(CMAKE_FLAGS) > /dev/null && cmake --build --preset dev
+
+cpp-test: cpp-dev $(DEV)/done ## libtarflow's own tests, also under sanitizers, and its fuzz targets for 30 seconds
+	PYTHON=$(CURDIR)/$(DEV)/bin/python $(CPP)/tests/run.sh $(CMAKE_FLAGS)
 
 bench: $(DEV)/done ## compare with the published method, and write bench/RESULTS.md
 	$(DEV)/bin/python -m bench.compare
@@ -33,10 +47,15 @@ $(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt .
 	touch $@
 
+$(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-headers.sh
+	$(CPP)/cmake/debian-packages.sh
+	$(CPP)/cmake/onnxruntime-headers.sh $(ONNXRUNTIME_ROOT)
+	touch $@
+
 $(DEV)/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(RUN) $(DEV) build *.egg-info samples.png
+	rm -rf $(RUN) $(DEV) $(CPP_BUILD) build *.egg-info samples.png

@@ -81,7 +81,8 @@ int run(tarflow_flow* handle, const Work& work) noexcept {
 }
 
 template <class T>
-void require(const T* pointer, const char* name) {
+void require(const T* pointer, const char* name, int64_t n = 1) {
+  if (n < 1) throw input_error("n is " + std::to_string(n) + "; expected 1 or more");
   if (pointer == nullptr) throw input_error(std::string(name) + " is NULL");
 }
 
@@ -143,7 +144,7 @@ int tarflow_get_shape(tarflow_flow* flow, tarflow_shape* shape) {
 int tarflow_sample(tarflow_flow* flow, int64_t n, const int64_t* labels, const tarflow_sample_options* options,
                    float* images) {
   return run(flow, [&](Flow& on) {
-    require(images, "images");
+    require(images, "images", n);
     on.sample(n, nullptr, labels, understood(options, tarflow_sample_defaults(), "tarflow_sample"), images);
   });
 }
@@ -151,15 +152,15 @@ int tarflow_sample(tarflow_flow* flow, int64_t n, const int64_t* labels, const t
 int tarflow_decode(tarflow_flow* flow, int64_t n, const float* noise, const int64_t* labels,
                    const tarflow_sample_options* options, float* images) {
   return run(flow, [&](Flow& on) {
-    require(noise, "noise");
-    require(images, "images");
+    require(noise, "noise", n);
+    require(images, "images", n);
     on.sample(n, noise, labels, understood(options, tarflow_sample_defaults(), "tarflow_sample"), images);
   });
 }
 
 int tarflow_certificate(tarflow_flow* flow, int64_t n, float* errors) {
   return run(flow, [&](Flow& of) {
-    require(errors, "errors");
+    require(errors, "errors", n);
     if (of.certificate.empty()) throw input_error("the last samples were drawn without certify = 1");
     if (static_cast<std::uint64_t>(n) != of.certificate.size()) {
       throw input_error("n is " + std::to_string(n) + "; " + std::to_string(of.certificate.size()) + " samples were drawn last");
@@ -171,15 +172,15 @@ int tarflow_certificate(tarflow_flow* flow, int64_t n, float* errors) {
 int tarflow_encode(tarflow_flow* flow, int64_t n, const float* images, const int64_t* labels, float* latents,
                    float* log_det) {
   return run(flow, [&](Flow& on) {
-    require(images, "images");
+    require(images, "images", n);
     on.encode(n, images, labels, latents, log_det);
   });
 }
 
 int tarflow_log_likelihood(tarflow_flow* flow, int64_t n, const float* images, const int64_t* labels, float* nats) {
   return run(flow, [&](Flow& on) {
-    require(images, "images");
-    require(nats, "nats");
+    require(images, "images", n);
+    require(nats, "nats", n);
     on.log_likelihood(n, images, labels, nats);
   });
 }
@@ -187,15 +188,15 @@ int tarflow_log_likelihood(tarflow_flow* flow, int64_t n, const float* images, c
 int tarflow_denoise(tarflow_flow* flow, int64_t n, const float* images, const int64_t* labels, double strength,
                     float* denoised) {
   return run(flow, [&](Flow& on) {
-    require(images, "images");
-    require(denoised, "denoised");
+    require(images, "images", n);
+    require(denoised, "denoised", n);
     on.denoise(n, images, labels, strength, denoised);
   });
 }
 
 int tarflow_noise(tarflow_flow* flow, uint64_t seed, uint64_t first, int64_t n, float* noise) {
   return run(flow, [&](Flow& of) {
-    require(noise, "noise");
+    require(noise, "noise", n);
     of.noise(seed, first, n, noise);
   });
 }

@@ -1,0 +1,402 @@
+// An HTTP service on libtarflow: service BUNDLE [--port 8080] [--queue 64] [--batch 64] [--timeout-ms 30000] [--threads 0]
+//
+//   POST /v1/samples  {"labels": [3, 7], "seed": 1, "index": 0, "guidance": 1.0, "format": "png" | "raw", "timeout_ms": 5000}
+//                     or {"n": 4, ...} without labels. Sample k is sample index + k of the seed, whoever shares its batch.
+//   GET /healthz, /readyz, /metrics
+//
+// Requests that wait are computed together, in whole tiles of 16 rows. Listens on 127.0.0.1. SIGTERM: drain, then stop.
+#include <httplib.h>
+#include <png.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <tarflow.hpp>
+#include <thread>
+
+namespace {
+
+using Json = nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+struct Settings {
+  std::string bundle;
+  int port = 8080;
+  std::size_t queue = 64;  // requests waiting
+  std::size_t batch = 64;  // samples computed together
+  int timeout_ms = 30000;
+  int threads = 0;
+};
+
+// An answer that is not samples.
+struct Refusal {
+  int code;
+  std::string message;
+};
+
+struct Job {
+  std::vector<std::int64_t> labels;
+  std::uint64_t seed = 0, index = 0;
+  double guidance = 0;
+  bool raw = false;
+  Clock::time_point deadline;
+  // Below: guarded by the batcher's mutex.
+  bool done = false, abandoned = false;
+  int status = TARFLOW_OK;
+  std::string error;
+  std::vector<float> images;
+};
+
+struct Metrics {
+  std::atomic<std::uint64_t> samples{0}, batches{0}, batched{0}, cancelled{0}, microseconds{0};
+  std::mutex mutex;
+  std::map<int, std::uint64_t> answers;  // by HTTP code
+
+  void answered(int code) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ++answers[code];
+  }
+};
+
+// One thread that computes what waits. Requests share a batch if they ask for the same guidance.
+class Batcher {
+ public:
+  Batcher(tarflow::Flow& flow, const Settings& settings, Metrics& metrics)
+      : flow_(flow), settings_(settings), metrics_(metrics), worker_([this] { work(); }) {}
+
+  ~Batcher() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_all();
+    worker_.join();
+  }
+
+  // Waits for the samples, at most until the job's deadline; then the work is given up.
+  void run(const std::shared_ptr<Job>& job) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (waiting_.size() >= settings_.queue) throw Refusal{429, "the queue of " + std::to_string(settings_.queue) + " requests is full"};
+    waiting_.push_back(job);
+    changed_.notify_all();
+    if (changed_.wait_until(lock, job->deadline, [&] { return job->done; })) {
+      if (job->status == TARFLOW_INPUT) throw Refusal{400, job->error};
+      if (job->status != TARFLOW_OK) throw Refusal{500, job->error};
+      return;
+    }
+    job->abandoned = true;
+    waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), job), waiting_.end());
+    const auto given_up = [](const std::shared_ptr<Job>& mate) { return mate->abandoned; };
+    if (!running_.empty() && std::all_of(running_.begin(), running_.end(), given_up)) flow_.cancel();
+    ++metrics_.cancelled;
+    throw Refusal{504, "not ready within the timeout; the work was given up"};
+  }
+
+  std::size_t waiting() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return waiting_.size();
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      std::vector<std::shared_ptr<Job>> batch;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [this] { return stopping_ || !waiting_.empty(); });
+        if (waiting_.empty()) return;
+        running_ = batch = take();
+      }
+      const auto started = Clock::now();
+      std::vector<float> images;
+      int status = TARFLOW_OK;
+      std::string error;
+      try {
+        images = draw(batch);
+      } catch (const tarflow::Error& failure) {
+        status = failure.status;
+        error = failure.what();
+      } catch (const std::exception& failure) {
+        status = TARFLOW_MACHINE;
+        error = failure.what();
+      }
+      metrics_.microseconds += static_cast<std::uint64_t>(
+          std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - started).count());
+      const std::lock_guard<std::mutex> lock(mutex_);
+      running_.clear();
+      std::size_t offset = 0;
+      for (const auto& job : batch) {
+        const std::size_t size = job->labels.size() * numbers();
+        if (status == TARFLOW_OK) {
+          job->images.assign(images.begin() + static_cast<std::ptrdiff_t>(offset), images.begin() + static_cast<std::ptrdiff_t>(offset + size));
+          metrics_.samples += job->labels.size();
+        }
+        offset += size;
+        job->status = status;
+        job->error = error;
+        job->done = true;
+      }
+      ++metrics_.batches;
+      metrics_.batched += batch.size();
+      changed_.notify_all();
+    }
+  }
+
+  // The oldest request, and those behind it that can share its batch.
+  std::vector<std::shared_ptr<Job>> take() {
+    std::vector<std::shared_ptr<Job>> batch{waiting_.front()};
+    waiting_.pop_front();
+    std::size_t samples = batch[0]->labels.size();
+    for (auto at = waiting_.begin(); at != waiting_.end();) {
+      if ((*at)->guidance == batch[0]->guidance && samples + (*at)->labels.size() <= settings_.batch) {
+        samples += (*at)->labels.size();
+        batch.push_back(*at);
+        at = waiting_.erase(at);
+      } else {
+        ++at;
+      }
+    }
+    return batch;
+  }
+
+  std::vector<float> draw(const std::vector<std::shared_ptr<Job>>& batch) {
+    std::vector<float> noise;
+    std::vector<std::int64_t> labels;
+    for (const auto& job : batch) {
+      const std::vector<float> own = flow_.noise(job->seed, job->index, job->labels.size());
+      noise.insert(noise.end(), own.begin(), own.end());
+      labels.insert(labels.end(), job->labels.begin(), job->labels.end());
+    }
+    tarflow::SampleOptions how;
+    how.reproducible = 1;
+    how.guidance = batch[0]->guidance;
+    return flow_.decode(noise, labels, how);
+  }
+
+  std::size_t numbers() const { return static_cast<std::size_t>(flow_.shape().image_numbers); }
+
+  tarflow::Flow& flow_;
+  const Settings& settings_;
+  Metrics& metrics_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::shared_ptr<Job>> waiting_;
+  std::vector<std::shared_ptr<Job>> running_;
+  bool stopping_ = false;
+  std::thread worker_;  // last: it uses the rest
+};
+
+template <class T>
+T field(const Json& body, const char* name, T missing, double least, double most) {
+  const auto found = body.find(name);
+  if (found == body.end()) return missing;
+  const bool right = std::is_integral_v<T> ? found->is_number_integer() : found->is_number();
+  if (!right || !(found->get<double>() >= least && found->get<double>() <= most)) {
+    std::ostringstream message;
+    message << "'" << name << "' is " << found->dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60)
+            << "; expected " << (std::is_integral_v<T> ? "an integer" : "a number") << " from " << least << " to " << most;
+    throw Refusal{400, message.str()};
+  }
+  return found->get<T>();
+}
+
+std::shared_ptr<Job> read_job(const std::string& text, const Settings& settings, const tarflow_shape& shape) {
+  const Json body = Json::parse(text, nullptr, false);
+  if (!body.is_object()) throw Refusal{400, "the body is no JSON object"};
+  for (const auto& [name, value] : body.items()) {
+    static const char* const known[] = {"labels", "n", "seed", "index", "guidance", "format", "timeout_ms"};
+    if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return name == k; })) {
+      throw Refusal{400, "'" + name + "' is unknown; expected labels or n, seed, index, guidance, format, timeout_ms"};
+    }
+  }
+  auto job = std::make_shared<Job>();
+  if (body.contains("labels")) {
+    const Json& labels = body["labels"];
+    if (!labels.is_array() || body.contains("n")) throw Refusal{400, "expected either 'labels', an array, or 'n'"};
+    for (const Json& label : labels) {
+      if (!label.is_number_integer() || label < -1 || label >= std::max(shape.classes, 0)) {
+        throw Refusal{400, "label " + label.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60) + " is out of range; expected -1 (none) to " + std::to_string(shape.classes - 1)};
+      }
+      job->labels.push_back(label.get<std::int64_t>());
+    }
+  } else {
+    job->labels.assign(field<std::size_t>(body, "n", 1, 1, double(settings.batch)), -1);
+  }
+  if (job->labels.empty() || job->labels.size() > settings.batch) {
+    throw Refusal{400, std::to_string(job->labels.size()) + " samples asked for; expected 1 to " + std::to_string(settings.batch)};
+  }
+  job->seed = field<std::uint64_t>(body, "seed", 0, 0, 0x1p64);
+  job->index = field<std::uint64_t>(body, "index", 0, 0, 0x1p63);
+  job->guidance = field<double>(body, "guidance", 0, 0, 100);
+  const bool unlabelled = std::all_of(job->labels.begin(), job->labels.end(), [](std::int64_t label) { return label < 0; });
+  if (job->guidance > 0 && unlabelled) throw Refusal{400, "guidance does nothing without labels; give labels, or guidance 0"};
+  const Json format = body.value("format", Json("png"));
+  if (format != "png" && format != "raw") throw Refusal{400, "expected 'format' png or raw"};
+  job->raw = format == "raw";
+  job->deadline = Clock::now() + std::chrono::milliseconds(field<int>(body, "timeout_ms", settings.timeout_ms, 1, settings.timeout_ms));
+  return job;
+}
+
+// All images in one row.
+std::string png(const std::vector<float>& images, std::size_t n, const tarflow_shape& shape) {
+  const auto side = static_cast<std::size_t>(shape.image_size);
+  const std::size_t channels = shape.channels == 3 ? 3 : 1, width = side * n, pixels = side * side;
+  std::vector<png_byte> bytes(width * side * channels);
+  for (std::size_t i = 0; i < n; ++i) {
+    const float* image = images.data() + i * static_cast<std::size_t>(shape.image_numbers);
+    for (std::size_t at = 0; at < pixels * channels; ++at) {
+      const std::size_t channel = at / pixels, y = at % pixels / side, x = at % side;
+      const float value = std::min(255.0F, std::max(0.0F, (image[at] + 1) * 127.5F + 0.5F));  // NaN becomes 0
+      bytes[((y * width) + i * side + x) * channels + channel] = static_cast<png_byte>(value);
+    }
+  }
+  png_image header{};
+  header.version = PNG_IMAGE_VERSION;
+  header.width = static_cast<png_uint_32>(width);
+  header.height = static_cast<png_uint_32>(side);
+  header.format = channels == 3 ? PNG_FORMAT_RGB : PNG_FORMAT_GRAY;
+  png_alloc_size_t size = 0;
+  std::string file;
+  if (png_image_write_to_memory(&header, nullptr, &size, 0, bytes.data(), 0, nullptr) != 0) {
+    file.resize(size);
+    if (png_image_write_to_memory(&header, file.data(), &size, 0, bytes.data(), 0, nullptr) != 0) return file.substr(0, size);
+  }
+  throw Refusal{500, header.message};
+}
+
+std::string metrics_page(Metrics& metrics, std::size_t waiting) {
+  std::ostringstream page;
+  const auto counter = [&](const char* name, const char* help, double value, const char* type = "counter") {
+    page << "# HELP tarflow_" << name << " " << help << "\n# TYPE tarflow_" << name << " " << type << "\ntarflow_" << name << " " << value << "\n";
+  };
+  page.precision(15);
+  counter("samples_total", "Samples drawn.", double(metrics.samples));
+  counter("batches_total", "Batches computed.", double(metrics.batches));
+  counter("batched_requests_total", "Requests in those batches.", double(metrics.batched));
+  counter("compute_seconds_total", "Time spent computing.", double(metrics.microseconds) / 1e6);
+  counter("abandoned_requests_total", "Requests that ran into their timeout.", double(metrics.cancelled));
+  counter("queue_requests", "Requests waiting now.", double(waiting), "gauge");
+  page << "# HELP tarflow_responses_total Answers to POST /v1/samples.\n# TYPE tarflow_responses_total counter\n";
+  const std::lock_guard<std::mutex> lock(metrics.mutex);
+  for (const auto& [code, count] : metrics.answers) page << "tarflow_responses_total{code=\"" << code << "\"} " << count << "\n";
+  return page.str();
+}
+
+void refuse(httplib::Response& response, const Refusal& refusal) {
+  response.status = refusal.code;
+  if (refusal.code == 429) response.set_header("Retry-After", "1");
+  response.set_content(Json{{"error", refusal.message}}.dump(-1, ' ', false, Json::error_handler_t::replace), "application/json");
+}
+
+Settings read_arguments(int argc, char** argv) {
+  Settings settings;
+  const auto usage = [&](const std::string& what) {
+    std::cerr << "service: " << what << "\nusage: " << argv[0]
+              << " BUNDLE [--port N] [--queue N] [--batch N] [--timeout-ms N] [--threads N]\n";
+    std::exit(2);
+  };
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word.rfind("--", 0) != 0) {
+      if (!settings.bundle.empty()) usage("two bundles are named");
+      settings.bundle = word;
+      continue;
+    }
+    char* end = nullptr;
+    const long value = ++i < argc ? std::strtol(argv[i], &end, 10) : -1;
+    if (i >= argc || end == argv[i] || *end != '\0' || value < 0 || value > 1000000) usage(word + " needs a number");
+    if (word == "--port" && value < 65536) settings.port = static_cast<int>(value);
+    else if (word == "--queue" && value > 0) settings.queue = static_cast<std::size_t>(value);
+    else if (word == "--batch" && value > 0) settings.batch = static_cast<std::size_t>(value);
+    else if (word == "--timeout-ms" && value > 0) settings.timeout_ms = static_cast<int>(value);
+    else if (word == "--threads") settings.threads = static_cast<int>(value);
+    else usage(word + " " + std::to_string(value) + " is not understood");
+  }
+  if (settings.bundle.empty()) usage("no bundle is named");
+  return settings;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Settings settings = read_arguments(argc, argv);
+  sigset_t ends;  // blocked in every thread but the one that waits for them
+  sigemptyset(&ends);
+  sigaddset(&ends, SIGTERM);
+  sigaddset(&ends, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &ends, nullptr);
+  try {
+    tarflow::OpenOptions options;
+    options.threads = settings.threads;
+    tarflow::Flow flow(settings.bundle, options);
+    flow.sample({-1});  // loads the graphs now, not in somebody's request
+    Metrics metrics;
+    Batcher batcher(flow, settings, metrics);
+    std::atomic<bool> draining{false};
+
+    httplib::Server server;
+    server.new_task_queue = [&] { return new httplib::ThreadPool(settings.queue + settings.batch + 8); };
+    server.set_payload_max_length(64 << 10);
+    server.set_keep_alive_timeout(1);  // seconds: how long draining waits for idle connections
+    server.Get("/healthz", [](const httplib::Request&, httplib::Response& response) { response.set_content("ok\n", "text/plain"); });
+    server.Get("/readyz", [&](const httplib::Request&, httplib::Response& response) {
+      response.status = draining ? 503 : 200;
+      response.set_content(draining ? "draining\n" : "ready\n", "text/plain");
+    });
+    server.Get("/metrics", [&](const httplib::Request&, httplib::Response& response) {
+      response.set_content(metrics_page(metrics, batcher.waiting()), "text/plain; version=0.0.4");
+    });
+    server.Post("/v1/samples", [&](const httplib::Request& request, httplib::Response& response) {
+      try {
+        const auto job = read_job(request.body, settings, flow.shape());
+        batcher.run(job);
+        const std::size_t n = job->labels.size();
+        const std::string shape = std::to_string(n) + "," + std::to_string(flow.shape().channels) + "," + std::to_string(flow.shape().image_size) + "," + std::to_string(flow.shape().image_size);
+        response.set_header("X-Tarflow-Shape", shape);
+        if (job->raw) {
+          response.set_content(reinterpret_cast<const char*>(job->images.data()), job->images.size() * sizeof(float), "application/octet-stream");
+        } else {
+          response.set_content(png(job->images, n, flow.shape()), "image/png");
+        }
+      } catch (const Refusal& refusal) {
+        refuse(response, refusal);
+      } catch (const std::exception& error) {
+        refuse(response, {500, error.what()});
+      }
+      metrics.answered(response.status > 0 ? response.status : 200);
+    });
+
+    const int port = settings.port != 0 ? (server.bind_to_port("127.0.0.1", settings.port) ? settings.port : -1)
+                                        : server.bind_to_any_port("127.0.0.1");
+    if (port < 0) {
+      std::cerr << "service: port " << settings.port << " of 127.0.0.1 cannot be had; choose another with --port\n";
+      return 3;
+    }
+    std::thread ender([&] {
+      int signal = 0;
+      sigwait(&ends, &signal);
+      draining = true;
+      server.stop();  // no new connections; listen_after_bind returns when those there are have their answers
+    });
+    std::cout << "listening on 127.0.0.1:" << port << " with " << flow.shape().backend << std::endl;
+    const bool ended = server.listen_after_bind();
+    if (!draining) kill(getpid(), SIGTERM);  // it failed: let the waiting thread go
+    ender.join();
+    std::cout << "stopped after " << metrics.samples << " samples" << std::endl;
+    return ended ? 0 : 3;
+  } catch (const tarflow::Error& error) {
+    std::cerr << "service: " << error.what() << "\n";
+    return error.status;
+  }
+}

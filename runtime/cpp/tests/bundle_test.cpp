@@ -1,0 +1,121 @@
+// Bad input of every kind: a status and a message, never a crash.
+#include "bundle.hpp"
+
+#include "support.hpp"
+
+using support::Copy;
+using support::failure;
+using support::Json;
+namespace fs = std::filesystem;
+
+namespace {
+
+support::Failure opening(const fs::path& folder) {
+  return failure([&] { tarflow::Flow flow(folder.string()); });
+}
+
+}  // namespace
+
+TEST_CASE("what is no bundle is refused with what to type next") {
+  const Copy copy;
+  const auto missing = opening(copy.root / "nothing");
+  CHECK(missing.status == TARFLOW_BUNDLE);
+  CHECK(missing.says("tarflow export -o"));
+  CHECK(opening(copy.folder / "manifest.json").status == TARFLOW_BUNDLE);
+  fs::remove(copy.folder / "manifest.json");
+  CHECK(opening(copy.folder).says("has no manifest.json"));
+  support::write(copy.folder / "manifest.json", std::string((16 << 20) + 1, ' '));
+  CHECK(opening(copy.folder).says("larger than 16 MiB"));
+}
+
+TEST_CASE("every file that is truncated, longer, flipped or missing is named") {
+  for (const char* name : {"weights.safetensors", "block_00.step.onnx", "block_03.gradient.onnx"}) {
+    const Copy copy;
+    const fs::path path = copy.folder / name;
+    const std::string content = support::read(path);
+    support::write(path, content.substr(0, content.size() / 2));
+    CHECK(opening(copy.folder).says("truncated or changed"));
+    support::write(path, content + "x");
+    CHECK(opening(copy.folder).says("truncated or changed"));
+    std::string flipped = content;
+    flipped[content.size() / 3] = static_cast<char>(flipped[content.size() / 3] ^ 4);
+    support::write(path, flipped);
+    const auto damaged = opening(copy.folder);
+    CHECK(damaged.status == TARFLOW_BUNDLE);
+    CHECK(damaged.says(name));
+    CHECK(damaged.says("SHA-256"));
+    fs::remove(path);
+    CHECK(opening(copy.folder).says("is missing"));
+    fs::create_directory(path);
+    CHECK(opening(copy.folder).status == TARFLOW_BUNDLE);
+  }
+}
+
+TEST_CASE("the manifest cut at any length is refused") {
+  const Copy copy;
+  const std::string content = support::read(copy.folder / "manifest.json");
+  for (std::size_t length = 0; length + 2 < content.size(); length += 997) {
+    support::write(copy.folder / "manifest.json", content.substr(0, length));
+    CHECK(opening(copy.folder).status == TARFLOW_BUNDLE);
+  }
+}
+
+TEST_CASE("links that lead out of the bundle, and strangers inside it, are refused") {
+  const Copy copy;
+  const fs::path weights = copy.folder / "weights.safetensors", outside = copy.root / "outside";
+  fs::rename(weights, outside);
+  fs::create_symlink(outside, weights);
+  CHECK(opening(copy.folder).says("leads out of the bundle"));
+  fs::remove(weights);
+  fs::rename(outside, weights);
+  support::write(copy.folder / "stranger.bin", "x");
+  CHECK(opening(copy.folder).says("'stranger.bin'"));
+  fs::remove(copy.folder / "stranger.bin");
+  fs::create_directory(copy.folder / "engines");  // folders are not read
+  CHECK_NOTHROW(tarflow::Flow(copy.folder.string()));
+  fs::create_directory_symlink(copy.folder, copy.root / "link");
+  CHECK_NOTHROW(tarflow::Flow((copy.root / "link").string()));
+}
+
+TEST_CASE("weights of another model are refused") {
+  const Copy copy;
+  copy.edit([](Json& manifest) { manifest["config"]["classes"] = 9; });
+  CHECK(opening(copy.folder).says("another model than its weights"));
+}
+
+TEST_CASE("a graph that another is given for fails as a bundle, not as a crash") {
+  const Copy copy;
+  copy.edit([](Json& manifest) {
+    for (Json& block : manifest["blocks"]) block["graphs"]["step"] = block["graphs"]["forward"];
+  });
+  tarflow::Flow flow(copy.folder.string());
+  const auto found = failure([&] { flow.sample({1, 2}); });
+  CHECK(found.status == TARFLOW_BUNDLE);
+  CHECK(found.says("block 3's step graph"));
+}
+
+TEST_CASE("providers and libraries that are not to be had say what to do") {
+  tarflow::OpenOptions options;
+  const auto open = [&] { return failure([&] { tarflow::Flow flow(TARFLOW_DEMO, options); }); };
+  options.provider = "abacus";
+  CHECK(open().status == TARFLOW_INPUT);
+  options.provider = "cuda";
+  CHECK(open().status == TARFLOW_MACHINE);
+  CHECK(open().says("CUDAExecutionProvider"));
+  options.provider = "tensorrt";
+  CHECK(open().status == TARFLOW_MACHINE);
+  CHECK(open().says("TENSORRT_ROOT"));
+  options.provider = "cpu";
+  options.onnxruntime = "/nowhere/libonnxruntime.so";
+  CHECK(open().status == TARFLOW_MACHINE);
+  CHECK(open().says("TARFLOW_ONNXRUNTIME"));
+  options.onnxruntime = "libm.so.6";
+  CHECK(open().says("no OrtGetApiBase"));
+  options.onnxruntime = nullptr;
+  options.threads = -1;
+  CHECK(open().status == TARFLOW_INPUT);
+  options.threads = 1;
+  options.provider = "auto";
+  const tarflow::Flow flow(TARFLOW_DEMO, options);
+  CHECK(std::string(flow.shape().backend).find("CPU; not tensorrt: ") != std::string::npos);
+}

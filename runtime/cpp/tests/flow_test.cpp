@@ -1,0 +1,239 @@
+#include "support.hpp"
+
+using support::failure;
+using support::largest;
+namespace fs = std::filesystem;
+
+namespace {
+
+using Labels = std::vector<std::int64_t>;
+
+Labels golden_labels() {
+  const std::string content = support::read(fs::path(TARFLOW_DEMO) / "golden.safetensors");
+  std::uint64_t length = 0;
+  std::memcpy(&length, content.data(), 8);
+  const auto offsets = support::Json::parse(content.substr(8, length)).at("labels").at("data_offsets");
+  const std::size_t begin = offsets[0], end = offsets[1];
+  Labels labels((end - begin) / 8);
+  std::memcpy(labels.data(), content.data() + 8 + length + begin, end - begin);
+  return labels;
+}
+
+std::vector<float> golden(const char* name) { return support::tensor(fs::path(TARFLOW_DEMO) / "golden.safetensors", name); }
+
+}  // namespace
+
+TEST_CASE("the golden pairs of PyTorch come out, with a certificate") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  tarflow::SampleOptions how;
+  how.certify = 1;
+  how.denoise = 0;
+  const Labels labels = golden_labels();
+  CHECK(largest(flow.decode(golden("noise"), labels, how), golden("images")) < 1e-5F);
+  for (const float error : flow.certificate(labels.size())) CHECK(error < 1e-4F);
+  how.denoise = TARFLOW_DENOISE_AS_TRAINED;
+  CHECK(largest(flow.decode(golden("noise"), labels, how), golden("denoised")) < 1e-5F);
+  CHECK(largest(flow.denoise(golden("images"), labels), golden("denoised")) < 1e-5F);
+  CHECK(largest(flow.encode(golden("images"), labels).first, golden("noise")) < 1e-4F);
+}
+
+TEST_CASE("log-likelihood is the change of variables") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  const Labels labels = golden_labels();
+  const auto [latents, log_det] = flow.encode(golden("images"), labels);
+  const std::vector<float> nats = flow.log_likelihood(golden("images"), labels);
+  const auto numbers = static_cast<std::size_t>(flow.shape().image_numbers);
+  for (std::size_t i = 0; i < labels.size(); ++i) {
+    double expected = double(log_det[i]) * double(numbers);
+    for (std::size_t k = 0; k < numbers; ++k) expected -= 0.5 * std::pow(latents[i * numbers + k], 2) + 0.5 * std::log(2 * std::acos(-1.0));
+    CHECK(nats[i] == doctest::Approx(expected).epsilon(1e-5));
+  }
+}
+
+TEST_CASE("a reproducible sample is bitwise the same whatever n, batch size and threads") {
+  tarflow::SampleOptions how;
+  how.seed = 5;
+  how.reproducible = 1;
+  how.guidance = 1;
+  std::vector<std::vector<float>> images;
+  for (const int threads : {1, 2}) {
+    tarflow::OpenOptions options;
+    options.threads = threads;
+    tarflow::Flow flow(TARFLOW_DEMO, options);
+    how.first_sample = 10;
+    how.batch_size = threads;
+    images.push_back(flow.sample(Labels(40, 3), how));
+    how.first_sample = 21;
+    images.push_back(flow.sample(Labels(1, 3), how));
+    const std::size_t numbers = images.back().size();
+    CHECK(std::equal(images.back().begin(), images.back().end(), images[images.size() - 2].begin() + static_cast<std::ptrdiff_t>(11 * numbers)));
+  }
+  CHECK(images[0] == images[2]);
+}
+
+TEST_CASE("samples agree in any batch, on the resident graph too, and in low memory") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  tarflow::SampleOptions how;
+  how.seed = 8;
+  how.first_sample = 1000;
+  const std::vector<float> all = flow.sample(Labels(9, 4), how);
+  how.batch_size = 2;
+  CHECK(largest(flow.sample(Labels(9, 4), how), all) < 1e-5F);
+  tarflow::OpenOptions options;
+  options.low_memory = 1;
+  options.spinning = 0;
+  CHECK(largest(tarflow::Flow(TARFLOW_DEMO, options).sample(Labels(9, 4), how), all) < 1e-5F);
+}
+
+TEST_CASE("noise of the header is the noise that samples start from") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  tarflow::SampleOptions how;
+  how.seed = 77;
+  how.first_sample = 18446744073709551612U;
+  const std::vector<float> noise = flow.noise(how.seed, how.first_sample, 4);
+  CHECK(flow.decode(noise, Labels(4, -1)) == flow.sample(Labels(4, -1), how));
+  CHECK(failure([&] { flow.sample(Labels(5, -1), how); }).says("2^64 - 1"));
+  CHECK(failure([&] { flow.noise(0, UINT64_MAX, 2); }).status == TARFLOW_INPUT);
+  how.reproducible = 1;
+  CHECK_NOTHROW(flow.sample(Labels(4, -1), how));
+}
+
+TEST_CASE("what cannot be meant is refused in one sentence") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  const auto refused = [&](const std::function<void(tarflow::SampleOptions&)>& change, const char* words, const Labels& labels = {1}) {
+    tarflow::SampleOptions how;
+    change(how);
+    const auto found = failure([&] { flow.sample(labels, how); });
+    CHECK(found.status == TARFLOW_INPUT);
+    CHECK_MESSAGE(found.says(words), found.message);
+  };
+  using How = tarflow::SampleOptions;
+  refused([](How&) {}, "label 10 is out of range", {10});
+  refused([](How&) {}, "n is 0", {});
+  refused([](How& how) { how.guidance = -1; }, "guidance scale is -1.0");
+  refused([](How& how) { how.guidance = NAN; }, "guidance scale is");
+  refused([](How& how) { how.guided = "c"; }, "guidance of 'c' is unknown");
+  refused([](How& how) { how.attention_temperature = 0; }, "attention temperature is 0");
+  refused([](How& how) { how.attention_temperature = 2; }, "does nothing without guidance");
+  refused([](How& how) { how.guidance = 1; }, "does nothing for samples without a label", {-1});
+  refused([](How& how) { how.batch_size = -1; }, "batch size is -1");
+  refused([](How& how) { how.denoise = -2; }, "denoising strength is -2.0");
+  refused([](How& how) { how.denoise = INFINITY; }, "denoising strength");
+  refused([](How& how) { how.size = 0; }, "tarflow_sample.size is 0");
+  CHECK(failure([&] { flow.decode({1, 2}, {1}); }).status == TARFLOW_INPUT);
+  CHECK(failure([&] { flow.decode(std::vector<float>(64, NAN), {1}); }).says("not finite, first in row 0"));
+  CHECK(failure([&] { flow.denoise(std::vector<float>(64, INFINITY), {1}); }).says("not finite"));
+  CHECK(failure([&] { flow.denoise(std::vector<float>(64), {1}, -1); }).says("denoising strength"));
+  CHECK(failure([&] { flow.certificate(1); }).says("without certify"));
+  tarflow_flow* handle = nullptr;
+  CHECK(tarflow_open(TARFLOW_DEMO, nullptr, &handle) == TARFLOW_OK);
+  float image[64];
+  CHECK(tarflow_sample(handle, INT64_MAX, nullptr, nullptr, image) == TARFLOW_INPUT);
+  CHECK(tarflow_sample(handle, -1, nullptr, nullptr, image) == TARFLOW_INPUT);
+  CHECK(tarflow_sample(handle, 1, nullptr, nullptr, nullptr) == TARFLOW_INPUT);
+  CHECK(tarflow_decode(handle, 1, nullptr, nullptr, nullptr, image) == TARFLOW_INPUT);
+  CHECK(tarflow_sample(nullptr, 1, nullptr, nullptr, image) == TARFLOW_INPUT);
+  CHECK(tarflow_sample(handle, 1, nullptr, nullptr, image) == TARFLOW_OK);
+  tarflow_close(handle);
+  tarflow_close(nullptr);
+  CHECK(tarflow_open(TARFLOW_DEMO, nullptr, nullptr) == TARFLOW_INPUT);
+  CHECK(tarflow_open(nullptr, nullptr, &handle) == TARFLOW_INPUT);
+  CHECK(tarflow_sample(handle, 1, nullptr, nullptr, image) == TARFLOW_INPUT);  // not open
+  CHECK(std::string(tarflow_error(handle)).find("not open") != std::string::npos);
+  tarflow_close(handle);
+}
+
+TEST_CASE("samples that overflow are drawn again if asked") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  tarflow::SampleOptions how;
+  how.guidance = 60;  // the dynamics diverge for some
+  how.denoise = 0;
+  how.seed = 1;
+  const auto broken = [](const std::vector<float>& images) {
+    return std::count_if(images.begin(), images.end(), [](float x) { return !std::isfinite(x); });
+  };
+  const auto before = broken(flow.sample(Labels(32, 8), how));
+  how.redraw_nonfinite = 1;
+  const auto after = broken(flow.sample(Labels(32, 8), how));
+  CHECK(before > 0);
+  CHECK(after < before);
+  CHECK(failure([&] { flow.decode(flow.noise(0, 0, 1), {1}, how); }).says("cannot be redrawn"));
+}
+
+TEST_CASE("a program compiled with a shorter or longer struct is understood") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  struct Longer {
+    tarflow::SampleOptions known;
+    std::uint64_t more = 0;
+  } longer;
+  longer.known.seed = 3;
+  longer.known.size = sizeof longer;
+  const std::vector<float> expected = flow.sample({2}, longer.known);
+  longer.more = 1;
+  CHECK(failure([&] { flow.sample({2}, longer.known); }).says("does not know"));
+  tarflow::SampleOptions shorter;
+  shorter.seed = 3;
+  shorter.guidance = 7;  // lies behind what is said to be known
+  shorter.size = offsetof(tarflow_sample_options, guidance);
+  CHECK(flow.sample({2}, shorter) == expected);
+  tarflow_shape shape{};
+  shape.size = offsetof(tarflow_shape, tokens);
+  tarflow_flow* handle = nullptr;
+  REQUIRE(tarflow_open(TARFLOW_DEMO, nullptr, &handle) == TARFLOW_OK);
+  CHECK(tarflow_get_shape(handle, &shape) == TARFLOW_OK);
+  CHECK(shape.image_size == 8);
+  CHECK(shape.tokens == 0);
+  shape.size = 0;
+  CHECK(tarflow_get_shape(handle, &shape) == TARFLOW_INPUT);
+  tarflow_close(handle);
+}
+
+TEST_CASE("callbacks see every step and every block, and can cancel") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  struct Seen {
+    std::vector<std::int64_t> done;
+    std::vector<int> blocks;
+    std::vector<std::uint64_t> firsts;
+    std::vector<float> last;
+    std::int64_t total = 0, stop = -1;
+  } seen;
+  tarflow::SampleOptions how;
+  how.user = &seen;
+  how.denoise = 0;
+  how.first_sample = 14;
+  how.reproducible = 1;
+  how.progress = [](void* user, std::int64_t done, std::int64_t total, int, int) {
+    auto* to = static_cast<Seen*>(user);
+    to->done.push_back(done);
+    to->total = total;
+    return int(done == to->stop);
+  };
+  how.preview = [](void* user, int block, std::uint64_t first, std::int64_t count, const float* images) {
+    auto* to = static_cast<Seen*>(user);
+    to->blocks.push_back(block);
+    to->firsts.push_back(first);
+    if (block == 0) to->last.insert(to->last.end(), images, images + count * 64);
+    return 0;
+  };
+  const std::vector<float> images = flow.sample(Labels(5, 1), how);  // tiles 14...15 and 16...18
+  CHECK(seen.total == 2 * 4 * 15);
+  CHECK(seen.done.size() == 120);
+  CHECK(seen.done.back() == 120);
+  CHECK(seen.blocks == std::vector<int>{3, 2, 1, 0, 3, 2, 1, 0});
+  CHECK(seen.firsts == std::vector<std::uint64_t>{14, 14, 14, 14, 16, 16, 16, 16});
+  CHECK(seen.last == images);  // the last preview is the raw sample
+  seen.stop = 7;
+  CHECK(failure([&] { flow.sample(Labels(5, 1), how); }).status == TARFLOW_CANCELLED);
+  how.progress = nullptr;
+  how.preview = [](void*, int block, std::uint64_t, std::int64_t, const float*) { return int(block == 2); };
+  CHECK(failure([&] { flow.sample(Labels(5, 1), how); }).status == TARFLOW_CANCELLED);
+  CHECK_NOTHROW(flow.sample({1}));
+}
+
+TEST_CASE("opening and closing many times loses nothing") {
+  for (int i = 0; i < 20; ++i) {
+    tarflow::Flow flow(TARFLOW_DEMO);
+    tarflow::Flow other = flow.share();
+    CHECK(std::string(other.shape().bundle).size() == 64);
+  }
+}

@@ -1,0 +1,122 @@
+#include "manifest.hpp"
+
+#include <doctest/doctest.h>
+
+#include "error.hpp"
+#include "support.hpp"
+
+using support::Json;
+using tarflow::internal::Error;
+using tarflow::internal::read_manifest;
+using tarflow::internal::read_weights_header;
+
+namespace {
+
+Json demo() { return Json::parse(support::read(support::fs::path(TARFLOW_DEMO) / "manifest.json")); }
+
+std::string refusal(const std::string& content) {
+  try {
+    read_manifest(content, "manifest.json");
+  } catch (const Error& error) {
+    CHECK(error.status == TARFLOW_BUNDLE);
+    return error.what();
+  }
+  return "";
+}
+
+std::string nested(int levels) { return std::string(static_cast<std::size_t>(levels), '[') + std::string(static_cast<std::size_t>(levels), ']'); }
+
+}  // namespace
+
+TEST_CASE("the demo's manifest is read") {
+  const auto manifest = read_manifest(demo().dump(), "manifest.json");
+  CHECK(manifest.shape.tokens() == 16);
+  CHECK(manifest.shape.patch_dim() == 4);
+  CHECK(manifest.blocks.size() == 4);
+  CHECK(manifest.blocks[1].reversed);
+  CHECK(manifest.precision == "fp32");
+}
+
+TEST_CASE("a manifest that is not one is refused with the place") {
+  const std::pair<std::function<void(Json&)>, const char*> cases[] = {
+      {[](Json& m) { m["format"] = "zip"; }, "expected \"tarflow-bundle\""},
+      {[](Json& m) { m["schema"] = 2; }, "schema version 2"},
+      {[](Json& m) { m["schema"] = 1.0; }, "schema version 1.0"},
+      {[](Json& m) { m["schema"] = true; }, "schema version true"},
+      {[](Json& m) { m.erase("blocks"); }, "'blocks' is missing"},
+      {[](Json& m) { m["blocks"] = 7; }, "'blocks' is number"},
+      {[](Json& m) { m["blocks"].erase(3); }, "3 blocks listed; config says 4"},
+      {[](Json& m) { m["blocks"][1]["reversed"] = false; }, "odd blocks are, even not"},
+      {[](Json& m) { m["blocks"][2]["graphs"]["step"] = "manifest.json"; }, "not among the files"},
+      {[](Json& m) { m["blocks"][2]["graphs"]["resident"] = nullptr; }, "not among the files"},
+      {[](Json& m) { m["config"]["channels"] = 0; }, "'channels' is 0"},
+      {[](Json& m) { m["config"]["channels"] = true; }, "'channels' is true"},
+      {[](Json& m) { m["config"]["width"] = 1e300; }, "'width'"},
+      {[](Json& m) { m["config"]["width"] = 18446744073709551615U; }, "'width'"},
+      {[](Json& m) { m["config"]["image_size"] = 1 << 23; }, "more than any machine can hold"},
+      {[](Json& m) { m["config"]["patch_size"] = 3; }, "patch_size must divide image_size"},
+      {[](Json& m) { m["config"]["noise_std"] = -1; }, "noise_std"},
+      {[](Json& m) { m["config"]["noise_std"] = "0.1"; }, "noise_std"},
+      {[](Json& m) { m["config"].erase("noise_std"); }, "'noise_std' is missing"},
+      {[](Json& m) { m["config"]["nvp"] = 1; }, "'nvp' is number"},
+      {[](Json& m) { m["files"].erase("golden.safetensors"); }, "files lacks golden.safetensors"},
+      {[](Json& m) { m["files"]["weights.safetensors"]["sha256"] = "ABC"; }, "no SHA-256"},
+      {[](Json& m) { m["files"]["weights.safetensors"]["size"] = -1; }, "'size' is -1"},
+      {[](Json& m) { m["precision"] = "fp64"; }, "precision"},
+      {[](Json& m) { m["exporter"]["torch"] = 2; }, "exporter.torch"},
+      {[](Json& m) { m["opset"] = 0; }, "'opset' is 0"},
+      {[](Json& m) { m["parity"] = "fine"; }, "'parity'"},
+  };
+  for (const auto& [change, words] : cases) {
+    Json manifest = demo();
+    change(manifest);
+    const std::string found = refusal(manifest.dump());
+    CAPTURE(words);
+    CHECK_MESSAGE(found.find(words) != std::string::npos, found);
+    CHECK(!found.empty());
+  }
+}
+
+TEST_CASE("a name that leads out of the bundle is refused") {
+  for (const char* name : {"../x", "/etc/passwd", "a/../../x", "a//b", "a/", "./a", "", "a\\b", "c:x", "..", "a/."}) {
+    Json manifest = demo();
+    manifest["files"][name] = manifest["files"]["weights.safetensors"];
+    CHECK_MESSAGE(refusal(manifest.dump()).find("not a plain relative path") != std::string::npos, name);
+  }
+  Json manifest = demo();
+  manifest["files"][std::string("a\0b", 3)] = manifest["files"]["weights.safetensors"];
+  CHECK(refusal(manifest.dump()).find("not a plain relative path") != std::string::npos);
+}
+
+TEST_CASE("text that is no JSON, or too deep, is refused") {
+  for (const std::string& text : {std::string(), std::string("{"), std::string("[1,2"), std::string("nul"), std::string("{\"a\": NaN}"),
+                                  std::string("\xEF\xBB\xBF{}"), std::string("\xff\xfe"), std::string("{} {}"), std::string("1e999"), nested(65), nested(1000000),
+                                  std::string(1000000, '[')}) {
+    CHECK(!refusal(text).empty());
+  }
+  Json manifest = demo();
+  manifest["extra"] = Json::parse(nested(62));
+  CHECK(refusal(manifest.dump()).empty());  // 63 levels: unknown keys are left alone
+}
+
+TEST_CASE("the weights' header is read, and refused where it lies") {
+  const Json config = demo()["config"];
+  const auto header = [&](const Json& variance) {
+    Json document = {{"__metadata__", {{"tarflow.config", config.dump()}}}};
+    if (!variance.is_null()) document["var"] = variance;
+    return document.dump();
+  };
+  CHECK(!read_weights_header(header(nullptr), 100, "w").variance);
+  const Json right = {{"dtype", "F32"}, {"shape", {16, 4}}, {"data_offsets", {0, 256}}};
+  CHECK(read_weights_header(header(right), 256, "w").variance->end == 256);
+  const auto refused = [&](Json variance) { CHECK_THROWS_AS(read_weights_header(header(variance), 256, "w"), Error); };
+  refused(7);
+  for (const auto& [key, value] : {std::pair<const char*, Json>{"data_offsets", {0, 257}}, {"data_offsets", {9, 8}}, {"data_offsets", {-1, 8}},
+                                   {"data_offsets", {0}}, {"shape", "x"}, {"shape", {-1}}, {"dtype", 1}}) {
+    Json wrong = right;
+    wrong[key] = value;
+    refused(wrong);
+  }
+  CHECK_THROWS_AS(read_weights_header("{}", 0, "w"), Error);
+  CHECK_THROWS_AS(read_weights_header(R"({"__metadata__": {"tarflow.config": "{"}})", 0, "w"), Error);
+}
