@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SOURCE = Path(__file__).parent.parent / "runtime" / "cpp"
-LIBRARY = Path(os.environ.get("TARFLOW_LIBRARY", SOURCE / "build" / "release" / "libtarflow.so"))
+LIBRARY = Path(os.environ.get("TARFLOW_LIBRARY", SOURCE / "build" / "dev" / "libtarflow.so"))
 OK, INPUT, MACHINE, BUNDLE, CANCELLED, BUSY, DEFECT = 0, 2, 3, 4, 5, 6, 7
 Array = NDArray[np.float32]
 PROGRESS = ctypes.CFUNCTYPE(c_int, c_void_p, c_int64, c_int64, c_int, c_int)

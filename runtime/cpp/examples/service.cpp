@@ -346,8 +346,14 @@ int main(int argc, char** argv) {
     std::atomic<bool> draining{false};
 
     httplib::Server server;
-    server.new_task_queue = [&] { return new httplib::ThreadPool(settings.queue + settings.batch + 8); };
+    server.new_task_queue = [&] { return new httplib::ThreadPool(2 * settings.queue + 8); };  // waiting, computing, others
     server.set_payload_max_length(64 << 10);
+    int listening = -1;
+    server.set_socket_options([&](socket_t socket) {
+      const int yes = 1;
+      setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+      listening = socket;
+    });
     server.set_keep_alive_timeout(1);  // seconds: how long draining waits for idle connections
     server.Get("/healthz", [](const httplib::Request&, httplib::Response& response) { response.set_content("ok\n", "text/plain"); });
     server.Get("/readyz", [&](const httplib::Request&, httplib::Response& response) {
@@ -383,6 +389,7 @@ int main(int argc, char** argv) {
       std::cerr << "service: port " << settings.port << " of 127.0.0.1 cannot be had; choose another with --port\n";
       return 3;
     }
+    listen(listening, 1024);  // httplib's backlog of 5 resets connections of a burst
     std::thread ender([&] {
       int signal = 0;
       sigwait(&ends, &signal);

@@ -1,0 +1,327 @@
+"""The two runtimes are one: what libtarflow computes against the reference's numbers and against Python's runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tarflow.runtime.errors import BundleError, TarflowError
+from tarflow.runtime.files import sha256
+from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.noise import normal
+
+from .conftest import DEMO, Golden, largest
+from .cpp_library import (
+    BUNDLE,
+    CANCELLED,
+    LIBRARY,
+    SOURCE,
+    CppError,
+    CppFlow,
+    OpenOptions,
+    SampleOptions,
+    Shape,
+    onnxruntime_library,
+)
+from .test_golden import FORWARD, RUNS, SAMPLES, guidance_of
+
+Exported = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built() -> None:
+    assert LIBRARY.exists(), f"{LIBRARY} is missing; build it: make cpp-dev"
+
+
+def cpp_guidance(guidance: Guidance) -> dict[str, Any]:
+    return {
+        "guidance": guidance.scale,
+        "guided": guidance.what.encode(),
+        "annealed": int(guidance.annealed),
+        "attention_temperature": guidance.attention_temperature,
+    }
+
+
+@pytest.mark.parametrize(("name", "run"), RUNS)
+def test_samples_denoised_and_certificates_are_the_references(
+    golden: Callable[[str], Golden], bundle: Exported, name: str, run: int
+) -> None:
+    case, flow = golden(name), CppFlow(bundle(name))
+    options = cpp_guidance(guidance_of(case, run))
+    noise, labels = case.vectors["noise"], case.labels
+    raw = flow.sample(noise=noise, labels=labels, denoise=0.0, certify=1, **options)
+    assert largest(raw, case.raw(run)) < SAMPLES
+    assert flow.certificate(len(noise)).max() < 1e-4
+    denoised = case.vectors[f"sample{run}.denoised"]
+    assert largest(flow.sample(noise=noise, labels=labels, **options), denoised) < SAMPLES
+    assert largest(flow.denoise(case.raw(run), labels), denoised) < SAMPLES
+    flow.close()
+
+
+@pytest.mark.parametrize("name", ["cond", "uncond", "vp"])
+def test_latents_are_the_references(golden: Callable[[str], Golden], bundle: Exported, name: str) -> None:
+    case, flow = golden(name), CppFlow(bundle(name))
+    z, log_det = flow.encode(case.vectors["images"], case.labels)
+    assert largest(z, case.vectors["forward.z"]) < FORWARD
+    assert largest(log_det, case.vectors["forward.logdet"]) < FORWARD
+    if name == "cond":  # a dropped label is the null class
+        z, _ = flow.encode(case.vectors["images"], case.vectors["forward_dropped.labels"])
+        assert largest(z, case.vectors["forward_dropped.z"]) < FORWARD
+    flow.close()
+
+
+def test_noise_is_pythons_to_the_last_bit(demo: Path) -> None:
+    flow, rng = CppFlow(demo), np.random.default_rng(0)
+    numbers = flow.shape.tokens * flow.shape.patch_dim
+    drawn = 0
+    for _ in range(300):  # anywhere among seeds and indices
+        seed, first = (int(x) for x in rng.integers(0, 2**64 - 2, 2, np.uint64))
+        assert np.array_equal(flow.noise(seed, first, 2).reshape(2, -1), normal(seed, [first, first + 1], (numbers,)))
+    while drawn < 10_000_000:
+        seed, first, n = int(rng.integers(2**63)), int(rng.integers(2**63)), 40_000
+        assert np.array_equal(
+            flow.noise(seed, first, n).reshape(n, -1), normal(seed, range(first, first + n), (numbers,))
+        )
+        drawn += n * numbers
+    flow.close()
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(1.5), Guidance(1.0, "a", True, 0.6)])
+@pytest.mark.parametrize(("n", "batch", "threads"), [(1, 0, 0), (7, 3, 1), (40, 0, 2)])
+def test_samples_are_pythons_whatever_n_batch_size_and_threads(
+    demo: Path, guidance: Guidance, n: int, batch: int, threads: int
+) -> None:
+    python, cpp = Flow.open(demo), CppFlow(demo, threads=threads)
+    labels, seed, first = np.arange(n) % 10, 2**63 + 5, 2**40 + 3
+    expected = python.sample(n, labels=labels, guidance=guidance, seed=seed, first_sample=first)
+    common = {"seed": seed, "first_sample": first, "batch_size": batch, **cpp_guidance(guidance)}
+    assert largest(cpp.sample(n, labels=labels, **common), expected) < 1e-5
+    exact = cpp.sample(n, labels=labels, reproducible=1, **common)
+    assert largest(exact, expected) < 1e-5
+    one = cpp.sample(1, labels=labels[-1:], reproducible=1, **{**common, "first_sample": first + n - 1})
+    assert np.array_equal(one[0], exact[-1])
+    cpp.close()
+
+
+@pytest.mark.parametrize(("case", "engine"), [("demo", "fp16"), ("vp", "fp32"), ("uncond", "fp32")])
+def test_likelihood_and_samples_agree_in_other_bundles(bundle: Exported, case: str, engine: str) -> None:
+    python, cpp = Flow.open(bundle(case, engine)), CppFlow(bundle(case, engine))
+    labels = np.arange(5) % python.config.classes if python.config.classes else None
+    images = python.sample(5, labels=labels, seed=1)
+    assert largest(cpp.sample(5, labels=labels, seed=1), images) < 1e-5
+    assert largest(cpp.log_likelihood(images, labels), python.log_likelihood(images, labels)) < 1e-2
+    cpp.close()
+
+
+def test_a_bf16_bundle_is_refused_on_a_cpu_with_what_to_do(bundle: Exported) -> None:
+    with pytest.raises(CppError, match="no bf16 matrix product on CPUs; open it with provider cuda"):
+        CppFlow(bundle("uncond", "bf16"))
+
+
+def failure(work: Callable[[], object]) -> str | None:
+    """What one runtime says about a bundle it refuses."""
+    try:
+        work()
+    except BundleError as error:
+        return str(error)
+    except CppError as error:
+        return str(error) if error.status == BUNDLE else f"status {error.status}"
+    return None
+
+
+def test_bundles_that_python_refuses_are_refused(demo: Path, tmp_path: Path) -> None:
+    """Flipped and cut bytes of the manifest: whatever one runtime opens, the other does."""
+    rng = np.random.default_rng(1)
+    content = (demo / "manifest.json").read_bytes()
+    folder = tmp_path / "bundle"
+    shutil.copytree(demo, folder)
+    refused = 0
+    for _ in range(150):
+        changed = bytearray(content[: rng.integers(len(content))] if rng.random() < 0.2 else content)
+        for _ in range(rng.integers(1, 3)):
+            if changed:
+                changed[rng.integers(len(changed))] = content[rng.integers(len(content))]
+        (folder / "manifest.json").write_bytes(changed)
+        expected, found = failure(lambda: Flow.open(folder)), failure(lambda: CppFlow(folder).close())
+        assert (found is None) == (expected is None), (bytes(changed), expected, found)
+        assert found is None or not found.startswith("status")
+        refused += found is not None
+    assert 50 < refused < 150
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": 10}, "label 10 is out of range; this model has classes 0 to 9, and -1 for none"),
+        ({"guidance": 1.0}, "does nothing"),
+        ({"labels": 1, "guidance": -1.0}, "guidance scale is -1.0; expected 0 \\(none\\) or a positive number"),
+        ({"labels": 1, "guidance": 1.0, "guided": b"x"}, "guidance of 'x' is unknown; expected ab"),
+        ({"labels": 1, "attention_temperature": 0.5}, "attention temperature 0.5 does nothing without guidance"),
+        ({"labels": 1, "denoise": -3.0}, "denoising strength is -3.0; expected a number of 0 or more"),
+    ],
+)
+def test_what_python_refuses_is_refused_in_the_same_words(demo: Path, options: dict[str, Any], words: str) -> None:
+    cpp = CppFlow(demo)
+    with pytest.raises(CppError, match=words) as refused:
+        cpp.sample(2, **options)
+    assert refused.value.status == 2
+    said = {"labels": None, "denoise": None, "guidance": 0.0, "guided": b"ab", "attention_temperature": 1.0} | options
+    with pytest.raises(TarflowError, match=words):
+        Flow.open(demo).sample(
+            2,
+            labels=said["labels"],
+            denoise=said["denoise"],
+            guidance=Guidance(said["guidance"], said["guided"].decode(), False, said["attention_temperature"]),
+        )
+    cpp.close()
+
+
+def test_one_handle_is_cancelled_from_another_thread(demo: Path) -> None:
+    cpp = CppFlow(demo)
+    cpp.sample(1)
+    threading.Timer(0.3, cpp.cancel).start()
+    started = time.monotonic()
+    with pytest.raises(CppError) as cancelled:
+        cpp.sample(20_000)
+    assert cancelled.value.status == CANCELLED
+    assert time.monotonic() - started < 2
+    cpp.close()
+
+
+def test_opening_and_closing_a_thousand_times_loses_no_memory(demo: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def churn(times: int) -> None:
+        for _ in range(times):
+            CppFlow(demo, threads=1).close()
+
+    churn(100)
+    before = resident()
+    churn(900)
+    assert resident() - before < 8 << 20
+
+
+def test_the_header_says_what_this_file_believes(tmp_path: Path) -> None:
+    """Sizes and offsets of the structs, as a C compiler sees them."""
+    structs = {"tarflow_open_options": OpenOptions, "tarflow_shape": Shape, "tarflow_sample_options": SampleOptions}
+    fields = [(struct, name) for struct, python in structs.items() for name, *_ in python._fields_]
+    lines = [f'printf("%zu ", offsetof({struct}, {name}));' for struct, name in fields]
+    lines += [f'printf("%zu ", sizeof({struct}));' for struct in structs]
+    code = "#include <stdio.h>\n#include <tarflow.h>\nint main(void) {" + "\n".join(lines) + "return 0; }"
+    (tmp_path / "layout.c").write_text(code)
+    command = ["cc", "-I", str(SOURCE / "include"), "layout.c", "-o", "layout"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    found = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout.split()
+    expected = [getattr(structs[struct], name).offset for struct, name in fields]
+    assert [int(x) for x in found] == expected + [ctypes.sizeof(python) for python in structs.values()]
+
+
+# --- the package, as a downstream project meets it ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of an installed dev build."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    command = ["cmake", "--install", str(LIBRARY.parent), "--prefix", str(prefix)]
+    subprocess.run(command, check=True, capture_output=True)
+    return prefix
+
+
+def sampled(program: Path, tmp_path: Path, library: Path, **environment: str) -> bytes:
+    environment = {"TARFLOW_ONNXRUNTIME": onnxruntime_library(), "LD_LIBRARY_PATH": str(library), **environment}
+    command = [str(x) for x in (program, DEMO, 3, 7, tmp_path / "three.pgm")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / "three.pgm").read_bytes()
+
+
+def as_pgm(image: np.ndarray[Any, Any]) -> bytes:
+    pixels = np.clip((image + 1) * np.float32(127.5) + np.float32(0.5), 0, 255).astype(np.uint8)
+    content: bytes = b"P5 %d %d 255\n" % pixels.shape + pixels.tobytes()
+    return content
+
+
+DOWNSTREAM = """
+cmake_minimum_required(VERSION 3.24)
+project(downstream LANGUAGES C CXX)
+find_package(tarflow 0.1 REQUIRED)
+add_executable(shared {source})
+target_link_libraries(shared PRIVATE tarflow::tarflow)
+add_executable(static {source})
+target_link_libraries(static PRIVATE tarflow::tarflow_static)
+set_target_properties(static PROPERTIES LINKER_LANGUAGE CXX)
+"""
+
+
+def test_a_project_uses_the_installed_package_through_find_package(installed: Path, demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(DOWNSTREAM.format(source=SOURCE / "examples" / "sample.c"))
+    configure = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={installed}"]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True, capture_output=True)
+    expected = as_pgm(np.asarray(Flow.open(demo).sample(1, labels=3, seed=7))[0, 0])
+    for program in ("shared", "static"):
+        assert sampled(tmp_path / "build" / program, tmp_path, Path("/nowhere")) == expected
+
+
+def test_a_project_uses_the_installed_package_through_pkg_config(installed: Path, demo: Path, tmp_path: Path) -> None:
+    (pc,) = installed.rglob("tarflow.pc")
+    flags = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "tarflow"],
+        env={"PKG_CONFIG_PATH": str(pc.parent), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    command = ["cc", str(SOURCE / "examples" / "sample.c"), "-o", str(tmp_path / "sample"), *flags]
+    subprocess.run(command, check=True)
+    expected = as_pgm(np.asarray(Flow.open(demo).sample(1, labels=3, seed=7))[0, 0])
+    assert sampled(tmp_path / "sample", tmp_path, pc.parent.parent) == expected
+
+
+def test_only_the_c_api_is_exported() -> None:
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    names = {line.split()[-1].split("@")[0] for line in listing if line} - {"TARFLOW_1"}
+    declared = {
+        word.split("(")[0].lstrip("*")
+        for line in (SOURCE / "include" / "tarflow.h").read_text().splitlines()
+        if line.startswith("TARFLOW_API")
+        for word in line.split()
+        if word.lstrip("*").startswith("tarflow_") and "(" in word
+    }
+    assert names == declared
+
+
+def test_the_headers_and_the_example_stay_small() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in (SOURCE / "include").iterdir()}
+    assert lines["tarflow.h"] <= 200
+    assert lines["tarflow.hpp"] <= 150
+
+
+def test_a_manifest_edited_to_match_other_files_is_still_one_bundle(bundle: Exported, tmp_path: Path) -> None:
+    """Hashes made right again after a swap of graphs: both runtimes notice only when the graph runs."""
+    folder = Path(shutil.copytree(bundle("vp"), tmp_path / "bundle"))
+    shutil.copyfile(folder / "block_00.forward.onnx", folder / "block_00.step.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    name = "block_00.step.onnx"
+    manifest["files"][name] = {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    cpp = CppFlow(folder)
+    with pytest.raises(CppError, match="block 0's step graph failed"):
+        cpp.sample(1)
+    with pytest.raises(BundleError, match="block 0's step graph failed"):
+        Flow.open(folder).sample(1)
+    cpp.close()
