@@ -1,99 +1,34 @@
 #include "manifest.hpp"
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
-#include <nlohmann/json.hpp>
 
-#include "error.hpp"
+#include "json_reader.hpp"
 
 namespace tarflow::internal {
 namespace {
 
-using Json = nlohmann::json;
-
-constexpr int kDeepest = 64;  // levels; ours has five
 constexpr const char* kRebuild = "export it again: tarflow export CHECKPOINT -o BUNDLE --force";
 constexpr std::int64_t kLargestSide = 1 << 24;  // of any number of a model: products of a few stay within 64 bits
 
-std::string shown(const Json& value) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  return text.size() <= 80 ? text : text.substr(0, 80) + "...";
+JsonReader reader_of(const std::string& source) { return {source, kRebuild}; }
+
+// A relative path of plain components, with forward slashes, that stays inside the bundle.
+void require_confined(const JsonReader& reader, const std::string& name) {
+  bool plain = !name.empty() && name.find_first_of(std::string_view("\\:\0", 3)) == std::string::npos;
+  for (std::size_t start = 0; plain && start <= name.size();) {
+    const std::size_t end = std::min(name.find('/', start), name.size());
+    const std::string part = name.substr(start, end - start);
+    plain = !part.empty() && part != "." && part != "..";
+    start = end + 1;
+  }
+  if (!plain) {
+    throw bundle_error("'" + reader.source() + "' names the file " + shown(name) +
+                       ", which is not a plain relative path inside the bundle; it was not opened");
+  }
 }
 
-// Typed access to a JSON document that names the place when something is wrong.
-struct Reader {
-  const std::string& source;
-
-  Error wrong(const std::string& what) const {
-    return bundle_error("'" + source + "': " + what + ". It is damaged or was edited; " + kRebuild);
-  }
-
-  Json parse(std::string_view content) const {
-    const auto limit_depth = [this](int depth, Json::parse_event_t, Json&) {
-      if (depth >= kDeepest) throw wrong("it is nested more than " + std::to_string(kDeepest) + " levels deep");
-      return true;
-    };
-    try {
-      if (content.substr(0, 3) == "\xEF\xBB\xBF") throw wrong("it begins with a byte order mark");
-      return Json::parse(content.begin(), content.end(), limit_depth);
-    } catch (const Json::exception& error) {
-      throw wrong("it cannot be parsed (" + std::string(error.what()).substr(0, 120) + ")");
-    }
-  }
-
-  const Json& get(const Json& object, const char* key) const {
-    if (!object.is_object()) throw wrong("'" + std::string(key) + "' is asked of what is no object");
-    const auto found = object.find(key);
-    if (found == object.end()) throw wrong("'" + std::string(key) + "' is missing");
-    return *found;
-  }
-
-  const Json& object(const Json& parent, const char* key) const {
-    const Json& value = get(parent, key);
-    if (!value.is_object()) throw wrong("'" + std::string(key) + "' is " + value.type_name() + "; expected an object");
-    return value;
-  }
-
-  std::string text(const Json& parent, const char* key) const {
-    const Json& value = get(parent, key);
-    if (!value.is_string()) throw wrong("'" + std::string(key) + "' is " + value.type_name() + "; expected a string");
-    return value.get<std::string>();
-  }
-
-  bool truth(const Json& parent, const char* key) const {
-    const Json& value = get(parent, key);
-    if (!value.is_boolean()) throw wrong("'" + std::string(key) + "' is " + value.type_name() + "; expected a boolean");
-    return value.get<bool>();
-  }
-
-  std::int64_t natural(const Json& value, const std::string& where, std::int64_t least,
-                       std::int64_t most = std::numeric_limits<std::int64_t>::max()) const {
-    const bool fits = value.is_number_integer() &&
-                      (!value.is_number_unsigned() ||
-                       value.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()}) &&
-                      value.get<std::int64_t>() >= least && value.get<std::int64_t>() <= most;
-    if (!fits) throw wrong("'" + where + "' is " + shown(value) + "; expected an integer of " + std::to_string(least) + " or more");
-    return value.get<std::int64_t>();
-  }
-
-  // A relative path of plain components, with forward slashes, that stays inside the bundle.
-  const std::string& confined(const std::string& name) const {
-    bool plain = !name.empty() && name.find_first_of(std::string_view("\\:\0", 3)) == std::string::npos;
-    for (std::size_t start = 0; plain && start <= name.size();) {
-      const std::size_t end = std::min(name.find('/', start), name.size());
-      const std::string part = name.substr(start, end - start);
-      plain = !part.empty() && part != "." && part != "..";
-      start = end + 1;
-    }
-    if (!plain) {
-      throw bundle_error("'" + source + "' names the file " + shown(name) +
-                         ", which is not a plain relative path inside the bundle; it was not opened");
-    }
-    return name;
-  }
-};
-
-ModelShape read_shape(const Reader& reader, const Json& numbers) {
+ModelShape read_shape(const JsonReader& reader, const Json& numbers) {
   const auto natural = [&](const char* key, std::int64_t least) {
     return reader.natural(reader.get(numbers, key), key, least, kLargestSide);
   };
@@ -127,11 +62,7 @@ ModelShape read_shape(const Reader& reader, const Json& numbers) {
   return shape;
 }
 
-bool is_sha256(const std::string& text) {
-  return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
-}
-
-BlockEntry read_block(const Reader& reader, const Json& block, const Manifest& manifest, std::size_t k) {
+BlockEntry read_block(const JsonReader& reader, const Json& block, const Manifest& manifest, std::size_t k) {
   const std::string where = "blocks[" + std::to_string(k) + "]";
   if (!block.is_object()) throw reader.wrong(where + " is " + block.type_name() + "; expected an object");
   const Json& graphs = reader.object(block, "graphs");
@@ -161,7 +92,7 @@ bool operator==(const ModelShape& a, const ModelShape& b) {
 }
 
 Manifest read_manifest(std::string_view content, const std::string& source) {
-  const Reader reader{source};
+  const JsonReader reader = reader_of(source);
   const Json document = reader.parse(content);
   if (!document.is_object()) throw reader.wrong("the document is " + std::string(document.type_name()) + "; expected an object");
   const Json format = document.value("format", Json());
@@ -176,15 +107,12 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
   Manifest manifest{reader.text(document, "name"), reader.text(document, "precision"),
                     read_shape(reader, reader.object(document, "config")), {}, {}};
   for (const auto& [name, entry] : reader.object(document, "files").items()) {
-    reader.confined(name);
-    const std::string hash = reader.text(entry, "sha256");
-    if (!is_sha256(hash)) throw reader.wrong("'" + hash.substr(0, 70) + "' is no SHA-256 in lower-case hexadecimal");
+    require_confined(reader, name);
+    const std::string hash = reader.sha256(entry, "sha256");
     const std::int64_t size = reader.natural(reader.get(entry, "size"), "size", 0);
     manifest.files[name] = {hash, static_cast<std::uint64_t>(size)};
   }
-  const Json& blocks = reader.get(document, "blocks");
-  if (!blocks.is_array()) throw reader.wrong(std::string("'blocks' is ") + blocks.type_name() + "; expected an array");
-  for (const Json& block : blocks) manifest.blocks.push_back(read_block(reader, block, manifest, manifest.blocks.size()));
+  for (const Json& block : reader.array(document, "blocks")) manifest.blocks.push_back(read_block(reader, block, manifest, manifest.blocks.size()));
   if (static_cast<std::int64_t>(manifest.blocks.size()) != manifest.shape.blocks) {
     throw reader.wrong(std::to_string(manifest.blocks.size()) + " blocks listed; config says " +
                        std::to_string(manifest.shape.blocks));
@@ -204,19 +132,16 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
 }
 
 WeightsHeader read_weights_header(std::string_view content, std::uint64_t room, const std::string& source) {
-  const Reader reader{source};
+  const JsonReader reader = reader_of(source);
   const Json document = reader.parse(content);
   const std::string config = reader.text(reader.object(document, "__metadata__"), "tarflow.config");
   WeightsHeader header{read_shape(reader, reader.parse(config)), std::nullopt};
   const auto found = document.find("var");
   if (found == document.end()) return header;
   WeightsHeader::Tensor tensor{reader.text(*found, "dtype"), {}, 0, 0};
-  const Json& shape = reader.get(*found, "shape");
-  const Json& offsets = reader.get(*found, "data_offsets");
-  if (!shape.is_array() || !offsets.is_array() || offsets.size() != 2) {
-    throw reader.wrong("tensor 'var' has no shape, or no two data_offsets");
-  }
-  for (const Json& size : shape) tensor.shape.push_back(reader.natural(size, "var.shape", 0));
+  const Json& offsets = reader.array(*found, "data_offsets");
+  if (offsets.size() != 2) throw reader.wrong("tensor 'var' has no two data_offsets");
+  for (const Json& size : reader.array(*found, "shape")) tensor.shape.push_back(reader.natural(size, "var.shape", 0));
   tensor.begin = static_cast<std::uint64_t>(reader.natural(offsets[0], "var.data_offsets", 0));
   tensor.end = static_cast<std::uint64_t>(reader.natural(offsets[1], "var.data_offsets", 0));
   if (tensor.begin > tensor.end || tensor.end > room) throw reader.wrong("tensor 'var' lies outside the file");

@@ -16,10 +16,10 @@ done
 build/asan/tests/tests
 build/tsan/tests/tests --test-suite=threads
 cmake --preset fuzz "$@" > /dev/null
-cmake --build --preset fuzz --target fuzz_manifest fuzz_weights
-for target in manifest weights; do
+cmake --build --preset fuzz 
+for target in manifest weights engines; do
   found=$(mktemp -d)
-  build/fuzz/fuzz/fuzz_$target -max_total_time="${FUZZ_SECONDS:-15}" -max_len=8192 -verbosity=0 -print_final_stats=1 \
+  build/fuzz/fuzz/fuzz_$target -max_total_time="${FUZZ_SECONDS:-10}" -max_len=8192 -verbosity=0 -print_final_stats=1 \
     -dict=fuzz/manifest.dict -artifact_prefix=build/fuzz/ "$found" fuzz/corpus/$target
   rm -r "$found"
 done
