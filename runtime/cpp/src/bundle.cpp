@@ -55,18 +55,6 @@ std::ifstream open_file(const std::string& path) {
   return file;
 }
 
-std::string hash_of(const std::string& path) {
-  std::ifstream file = open_file(path);
-  Sha256 hash;
-  std::vector<char> chunk(1 << 20);
-  while (file) {
-    file.read(chunk.data(), static_cast<std::streamsize>(chunk.size()));
-    hash.add(chunk.data(), static_cast<std::size_t>(file.gcount()));
-  }
-  if (file.bad()) throw bundle_error("'" + path + "' cannot be read to its end");
-  return hash.hex();
-}
-
 // Links followed, a regular file inside the folder.
 void require_inside(const fs::path& folder, const fs::path& path) {
   std::error_code error;
@@ -81,6 +69,18 @@ void require_inside(const fs::path& folder, const fs::path& path) {
 }
 
 }  // namespace
+
+std::string sha256_of(const std::string& path) {
+  std::ifstream file = open_file(path);
+  Sha256 hash;
+  std::vector<char> chunk(1 << 20);
+  while (file) {
+    file.read(chunk.data(), static_cast<std::streamsize>(chunk.size()));
+    hash.add(chunk.data(), static_cast<std::size_t>(file.gcount()));
+  }
+  if (file.bad()) throw bundle_error("'" + path + "' cannot be read to its end");
+  return hash.hex();
+}
 
 Bundle::Bundle(const std::string& folder) : folder(folder) {
   std::error_code error;
@@ -124,7 +124,7 @@ void Bundle::check_files() const {
   }
   for (const auto& [name, entry] : manifest.files) {
     if (name == "golden.safetensors" || name == "PARITY.md") continue;  // nothing here reads them
-    const std::string found = hash_of(path(name));
+    const std::string found = sha256_of(path(name));
     if (found != entry.sha256) {
       throw bundle_error("'" + path(name) + "' is damaged or was changed: its SHA-256 is " + found.substr(0, 16) +
                          "..., the manifest says " + entry.sha256.substr(0, 16) + "... " + kCopyAgain);

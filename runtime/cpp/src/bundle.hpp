@@ -8,6 +8,9 @@
 
 namespace tarflow::internal {
 
+// SHA-256 of a file, in lower-case hexadecimal. Throws Error(TARFLOW_BUNDLE).
+std::string sha256_of(const std::string& path);
+
 class Bundle {
  public:
   // Reads the manifest and checks sizes, hashes, that nothing leads out of the folder, that no file is there which

@@ -553,26 +553,37 @@ class ResidentGraph {
 
 void OrtBackend::invert(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
                         const OnStep& on_step) {
+  if (bundle_.manifest.shape.tokens() == 1) {
+    std::copy_n(z, branches.batch * bundle_.manifest.shape.numbers(), x);
+  } else if (resident_) {
+    invert_resident(call, block, z, branches, x, on_step);
+  } else {
+    invert_stepwise(call, block, z, branches, x, on_step);
+  }
+}
+
+void OrtBackend::invert_resident(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
+                                 const OnStep& on_step) {
+  const ModelShape& shape = bundle_.manifest.shape;
+  const std::int64_t tokens = shape.tokens(), patch_dim = shape.patch_dim(), numbers = shape.numbers();
+  const bool reversed = bundle_.manifest.blocks[block].reversed;
+  std::vector<float> latents(static_cast<std::size_t>(branches.batch * numbers)), found = latents;
+  for (std::int64_t at = 0; at < branches.batch * numbers; at += numbers) {  // of one image (T, 1, D) is (1, T, D)
+    to_sequence(z + at, 1, tokens, patch_dim, reversed, latents.data() + at);
+    std::copy_n(latents.data() + at, patch_dim, found.data() + at);
+  }
+  ResidentGraph(*this, call, block, branches).solve(latents, found, on_step);
+  for (std::int64_t at = 0; at < branches.batch * numbers; at += numbers) {
+    to_patches(found.data() + at, 1, tokens, patch_dim, reversed, x + at);
+  }
+}
+
+void OrtBackend::invert_stepwise(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
+                                 const OnStep& on_step) {
   const ModelShape& shape = bundle_.manifest.shape;
   const std::int64_t batch = branches.batch, tokens = shape.tokens(), patch_dim = shape.patch_dim();
   const bool reversed = bundle_.manifest.blocks[block].reversed;
-  std::vector<float> latents(static_cast<std::size_t>(batch * shape.numbers())), found(latents.size());
-  if (tokens == 1) {
-    std::copy_n(z, latents.size(), x);
-    return;
-  }
-  if (resident_) {
-    for (std::int64_t b = 0; b < batch; ++b) {  // one image at a time: (T, 1, D) is (1, T, D)
-      const std::int64_t offset = b * shape.numbers();
-      to_sequence(z + offset, 1, tokens, patch_dim, reversed, latents.data() + offset);
-      std::copy_n(latents.data() + offset, patch_dim, found.data() + offset);
-    }
-    ResidentGraph(*this, call, block, branches).solve(latents, found, on_step);
-    for (std::int64_t b = 0; b < batch; ++b) {
-      to_patches(found.data() + b * shape.numbers(), 1, tokens, patch_dim, reversed, x + b * shape.numbers());
-    }
-    return;
-  }
+  std::vector<float> latents(static_cast<std::size_t>(batch * shape.numbers())), found = latents;
   to_sequence(z, batch, tokens, patch_dim, reversed, latents.data());
   std::copy_n(latents.data(), batch * patch_dim, found.data());
   StepGraph graph(*this, call, block, branches);

@@ -61,6 +61,10 @@ class OrtBackend final : public Backend {
     ONNXTensorElementDataType type;
   };
 
+  void invert_resident(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
+                       const OnStep& on_step);
+  void invert_stepwise(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
+                       const OnStep& on_step);
   Session session(std::size_t block, Kind kind);
   Session open(std::size_t block, Kind kind) const;
   void append_provider(OrtSessionOptions* options) const;
