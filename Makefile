@@ -34,8 +34,9 @@ cpp-dev: $(CPP_BUILD)/needs
 cpp-test: cpp-dev $(DEV)/done ## libtarflow's own tests, also under sanitizers, and its fuzz targets for 30 seconds
 	PYTHON=$(CURDIR)/$(DEV)/bin/python $(CPP)/tests/run.sh $(CMAKE_FLAGS)
 
-bench: $(DEV)/done ## compare with the published method, and write bench/RESULTS.md
+bench: $(DEV)/done cpp ## compare with the published method, and C++ with Python; write bench/RESULTS.md
 	$(DEV)/bin/python -m bench.compare
+	$(DEV)/bin/python -m bench.cpp
 
 demo: $(DEV)/done ## train the demo model and put its bundle into the package
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits
@@ -45,16 +46,19 @@ $(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt --force-reinstall --no-deps .
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt .
+	mkdir -p $(@D)
 	touch $@
 
 $(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-headers.sh
 	$(CPP)/cmake/debian-packages.sh
 	$(CPP)/cmake/onnxruntime-headers.sh $(ONNXRUNTIME_ROOT)
+	mkdir -p $(@D)
 	touch $@
 
 $(DEV)/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	mkdir -p $(@D)
 	touch $@
 
 clean:
