@@ -75,10 +75,10 @@ def main() -> None:
             print(rows[-1], flush=True)
     python_over, cpp_over = ((first[i] - bare) * 1e6 for i in range(2))
     text = (
-        "Whole decodes of the demo, noise included, denoising not, divided by their steps; medians of interleaved runs, "
+        "Whole decodes of the demo, noise included, denoising not, per step; medians of interleaved runs, "
         "the ratio is the median of neighbouring pairs. At batch 1 ONNX Runtime's part of a step, the same buffers run "
-        f"again and again from Python, took {bare * 1e6:.0f} us; above it lie {python_over:.0f} us a step in Python and "
-        f"{cpp_over:.0f} us in C++."
+        f"again and again from Python, took {bare * 1e6:.0f} us; above it lie {python_over:.0f} us a step in Python "
+        f"and {cpp_over:.0f} us in C++."
     )
     report = "\n\n".join([HEADING, machine(), "\n".join(rows), text])
     replace_section(RESULTS, report)

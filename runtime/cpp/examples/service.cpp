@@ -1,7 +1,10 @@
-// An HTTP service on libtarflow: service BUNDLE [--port 8080] [--queue 64] [--batch 64] [--timeout-ms 30000] [--threads 0]
+// An HTTP service on libtarflow: service BUNDLE [--port 8080] [--queue 64] [--batch 64] [--timeout-ms 30000] [--threads
+// 0]
 //
-//   POST /v1/samples  {"labels": [3, 7], "seed": 1, "index": 0, "guidance": 1.0, "format": "png" | "raw", "timeout_ms": 5000}
-//                     or {"n": 4, ...} without labels. Sample k is sample index + k of the seed, whoever shares its batch.
+//   POST /v1/samples  {"labels": [3, 7], "seed": 1, "index": 0, "guidance": 1.0, "format": "png" | "raw", "timeout_ms":
+//   5000}
+//                     or {"n": 4, ...} without labels. Sample k is sample index + k of the seed, whoever shares its
+//                     batch.
 //   GET /healthz, /readyz, /metrics
 //
 // Requests that wait are computed together, in whole tiles of 16 rows. Listens on 127.0.0.1. SIGTERM: drain, then stop.
@@ -87,7 +90,8 @@ class Batcher {
   // Waits for the samples, at most until the job's deadline; then the work is given up.
   void run(const std::shared_ptr<Job>& job) {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (waiting_.size() >= settings_.queue) throw Refusal{429, "the queue of " + std::to_string(settings_.queue) + " requests is full"};
+    if (waiting_.size() >= settings_.queue)
+      throw Refusal{429, "the queue of " + std::to_string(settings_.queue) + " requests is full"};
     waiting_.push_back(job);
     changed_.notify_all();
     if (changed_.wait_until(lock, job->deadline, [&] { return job->done; })) {
@@ -139,7 +143,8 @@ class Batcher {
       for (const auto& job : batch) {
         const std::size_t size = job->labels.size() * numbers();
         if (status == TARFLOW_OK) {
-          job->images.assign(images.begin() + static_cast<std::ptrdiff_t>(offset), images.begin() + static_cast<std::ptrdiff_t>(offset + size));
+          job->images.assign(images.begin() + static_cast<std::ptrdiff_t>(offset),
+                             images.begin() + static_cast<std::ptrdiff_t>(offset + size));
           metrics_.samples += job->labels.size();
         }
         offset += size;
@@ -205,7 +210,8 @@ T field(const Json& body, const char* name, T missing, double least, double most
   if (!right || !(found->get<double>() >= least && found->get<double>() <= most)) {
     std::ostringstream message;
     message << "'" << name << "' is " << found->dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60)
-            << "; expected " << (std::is_integral_v<T> ? "an integer" : "a number") << " from " << least << " to " << most;
+            << "; expected " << (std::is_integral_v<T> ? "an integer" : "a number") << " from " << least << " to "
+            << most;
     throw Refusal{400, message.str()};
   }
   return found->get<T>();
@@ -226,7 +232,8 @@ std::shared_ptr<Job> read_job(const std::string& text, const Settings& settings,
     if (!labels.is_array() || body.contains("n")) throw Refusal{400, "expected either 'labels', an array, or 'n'"};
     for (const Json& label : labels) {
       if (!label.is_number_integer() || label < -1 || label >= std::max(shape.classes, 0)) {
-        throw Refusal{400, "label " + label.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60) + " is out of range; expected -1 (none) to " + std::to_string(shape.classes - 1)};
+        throw Refusal{400, "label " + label.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60) +
+                               " is out of range; expected -1 (none) to " + std::to_string(shape.classes - 1)};
       }
       job->labels.push_back(label.get<std::int64_t>());
     }
@@ -234,17 +241,21 @@ std::shared_ptr<Job> read_job(const std::string& text, const Settings& settings,
     job->labels.assign(field<std::size_t>(body, "n", 1, 1, double(settings.batch)), -1);
   }
   if (job->labels.empty() || job->labels.size() > settings.batch) {
-    throw Refusal{400, std::to_string(job->labels.size()) + " samples asked for; expected 1 to " + std::to_string(settings.batch)};
+    throw Refusal{400, std::to_string(job->labels.size()) + " samples asked for; expected 1 to " +
+                           std::to_string(settings.batch)};
   }
   job->seed = field<std::uint64_t>(body, "seed", 0, 0, 0x1p64);
   job->index = field<std::uint64_t>(body, "index", 0, 0, 0x1p63);
   job->guidance = field<double>(body, "guidance", 0, 0, 100);
-  const bool unlabelled = std::all_of(job->labels.begin(), job->labels.end(), [](std::int64_t label) { return label < 0; });
-  if (job->guidance > 0 && unlabelled) throw Refusal{400, "guidance does nothing without labels; give labels, or guidance 0"};
+  const bool unlabelled =
+      std::all_of(job->labels.begin(), job->labels.end(), [](std::int64_t label) { return label < 0; });
+  if (job->guidance > 0 && unlabelled)
+    throw Refusal{400, "guidance does nothing without labels; give labels, or guidance 0"};
   const Json format = body.value("format", Json("png"));
   if (format != "png" && format != "raw") throw Refusal{400, "expected 'format' png or raw"};
   job->raw = format == "raw";
-  job->deadline = Clock::now() + std::chrono::milliseconds(field<int>(body, "timeout_ms", settings.timeout_ms, 1, settings.timeout_ms));
+  job->deadline = Clock::now() + std::chrono::milliseconds(
+                                     field<int>(body, "timeout_ms", settings.timeout_ms, 1, settings.timeout_ms));
   return job;
 }
 
@@ -270,7 +281,8 @@ std::string png(const std::vector<float>& images, std::size_t n, const tarflow_s
   std::string file;
   if (png_image_write_to_memory(&header, nullptr, &size, 0, bytes.data(), 0, nullptr) != 0) {
     file.resize(size);
-    if (png_image_write_to_memory(&header, file.data(), &size, 0, bytes.data(), 0, nullptr) != 0) return file.substr(0, size);
+    if (png_image_write_to_memory(&header, file.data(), &size, 0, bytes.data(), 0, nullptr) != 0)
+      return file.substr(0, size);
   }
   throw Refusal{500, header.message};
 }
@@ -278,7 +290,8 @@ std::string png(const std::vector<float>& images, std::size_t n, const tarflow_s
 std::string metrics_page(Metrics& metrics, std::size_t waiting) {
   std::ostringstream page;
   const auto counter = [&](const char* name, const char* help, double value, const char* type = "counter") {
-    page << "# HELP tarflow_" << name << " " << help << "\n# TYPE tarflow_" << name << " " << type << "\ntarflow_" << name << " " << value << "\n";
+    page << "# HELP tarflow_" << name << " " << help << "\n# TYPE tarflow_" << name << " " << type << "\ntarflow_"
+         << name << " " << value << "\n";
   };
   page.precision(15);
   counter("samples_total", "Samples drawn.", double(metrics.samples));
@@ -289,14 +302,16 @@ std::string metrics_page(Metrics& metrics, std::size_t waiting) {
   counter("queue_requests", "Requests waiting now.", double(waiting), "gauge");
   page << "# HELP tarflow_responses_total Answers to POST /v1/samples.\n# TYPE tarflow_responses_total counter\n";
   const std::lock_guard<std::mutex> lock(metrics.mutex);
-  for (const auto& [code, count] : metrics.answers) page << "tarflow_responses_total{code=\"" << code << "\"} " << count << "\n";
+  for (const auto& [code, count] : metrics.answers)
+    page << "tarflow_responses_total{code=\"" << code << "\"} " << count << "\n";
   return page.str();
 }
 
 void refuse(httplib::Response& response, const Refusal& refusal) {
   response.status = refusal.code;
   if (refusal.code == 429) response.set_header("Retry-After", "1");
-  response.set_content(Json{{"error", refusal.message}}.dump(-1, ' ', false, Json::error_handler_t::replace), "application/json");
+  response.set_content(Json{{"error", refusal.message}}.dump(-1, ' ', false, Json::error_handler_t::replace),
+                       "application/json");
 }
 
 Settings read_arguments(int argc, char** argv) {
@@ -316,12 +331,18 @@ Settings read_arguments(int argc, char** argv) {
     char* end = nullptr;
     const long value = ++i < argc ? std::strtol(argv[i], &end, 10) : -1;
     if (i >= argc || end == argv[i] || *end != '\0' || value < 0 || value > 1000000) usage(word + " needs a number");
-    if (word == "--port" && value < 65536) settings.port = static_cast<int>(value);
-    else if (word == "--queue" && value > 0) settings.queue = static_cast<std::size_t>(value);
-    else if (word == "--batch" && value > 0) settings.batch = static_cast<std::size_t>(value);
-    else if (word == "--timeout-ms" && value > 0) settings.timeout_ms = static_cast<int>(value);
-    else if (word == "--threads") settings.threads = static_cast<int>(value);
-    else usage(word + " " + std::to_string(value) + " is not understood");
+    if (word == "--port" && value < 65536)
+      settings.port = static_cast<int>(value);
+    else if (word == "--queue" && value > 0)
+      settings.queue = static_cast<std::size_t>(value);
+    else if (word == "--batch" && value > 0)
+      settings.batch = static_cast<std::size_t>(value);
+    else if (word == "--timeout-ms" && value > 0)
+      settings.timeout_ms = static_cast<int>(value);
+    else if (word == "--threads")
+      settings.threads = static_cast<int>(value);
+    else
+      usage(word + " " + std::to_string(value) + " is not understood");
   }
   if (settings.bundle.empty()) usage("no bundle is named");
   return settings;
@@ -346,7 +367,9 @@ int main(int argc, char** argv) {
     std::atomic<bool> draining{false};
 
     httplib::Server server;
-    server.new_task_queue = [&] { return new httplib::ThreadPool(2 * settings.queue + 8); };  // waiting, computing, others
+    server.new_task_queue = [&] {
+      return new httplib::ThreadPool(2 * settings.queue + 8);
+    };  // waiting, computing, others
     server.set_payload_max_length(64 << 10);
     int listening = -1;
     server.set_socket_options([&](socket_t socket) {
@@ -355,7 +378,9 @@ int main(int argc, char** argv) {
       listening = socket;
     });
     server.set_keep_alive_timeout(1);  // seconds: how long draining waits for idle connections
-    server.Get("/healthz", [](const httplib::Request&, httplib::Response& response) { response.set_content("ok\n", "text/plain"); });
+    server.Get("/healthz", [](const httplib::Request&, httplib::Response& response) {
+      response.set_content("ok\n", "text/plain");
+    });
     server.Get("/readyz", [&](const httplib::Request&, httplib::Response& response) {
       response.status = draining ? 503 : 200;
       response.set_content(draining ? "draining\n" : "ready\n", "text/plain");
@@ -368,10 +393,13 @@ int main(int argc, char** argv) {
         const auto job = read_job(request.body, settings, flow.shape());
         batcher.run(job);
         const std::size_t n = job->labels.size();
-        const std::string shape = std::to_string(n) + "," + std::to_string(flow.shape().channels) + "," + std::to_string(flow.shape().image_size) + "," + std::to_string(flow.shape().image_size);
+        const std::string shape = std::to_string(n) + "," + std::to_string(flow.shape().channels) + "," +
+                                  std::to_string(flow.shape().image_size) + "," +
+                                  std::to_string(flow.shape().image_size);
         response.set_header("X-Tarflow-Shape", shape);
         if (job->raw) {
-          response.set_content(reinterpret_cast<const char*>(job->images.data()), job->images.size() * sizeof(float), "application/octet-stream");
+          response.set_content(reinterpret_cast<const char*>(job->images.data()), job->images.size() * sizeof(float),
+                               "application/octet-stream");
         } else {
           response.set_content(png(job->images, n, flow.shape()), "image/png");
         }

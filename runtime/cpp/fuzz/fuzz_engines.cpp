@@ -14,7 +14,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
     for (const auto& [kind, profiles] : record.profiles) {
       for (const Profile& profile : profiles) {
-        if (profile.batch[0] < 1 || profile.batch[0] > profile.batch[1] || profile.batch[1] > profile.batch[2]) std::abort();
+        if (profile.batch[0] < 1 || profile.batch[0] > profile.batch[1] || profile.batch[1] > profile.batch[2])
+          std::abort();
       }
     }
     record.misfit(record.bundle, 2, {"tensorrt", record.version, "GPU", "9.0"});

@@ -13,7 +13,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     bool sound = shape.tokens() >= 1 && shape.patch_dim() >= 1 && shape.heads() >= 1 && shape.numbers() >= 1 &&
                  static_cast<std::int64_t>(manifest.blocks.size()) == shape.blocks;
     for (const BlockEntry& block : manifest.blocks) {
-      for (int kind = kStep; kind <= kGradient; ++kind) sound = sound && manifest.files.count(block.graphs[static_cast<std::size_t>(kind)]) == 1;
+      for (int kind = kStep; kind <= kGradient; ++kind)
+        sound = sound && manifest.files.count(block.graphs[static_cast<std::size_t>(kind)]) == 1;
     }
     for (const auto& [name, entry] : manifest.files) {
       sound = sound && !name.empty() && name[0] != '/' && name.find("..") != 0 && entry.sha256.size() == 64;

@@ -12,7 +12,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   std::uint64_t room = 0;
   std::memcpy(&room, data, 8);
   try {
-    const WeightsHeader header = read_weights_header({reinterpret_cast<const char*>(data) + 8, size - 8}, room, "weights");
+    const WeightsHeader header =
+        read_weights_header({reinterpret_cast<const char*>(data) + 8, size - 8}, room, "weights");
     if (header.shape.tokens() < 1) std::abort();
     if (header.variance && (header.variance->begin > header.variance->end || header.variance->end > room)) std::abort();
   } catch (const Error& error) {

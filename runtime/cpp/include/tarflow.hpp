@@ -98,8 +98,8 @@ class Flow {
                              double strength = 1.0) {
     require(images, labels, "images");
     std::vector<float> denoised(images.size());
-    check(tarflow_denoise(handle_.get(), count(labels.size()), images.data(), labels.data(), strength,
-                          denoised.data()));
+    check(
+        tarflow_denoise(handle_.get(), count(labels.size()), images.data(), labels.data(), strength, denoised.data()));
     return denoised;
   }
 

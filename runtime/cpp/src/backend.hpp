@@ -49,7 +49,7 @@ class Call {
   bool cancelled() const { return cancelled_; }
 
   std::function<void()> interrupt, resume;  // set once, before the first call
-  std::shared_ptr<void> engine;     // the backend's own part of a call
+  std::shared_ptr<void> engine;             // the backend's own part of a call
   std::unique_ptr<std::byte[]> memory[2];
   std::size_t memory_size[2] = {0, 0};
 

@@ -18,8 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const std::string kCopyAgain =
-    "Copy the bundle again, or export it again: tarflow export CHECKPOINT -o BUNDLE --force";
+const std::string kCopyAgain = "Copy the bundle again, or export it again: tarflow export CHECKPOINT -o BUNDLE --force";
 
 class Sha256 {
  public:
@@ -176,8 +175,9 @@ void Bundle::read_prior() {
   }
   const auto sound = [](float variance) { return std::isfinite(variance) && variance >= 0; };
   if (!fits || !file || !std::all_of(deviation.begin(), deviation.end(), sound)) {
-    throw bundle_error("'" + where + "': the prior variance 'var' is missing or not float32 (" + std::to_string(tokens) +
-                       ", " + std::to_string(patch_dim) + "), finite and not negative. " + kCopyAgain);
+    throw bundle_error("'" + where + "': the prior variance 'var' is missing or not float32 (" +
+                       std::to_string(tokens) + ", " + std::to_string(patch_dim) + "), finite and not negative. " +
+                       kCopyAgain);
   }
   for (float& value : deviation) value = std::sqrt(value);
 }

@@ -13,8 +13,10 @@ constexpr const char* kKinds[] = {"step", "forward", "gradient"};
 std::array<std::int64_t, 3> read_range(const JsonReader& reader, const Json& profile, const char* key) {
   const Json& numbers = reader.array(profile, key);
   std::array<std::int64_t, 3> range{};
-  if (numbers.size() != range.size()) throw reader.wrong(std::string("'") + key + "' is " + shown(numbers) + "; expected three numbers");
-  for (std::size_t i = 0; i < range.size(); ++i) range[i] = reader.natural(numbers[i], key, i == 0 ? 1 : range[i - 1], kMost);
+  if (numbers.size() != range.size())
+    throw reader.wrong(std::string("'") + key + "' is " + shown(numbers) + "; expected three numbers");
+  for (std::size_t i = 0; i < range.size(); ++i)
+    range[i] = reader.natural(numbers[i], key, i == 0 ? 1 : range[i - 1], kMost);
   return range;
 }
 
@@ -35,7 +37,9 @@ std::string Record::file(std::size_t block, const std::string& kind) const {
 }
 
 std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, const Here& here) const {
-  if (bundle != bundle_hash) return "they were built from another bundle (" + bundle.substr(0, 12) + ", this one is " + bundle_hash.substr(0, 12) + ")";
+  if (bundle != bundle_hash)
+    return "they were built from another bundle (" + bundle.substr(0, 12) + ", this one is " +
+           bundle_hash.substr(0, 12) + ")";
   for (std::size_t block = 0; block < blocks; ++block) {
     for (const char* kind : kKinds) {
       if (file(block, kind).empty()) return "the build was not finished";
@@ -45,8 +49,10 @@ std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, c
     return "they need " + package + " " + version + " exactly, here is " + here.package + " " + here.version;
   }
   if (strip_weights) return "they hold no weights, which only the Python runtime fills in";
-  if (std::find(capabilities.begin(), capabilities.end(), here.capability) == capabilities.end() || (!gpu.empty() && gpu != here.gpu)) {
-    return "they are for " + (gpu.empty() ? "another compute capability" : gpu) + ", here is " + here.gpu + " (" + here.capability + ")";
+  if (std::find(capabilities.begin(), capabilities.end(), here.capability) == capabilities.end() ||
+      (!gpu.empty() && gpu != here.gpu)) {
+    return "they are for " + (gpu.empty() ? "another compute capability" : gpu) + ", here is " + here.gpu + " (" +
+           here.capability + ")";
   }
   return "";
 }
@@ -54,11 +60,19 @@ std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, c
 Record read_record(std::string_view content, const std::string& source) {
   const JsonReader reader(source, "remove its folder and build again: tarflow build BUNDLE");
   const Json document = reader.parse(content);
-  if (reader.text(document, "format") != "tarflow-engines" || reader.natural(reader.get(document, "schema"), "schema", 1) != 1) {
+  if (reader.text(document, "format") != "tarflow-engines" ||
+      reader.natural(reader.get(document, "schema"), "schema", 1) != 1) {
     throw reader.wrong("it is no record of engines, or of another version");
   }
-  Record record{reader.sha256(document, "bundle"), reader.text(document, "precision"), reader.text(document, "package"),
-                reader.text(document, "version"), "", {}, reader.truth(document, "strip_weights"), {}, {}};
+  Record record{reader.sha256(document, "bundle"),
+                reader.text(document, "precision"),
+                reader.text(document, "package"),
+                reader.text(document, "version"),
+                "",
+                {},
+                reader.truth(document, "strip_weights"),
+                {},
+                {}};
   const Json& target = reader.object(document, "target");
   if (!reader.get(target, "gpu").is_null()) record.gpu = reader.text(target, "gpu");
   for (const Json& capability : reader.array(target, "capabilities")) {
@@ -75,7 +89,8 @@ Record read_record(std::string_view content, const std::string& source) {
   }
   for (const auto& [name, entry] : reader.object(document, "engines").items()) {
     const std::string ending = ".engine";
-    const bool plain = name.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos && name.size() > ending.size() &&
+    const bool plain = name.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos &&
+                       name.size() > ending.size() &&
                        name.compare(name.size() - ending.size(), ending.size(), ending) == 0;
     if (!plain) throw reader.wrong(shown(name) + " is no engine's name");
     record.engines[name] = {reader.natural(reader.get(entry, "block"), "block", 0), reader.text(entry, "kind"),

@@ -77,7 +77,8 @@ std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_ope
   const std::string provider = options.provider != nullptr ? options.provider : "cpu";
   if (provider != "auto" && provider != "cpu" && provider != "cuda" && provider != "ort-tensorrt" &&
       provider != "tensorrt") {
-    throw input_error("provider '" + provider + "' is unknown; expected one of auto, cpu, cuda, tensorrt, ort-tensorrt");
+    throw input_error("provider '" + provider +
+                      "' is unknown; expected one of auto, cpu, cuda, tensorrt, ort-tensorrt");
   }
   if (options.threads < 0) {
     throw input_error("threads is " + std::to_string(options.threads) + "; expected 1 or more, or 0 for one a core");
@@ -116,8 +117,8 @@ Flow::Flow(std::shared_ptr<Opened> opened) : opened(std::move(opened)), shape_(t
   this->opened->backend->prepare(call);
 }
 
-void Flow::sample(std::int64_t n, const float* noise, const std::int64_t* labels,
-                  const tarflow_sample_options& options, float* images) {
+void Flow::sample(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options,
+                  float* images) {
   certificate.clear();
   Run run = plan(n, noise, labels, options);
   if (options.certify != 0) certificate.resize(size(n));
@@ -126,13 +127,15 @@ void Flow::sample(std::int64_t n, const float* noise, const std::int64_t* labels
   std::uint64_t start = options.reproducible != 0 ? first / tile * tile : first;
   for (;;) {
     const std::uint64_t left = first + static_cast<std::uint64_t>(n - 1) - start;  // at most 2^64 - 1: no overflow
-    draw(run, start, options.reproducible != 0 || left >= tile ? run.tile : static_cast<std::int64_t>(left + 1), images);
+    draw(run, start, options.reproducible != 0 || left >= tile ? run.tile : static_cast<std::int64_t>(left + 1),
+         images);
     if (left < tile) break;
     start += tile;
   }
 }
 
-// Rows of one batch from sample index `start` on: those asked for begin at row `before` and go to `output` of the run's.
+// Rows of one batch from sample index `start` on: those asked for begin at row `before` and go to `output` of the
+// run's.
 struct Flow::Tile {
   std::uint64_t start;
   std::int64_t rows, before, inside, output;
@@ -194,8 +197,7 @@ void Flow::decode(Run& run, const Tile* tile, const std::vector<float>& z, const
 }
 
 // Replaces samples that are not finite by later attempts of the same sample; the tile keeps its shape.
-void Flow::redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branches& branches,
-                  std::vector<float>& x) {
+void Flow::redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branches& branches, std::vector<float>& x) {
   const std::int64_t numbers = shape_.numbers();
   for (std::uint32_t attempt = 1; attempt <= kRedraws; ++attempt) {
     std::vector<std::int64_t> broken;
@@ -204,7 +206,8 @@ void Flow::redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branc
     }
     if (broken.empty()) return;
     for (const std::int64_t row : broken) {
-      normal(run.options.seed, tile.start + static_cast<std::uint64_t>(row), attempt, size(numbers), z.data() + row * numbers);
+      normal(run.options.seed, tile.start + static_cast<std::uint64_t>(row), attempt, size(numbers),
+             z.data() + row * numbers);
     }
     std::vector<float> again;
     decode(run, nullptr, z, branches, again);
@@ -242,7 +245,8 @@ void Flow::log_likelihood(std::int64_t n, const float* images, const std::int64_
 
 void Flow::denoise(std::int64_t n, const float* images, const std::int64_t* labels, double strength, float* denoised) {
   if (!(strength >= 0)) {
-    throw input_error("denoising strength is " + number(strength) + "; expected a number of 0 or more, 1 is the theory's");
+    throw input_error("denoising strength is " + number(strength) +
+                      "; expected a number of 0 or more, 1 is the theory's");
   }
   const double checked = checked_strength(strength);
   in_batches(n, images, labels, [&](std::int64_t start, std::vector<float>& x, const Branches& plain) {
@@ -255,7 +259,8 @@ void Flow::noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float*
   if (n < 1) throw input_error("n is " + std::to_string(n) + "; expected 1 or more samples");
   if (static_cast<std::uint64_t>(n - 1) > UINT64_MAX - first) throw input_error("sample indices end at 2^64 - 1");
   for (std::int64_t i = 0; i < n; ++i) {
-    normal(seed, first + static_cast<std::uint64_t>(i), kSampling, size(shape_.numbers()), noise + i * shape_.numbers());
+    normal(seed, first + static_cast<std::uint64_t>(i), kSampling, size(shape_.numbers()),
+           noise + i * shape_.numbers());
   }
 }
 
@@ -326,7 +331,8 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
                      const tarflow_sample_options& options) const {
   if (n < 1) throw input_error("n is " + std::to_string(n) + "; expected 1 or more samples");
   if (double(n) * double(shape_.numbers()) * sizeof(float) > kLargestResult) {
-    throw input_error("n is " + std::to_string(n) + ": more than 1 TiB of samples; draw them in parts, by first_sample");
+    throw input_error("n is " + std::to_string(n) +
+                      ": more than 1 TiB of samples; draw them in parts, by first_sample");
   }
   if (static_cast<std::uint64_t>(n - 1) > UINT64_MAX - options.first_sample) {
     throw input_error("first_sample is " + std::to_string(options.first_sample) + " and n " + std::to_string(n) +
@@ -344,7 +350,8 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
   }
   const std::string guided = options.guided != nullptr ? options.guided : "ab";
   if (!(options.guidance >= 0) || !std::isfinite(options.guidance)) {
-    throw input_error("guidance scale is " + number(options.guidance) + "; expected 0 (none) or a positive number, 1 to 3 is usual");
+    throw input_error("guidance scale is " + number(options.guidance) +
+                      "; expected 0 (none) or a positive number, 1 to 3 is usual");
   }
   if (guided != "a" && guided != "b" && guided != "ab") {
     throw input_error("guidance of '" + guided + "' is unknown; expected ab, a (log_scale) or b (shift)");
@@ -355,16 +362,21 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
   }
   Run run{n, noise, classes(n, labels), options, -1.0, 0, 0, 0};
   run.options.guided = guided == "a" ? "a" : guided == "b" ? "b" : "ab";
-  const bool unlabelled = std::all_of(run.labels.begin(), run.labels.end(), [&](std::int64_t label) { return label == shape_.classes; });
+  const bool unlabelled =
+      std::all_of(run.labels.begin(), run.labels.end(), [&](std::int64_t label) { return label == shape_.classes; });
   if (options.guidance == 0 && temperature != 1) {
-    throw input_error("attention temperature " + number(temperature) + " does nothing without guidance; give a guidance scale above 0 too");
+    throw input_error("attention temperature " + number(temperature) +
+                      " does nothing without guidance; give a guidance scale above 0 too");
   }
   if (options.guidance > 0 && guided == "a" && !shape_.nvp) {
     throw input_error("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'");
   }
   if (options.guidance > 0 && temperature == 1 && unlabelled) {
-    throw input_error("guidance " + number(options.guidance) + " does nothing for samples without a label at attention temperature 1: both branches are the same, at twice the cost; " +
-                      (shape_.classes > 0 ? "give labels, or " : "") + "pass an attention temperature other than 1, or guidance 0");
+    throw input_error("guidance " + number(options.guidance) +
+                      " does nothing for samples without a label at attention temperature 1: both branches are the "
+                      "same, at twice the cost; " +
+                      (shape_.classes > 0 ? "give labels, or " : "") +
+                      "pass an attention temperature other than 1, or guidance 0");
   }
   if (options.batch_size < 0) {
     throw input_error("batch size is " + std::to_string(options.batch_size) + "; expected 1 or more, or 0");
@@ -374,7 +386,9 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
   } else if (options.denoise != 0) {
     run.strength = checked_strength(options.denoise);
   }
-  run.tile = options.reproducible != 0 ? kTile : options.batch_size > 0 ? std::min(options.batch_size, n) : default_batch(options.guidance > 0);
+  run.tile = options.reproducible != 0 ? kTile
+             : options.batch_size > 0  ? std::min(options.batch_size, n)
+                                       : default_batch(options.guidance > 0);
   const auto tile = static_cast<std::uint64_t>(run.tile);
   const std::uint64_t offset = options.reproducible != 0 ? options.first_sample % tile : 0;
   const auto tiles = static_cast<std::int64_t>((offset + static_cast<std::uint64_t>(n) + tile - 1) / tile);
@@ -384,10 +398,12 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
 
 double Flow::checked_strength(double strength) const {
   if (!shape_.noise_std) {
-    throw input_error("this model was trained with uniform dequantisation: there is no Gaussian noise to remove; set denoise to 0");
+    throw input_error(
+        "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; set denoise to 0");
   }
   if (!(strength >= 0) || !std::isfinite(strength)) {
-    throw input_error("denoising strength is " + number(strength) + "; expected a number of 0 or more, 1 is the theory's");
+    throw input_error("denoising strength is " + number(strength) +
+                      "; expected a number of 0 or more, 1 is the theory's");
   }
   return strength;
 }
@@ -427,7 +443,8 @@ Branches Flow::branches(const tarflow_sample_options* guidance, std::vector<std:
     const bool chosen = std::strchr(guidance->guided, part) != nullptr;
     for (const double sign : {1.0, -1.0}) {  // conditional 1 + s, unconditional -s
       for (std::int64_t i = 0; i < tokens; ++i) {
-        const double ramp = guidance->annealed != 0 ? double(i + 1) / double(std::max<std::int64_t>(tokens - 1, 1)) : 1.0;
+        const double ramp =
+            guidance->annealed != 0 ? double(i + 1) / double(std::max<std::int64_t>(tokens - 1, 1)) : 1.0;
         const double scale = chosen ? guidance->guidance * ramp : 0.0;
         found.mix.push_back(static_cast<float>(sign > 0 ? 1 + scale : -scale));
       }
@@ -438,7 +455,8 @@ Branches Flow::branches(const tarflow_sample_options* guidance, std::vector<std:
 
 std::int64_t Flow::default_batch(bool guided) const {
   const double item = opened->bundle.manifest.precision == "fp32" ? 4 : 2;
-  const double row = 2.0 * double(shape_.layers) * double(shape_.width) * double(shape_.tokens()) * item * (guided ? 2 : 1);
+  const double row =
+      2.0 * double(shape_.layers) * double(shape_.width) * double(shape_.tokens()) * item * (guided ? 2 : 1);
   return std::max<std::int64_t>(1, std::min(kLargestBatch, static_cast<std::int64_t>(kCacheBudget / row)));
 }
 

@@ -64,9 +64,11 @@ bool JsonReader::truth(const Json& parent, const char* key) const {
 std::int64_t JsonReader::natural(const Json& value, const std::string& where, std::int64_t least,
                                  std::int64_t most) const {
   constexpr auto largest = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
-  const bool counted = value.is_number_integer() && (!value.is_number_unsigned() || value.get<std::uint64_t>() <= largest);
+  const bool counted =
+      value.is_number_integer() && (!value.is_number_unsigned() || value.get<std::uint64_t>() <= largest);
   if (!counted || value.get<std::int64_t>() < least || value.get<std::int64_t>() > most) {
-    throw wrong("'" + where + "' is " + shown(value) + "; expected an integer of " + std::to_string(least) + " or more");
+    throw wrong("'" + where + "' is " + shown(value) + "; expected an integer of " + std::to_string(least) +
+                " or more");
   }
   return value.get<std::int64_t>();
 }

@@ -57,7 +57,8 @@ ModelShape read_shape(const JsonReader& reader, const Json& numbers) {
   const double numbers_of_image = double(shape.image_size) * double(shape.image_size) * double(shape.channels);
   const double numbers_of_cache = 2.0 * double(shape.layers) * double(shape.width) * double(shape.tokens());
   if (numbers_of_image > 0x1p40 || numbers_of_cache > 0x1p50) {
-    throw reader.wrong("config describes images of " + std::to_string(shape.image_size) + " pixels a side, more than any machine can hold");
+    throw reader.wrong("config describes images of " + std::to_string(shape.image_size) +
+                       " pixels a side, more than any machine can hold");
   }
   return shape;
 }
@@ -94,25 +95,31 @@ bool operator==(const ModelShape& a, const ModelShape& b) {
 Manifest read_manifest(std::string_view content, const std::string& source) {
   const JsonReader reader = reader_of(source);
   const Json document = reader.parse(content);
-  if (!document.is_object()) throw reader.wrong("the document is " + std::string(document.type_name()) + "; expected an object");
+  if (!document.is_object())
+    throw reader.wrong("the document is " + std::string(document.type_name()) + "; expected an object");
   const Json format = document.value("format", Json());
   if (format != "tarflow-bundle") {
-    throw bundle_error("'" + source + "' says format " + shown(format) + "; expected \"tarflow-bundle\": this is no bundle");
+    throw bundle_error("'" + source + "' says format " + shown(format) +
+                       "; expected \"tarflow-bundle\": this is no bundle");
   }
   const Json schema = document.value("schema", Json());
   if (!schema.is_number_integer() || schema != 1) {
     throw bundle_error("'" + source + "' has schema version " + shown(schema) +
                        "; this tarflow reads version 1. Install the tarflow that wrote it, or " + kRebuild);
   }
-  Manifest manifest{reader.text(document, "name"), reader.text(document, "precision"),
-                    read_shape(reader, reader.object(document, "config")), {}, {}};
+  Manifest manifest{reader.text(document, "name"),
+                    reader.text(document, "precision"),
+                    read_shape(reader, reader.object(document, "config")),
+                    {},
+                    {}};
   for (const auto& [name, entry] : reader.object(document, "files").items()) {
     require_confined(reader, name);
     const std::string hash = reader.sha256(entry, "sha256");
     const std::int64_t size = reader.natural(reader.get(entry, "size"), "size", 0);
     manifest.files[name] = {hash, static_cast<std::uint64_t>(size)};
   }
-  for (const Json& block : reader.array(document, "blocks")) manifest.blocks.push_back(read_block(reader, block, manifest, manifest.blocks.size()));
+  for (const Json& block : reader.array(document, "blocks"))
+    manifest.blocks.push_back(read_block(reader, block, manifest, manifest.blocks.size()));
   if (static_cast<std::int64_t>(manifest.blocks.size()) != manifest.shape.blocks) {
     throw reader.wrong(std::to_string(manifest.blocks.size()) + " blocks listed; config says " +
                        std::to_string(manifest.shape.blocks));
@@ -126,7 +133,8 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
   reader.natural(reader.get(document, "opset"), "opset", 1);
   reader.object(document, "parity");
   for (const auto& [package, version] : reader.object(document, "exporter").items()) {
-    if (!version.is_string()) throw reader.wrong("exporter." + package + " is " + version.type_name() + "; expected a string");
+    if (!version.is_string())
+      throw reader.wrong("exporter." + package + " is " + version.type_name() + "; expected a string");
   }
   return manifest;
 }

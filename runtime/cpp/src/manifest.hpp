@@ -13,7 +13,7 @@ namespace tarflow::internal {
 
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kWeights = "weights.safetensors";
-constexpr std::size_t kManifestLimit = std::size_t{16} << 20;       // bytes; kilobytes are normal
+constexpr std::size_t kManifestLimit = std::size_t{16} << 20;           // bytes; kilobytes are normal
 constexpr std::uint64_t kWeightsHeaderLimit = std::uint64_t{64} << 20;  // bytes
 
 struct ModelShape {

@@ -84,8 +84,7 @@ double unit(std::uint32_t high, std::uint32_t low) {
 void normal(std::uint64_t seed, std::uint64_t sample, std::uint32_t stream, std::size_t count, float* out) {
   const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
   for (std::size_t i = 0; i < count; i += 2) {
-    const Words words =
-        philox({low(i / 2), stream, low(sample), low(sample >> 32)}, low(seed), low(seed >> 32));
+    const Words words = philox({low(i / 2), stream, low(sample), low(sample >> 32)}, low(seed), low(seed >> 32));
     out[i] = static_cast<float>(inverse_normal(unit(words[0], words[1])));
     if (i + 1 < count) out[i + 1] = static_cast<float>(inverse_normal(unit(words[2], words[3])));
   }

@@ -85,9 +85,7 @@ void to_patches(const float* sequence, std::int64_t batch, std::int64_t tokens, 
   }
 }
 
-std::string cache_name(std::int64_t layer, bool value) {
-  return (value ? "value_" : "key_") + std::to_string(layer);
-}
+std::string cache_name(std::int64_t layer, bool value) { return (value ? "value_" : "key_") + std::to_string(layer); }
 
 }  // namespace
 
@@ -103,7 +101,9 @@ OrtBackend::OrtBackend(const Bundle& bundle, const EngineOptions& options)
         "export for this machine: tarflow export CHECKPOINT --engine fp32");
   }
   if (resident_ && !bundle.has(kResident)) {
-    throw bundle_error("'" + bundle.folder + "' has no graphs for a device: it is from an older tarflow; export it again: tarflow export '" + bundle.folder + "' -o NEW");
+    throw bundle_error("'" + bundle.folder +
+                       "' has no graphs for a device: it is from an older tarflow; export it again: tarflow export '" +
+                       bundle.folder + "' -o NEW");
   }
   const OrtApiBase* base = load(options.library);
   version_ = base->GetVersionString();
@@ -165,7 +165,8 @@ void OrtBackend::failed(std::size_t block, Kind kind, const std::string& message
   if (message.find("llocate") != std::string::npos) {
     throw machine_error("out of memory in " + where + "; use a smaller batch size, or low_memory");
   }
-  throw bundle_error(where + " failed in " + description() + ": " + message.substr(0, message.find('\n')).substr(0, 300));
+  throw bundle_error(where + " failed in " + description() + ": " +
+                     message.substr(0, message.find('\n')).substr(0, 300));
 }
 
 void OrtBackend::check_run(Call& call, OrtStatus* status, std::size_t block, Kind kind) const {
@@ -218,7 +219,8 @@ void OrtBackend::append_provider(OrtSessionOptions* options) const {
     OrtTensorRTProviderOptionsV2* made = nullptr;
     check(api_->CreateTensorRTProviderOptions(&made), "its TensorRT provider does not start");
     const auto provider = own(made);
-    check(api_->SessionOptionsAppendExecutionProvider_TensorRT_V2(options, made), "its TensorRT provider does not start");
+    check(api_->SessionOptionsAppendExecutionProvider_TensorRT_V2(options, made),
+          "its TensorRT provider does not start");
   }
   if (options_.provider != "cpu") {
     OrtCUDAProviderOptionsV2* made = nullptr;
@@ -254,13 +256,16 @@ void OrtBackend::run(Call& call, std::size_t block, Kind kind, const std::vector
     out.push_back(owned.back().get());
   }
   auto* options = static_cast<OrtRunOptions*>(call.engine.get());
-  check_run(call, api_->Run(session.get(), options, input_names.data(), in.data(), in.size(), output_names.data(), out.size(), out.data()),
+  check_run(call,
+            api_->Run(session.get(), options, input_names.data(), in.data(), in.size(), output_names.data(), out.size(),
+                      out.data()),
             block, kind);
 }
 
 std::int64_t OrtBackend::rows_that_fit(std::int64_t attention, std::int64_t hidden) const {
   const ModelShape& shape = bundle_.manifest.shape;
-  const double row = 4.0 * double(shape.tokens()) * (double(attention * shape.heads()) * double(shape.tokens()) + double(hidden * shape.width));
+  const double row = 4.0 * double(shape.tokens()) *
+                     (double(attention * shape.heads()) * double(shape.tokens()) + double(hidden * shape.width));
   return std::max<std::int64_t>(1, static_cast<std::int64_t>(double(kActivations) / row));
 }
 
@@ -316,10 +321,17 @@ void OrtBackend::gradient(Call& call, std::size_t block, const float* x, const B
 class StepGraph {
  public:
   StepGraph(OrtBackend& backend, Call& call, std::size_t block, const Branches& branches)
-      : backend_(backend), call_(call), block_(block), branches_(branches), shape_(backend.bundle_.manifest.shape),
-        session_(backend.session(block, kStep)), reversed_(backend.bundle_.manifest.blocks[block].reversed),
-        batch_(branches.batch), rows_(branches.batch * branches.count),
-        outputs_(shape_.patch_dim() * (shape_.nvp ? 2 : 1)), heads_(2 * shape_.layers * rows_ * shape_.heads()) {
+      : backend_(backend),
+        call_(call),
+        block_(block),
+        branches_(branches),
+        shape_(backend.bundle_.manifest.shape),
+        session_(backend.session(block, kStep)),
+        reversed_(backend.bundle_.manifest.blocks[block].reversed),
+        batch_(branches.batch),
+        rows_(branches.batch * branches.count),
+        outputs_(shape_.patch_dim() * (shape_.nvp ? 2 : 1)),
+        heads_(2 * shape_.layers * rows_ * shape_.heads()) {
     const auto zeros = [](std::int64_t size) { return std::vector<float>(static_cast<std::size_t>(size)); };
     x_in_ = zeros(batch_ * shape_.patch_dim());
     z_in_ = x_out_ = x_in_;
@@ -457,13 +469,18 @@ class StepGraph {
 class ResidentGraph {
  public:
   ResidentGraph(OrtBackend& backend, Call& call, std::size_t block, const Branches& branches)
-      : backend_(backend), call_(call), block_(block), branches_(branches), shape_(backend.bundle_.manifest.shape),
+      : backend_(backend),
+        call_(call),
+        block_(block),
+        branches_(branches),
+        shape_(backend.bundle_.manifest.shape),
         session_(backend.session(block, kResident)) {
     const OrtApi* api = backend.api_;
     const bool gpu = backend.options_.provider != "cpu";
     OrtMemoryInfo* info = nullptr;
     if (gpu) {
-      backend.check(api->CreateMemoryInfo("Cuda", OrtDeviceAllocator, 0, OrtMemTypeDefault, &info), "it has no GPU memory");
+      backend.check(api->CreateMemoryInfo("Cuda", OrtDeviceAllocator, 0, OrtMemTypeDefault, &info),
+                    "it has no GPU memory");
     } else {
       backend.check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info), "it has no memory");
     }
@@ -523,8 +540,9 @@ class ResidentGraph {
  private:
   Owned<OrtValue> allocate(const Shape& shape, ONNXTensorElementDataType type) {
     OrtValue* value = nullptr;
-    backend_.check_run(call_, backend_.api_->CreateTensorAsOrtValue(allocator_.get(), shape.data(), shape.size(), type, &value),
-                       block_, kResident);
+    backend_.check_run(
+        call_, backend_.api_->CreateTensorAsOrtValue(allocator_.get(), shape.data(), shape.size(), type, &value),
+        block_, kResident);
     return backend_.own(value);
   }
 

@@ -16,7 +16,7 @@ struct EngineOptions {
   int threads = 0;               // 0: one a core
   bool spinning = true;
   bool low_memory = false;
-  bool resident = false;         // keep the state of decoding where the provider computes; always so on a GPU
+  bool resident = false;  // keep the state of decoding where the provider computes; always so on a GPU
 };
 
 // What owns an object of ONNX Runtime releases it through the function table it came from.

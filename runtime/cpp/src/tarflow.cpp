@@ -27,12 +27,14 @@ template <class T>
 T understood(const T* given, T known, const char* name) {
   if (given == nullptr) return known;
   if (given->size < sizeof(std::size_t) || given->size > 4096) {
-    throw input_error(std::string(name) + ".size is " + std::to_string(given->size) +
-                      "; initialise it with " + name + "_defaults()");
+    throw input_error(std::string(name) + ".size is " + std::to_string(given->size) + "; initialise it with " + name +
+                      "_defaults()");
   }
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  if (std::any_of(bytes + std::min(sizeof(T), given->size), bytes + given->size, [](unsigned char b) { return b != 0; })) {
-    throw input_error(std::string(name) + " asks for something that libtarflow " TARFLOW_VERSION " does not know; install the version that the program was compiled with");
+  if (std::any_of(bytes + std::min(sizeof(T), given->size), bytes + given->size,
+                  [](unsigned char b) { return b != 0; })) {
+    throw input_error(std::string(name) + " asks for something that libtarflow " TARFLOW_VERSION
+                                          " does not know; install the version that the program was compiled with");
   }
   std::memcpy(&known, given, std::min(sizeof(T), given->size));
   return known;
@@ -163,7 +165,8 @@ int tarflow_certificate(tarflow_flow* flow, int64_t n, float* errors) {
     require(errors, "errors", n);
     if (of.certificate.empty()) throw input_error("the last samples were drawn without certify = 1");
     if (static_cast<std::uint64_t>(n) != of.certificate.size()) {
-      throw input_error("n is " + std::to_string(n) + "; " + std::to_string(of.certificate.size()) + " samples were drawn last");
+      throw input_error("n is " + std::to_string(n) + "; " + std::to_string(of.certificate.size()) +
+                        " samples were drawn last");
     }
     std::copy(of.certificate.begin(), of.certificate.end(), errors);
   });

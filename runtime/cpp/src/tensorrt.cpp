@@ -26,13 +26,16 @@ constexpr std::int64_t kStepsInFlight = 32;  // launched before the host waits: 
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  if (status == cudaErrorMemoryAllocation) throw machine_error("out of GPU memory; use a smaller batch size, or low_memory");
+  if (status == cudaErrorMemoryAllocation)
+    throw machine_error("out of GPU memory; use a smaller batch size, or low_memory");
   throw machine_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorString(status));
 }
 
 class DeviceMemory {
  public:
-  explicit DeviceMemory(std::size_t size) : size(size) { check(cudaMalloc(&address, std::max<std::size_t>(size, 1)), "allocate memory"); }
+  explicit DeviceMemory(std::size_t size) : size(size) {
+    check(cudaMalloc(&address, std::max<std::size_t>(size, 1)), "allocate memory");
+  }
   ~DeviceMemory() { cudaFree(address); }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
@@ -78,7 +81,8 @@ struct Tensor {
 
 Here this_machine() {
   int devices = 0, device = 0;
-  const cudaError_t status = cudaGetDeviceCount(&devices);  // before any runtime: without a driver it is a bogus pointer
+  const cudaError_t status =
+      cudaGetDeviceCount(&devices);  // before any runtime: without a driver it is a bogus pointer
   if (status != cudaSuccess || devices == 0) {
     throw machine_error(std::string("no NVIDIA GPU can be used here (") + cudaGetErrorName(status) +
                         "): engines need one, with its driver; use provider cpu");
@@ -87,8 +91,10 @@ Here this_machine() {
   check(cudaGetDevice(&device), "name the device");
   check(cudaGetDeviceProperties(&properties, device), "describe the device");
   const int version = getInferLibVersion();  // 110400 is 11.4.0
-  return {"tensorrt", std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100),
-          properties.name, std::to_string(properties.major) + "." + std::to_string(properties.minor)};
+  return {
+      "tensorrt",
+      std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100),
+      properties.name, std::to_string(properties.major) + "." + std::to_string(properties.minor)};
 }
 
 Found choose(const Bundle& bundle, const Here& here) {
@@ -117,7 +123,11 @@ bool is_cache(const std::string& name) { return name.rfind("key_", 0) == 0 || na
 class TensorRtBackend final : public Backend {
  public:
   TensorRtBackend(const Bundle& bundle, bool low_memory)
-      : bundle_(bundle), shape_(bundle.manifest.shape), low_memory_(low_memory), here_(this_machine()), found_(choose(bundle, here_)) {
+      : bundle_(bundle),
+        shape_(bundle.manifest.shape),
+        low_memory_(low_memory),
+        here_(this_machine()),
+        found_(choose(bundle, here_)) {
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     if (!runtime_) throw machine_error("TensorRT does not start: " + logger_.take());
     runtime_->setEngineHostCodeAllowed(false);
@@ -131,9 +141,12 @@ class TensorRtBackend final : public Backend {
 
   void prepare(Call&) const override {}
 
-  std::string description() const override { return "TensorRT " + here_.version + " " + found_.record.precision + ", " + here_.gpu; }
+  std::string description() const override {
+    return "TensorRT " + here_.version + " " + found_.record.precision + ", " + here_.gpu;
+  }
 
-  void invert(Call&, std::size_t block, const float* z, const Branches& branches, float* x, const OnStep& on_step) override {
+  void invert(Call&, std::size_t block, const float* z, const Branches& branches, float* x,
+              const OnStep& on_step) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto [number, profile] = choose_profile("step", branches.count);
     for (std::int64_t start = 0, most = profile.batch[2]; start < branches.batch; start += most) {
@@ -143,15 +156,18 @@ class TensorRtBackend final : public Backend {
     }
   }
 
-  void forward(Call& call, std::size_t block, const float* x, const Branches& branches, float* z, float* log_det) override {
+  void forward(Call& call, std::size_t block, const float* x, const Branches& branches, float* z,
+               float* log_det) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto [number, profile] = choose_profile("forward", branches.count);
     for (std::int64_t start = 0; start < branches.batch; start += profile.batch[2]) {
       if (call.cancelled()) throw Cancelled();
-      const std::int64_t rows = std::min(profile.batch[2], branches.batch - start), batch = std::max(rows, profile.batch[0]);
-      const std::vector<Tensor> tensors = {sequence("x", x, start, rows, batch), labels(branches, start, rows, batch),
-                                           upload("mix", branches.mix, {2, branches.count, shape_.tokens()}),
-                                           upload("inverse_temperature", branches.inverse_temperature, {branches.count})};
+      const std::int64_t rows = std::min(profile.batch[2], branches.batch - start),
+                         batch = std::max(rows, profile.batch[0]);
+      const std::vector<Tensor> tensors = {
+          sequence("x", x, start, rows, batch), labels(branches, start, rows, batch),
+          upload("mix", branches.mix, {2, branches.count, shape_.tokens()}),
+          upload("inverse_temperature", branches.inverse_temperature, {branches.count})};
       void* const found = place("z", batch * shape_.numbers() * 4);
       void* const sum = place("log_det", batch * 4);
       run(block, "forward", number, tensors, {{"z", found, {}}, {"log_det", sum, {}}});
@@ -165,10 +181,12 @@ class TensorRtBackend final : public Backend {
     const auto [number, profile] = choose_profile("gradient", 1);
     for (std::int64_t start = 0; start < branches.batch; start += profile.batch[2]) {
       if (call.cancelled()) throw Cancelled();
-      const std::int64_t rows = std::min(profile.batch[2], branches.batch - start), batch = std::max(rows, profile.batch[0]);
+      const std::int64_t rows = std::min(profile.batch[2], branches.batch - start),
+                         batch = std::max(rows, profile.batch[0]);
       const std::vector<float> ones(static_cast<std::size_t>(batch), 1.0F);
       const std::vector<Tensor> tensors = {sequence("x", x, start, rows, batch), labels(branches, start, rows, batch),
-                                           sequence("grad_z", grad, start, rows, batch), upload("grad_log_det", ones, {batch})};
+                                           sequence("grad_z", grad, start, rows, batch),
+                                           upload("grad_log_det", ones, {batch})};
       void* const found = place("grad_x", batch * shape_.numbers() * 4);
       run(block, "gradient", number, tensors, {{"grad_x", found, {}}});
       download(grad + start * shape_.numbers(), found, rows * shape_.numbers());
@@ -196,9 +214,12 @@ class TensorRtBackend final : public Backend {
     }
     nvinfer1::ICudaEngine& engine = *load(block, "step").engine;
     const std::int64_t item = found_.record.precision == "fp32" ? 4 : 2, zero = 0;
-    std::vector<Tensor> inputs = {upload("x", known, {batch, 1, tokens, patch_dim}), upload("position", &zero, sizeof zero, {1}),
-                                  upload("z", latents, {batch, tokens, patch_dim}), upload("offsets", &zero, sizeof zero, {1}),
-                                  labels(branches, start, rows, batch), upload("mix", branches.mix, {2, branches.count, tokens}),
+    std::vector<Tensor> inputs = {upload("x", known, {batch, 1, tokens, patch_dim}),
+                                  upload("position", &zero, sizeof zero, {1}),
+                                  upload("z", latents, {batch, tokens, patch_dim}),
+                                  upload("offsets", &zero, sizeof zero, {1}),
+                                  labels(branches, start, rows, batch),
+                                  upload("mix", branches.mix, {2, branches.count, tokens}),
                                   upload("inverse_temperature", branches.inverse_temperature, {branches.count})};
     const std::int64_t size = all * shape_.heads() * tokens * shape_.head_dim * item;
     for (std::int64_t layer = 0; layer < shape_.layers; ++layer) {
@@ -216,7 +237,8 @@ class TensorRtBackend final : public Backend {
       const std::string next = input.name + "_next";
       const char* alias = engine.getAliasedInputTensor(next.c_str());
       if (input.name != "position" && (alias == nullptr || input.name != alias)) {
-        throw bundle_error("block " + std::to_string(block) + "'s step engine does not update '" + input.name + "' in place; " + rebuild());
+        throw bundle_error("block " + std::to_string(block) + "'s step engine does not update '" + input.name +
+                           "' in place; " + rebuild());
       }
       outputs.push_back({next, alias != nullptr ? input.address : place(next, sizeof zero), {}});
     }
@@ -225,7 +247,8 @@ class TensorRtBackend final : public Backend {
     const auto launch = [&] {
       run(block, "step", profile, inputs, outputs);
       if (position_next != position) {
-        check(cudaMemcpyAsync(position, position_next, sizeof zero, cudaMemcpyDeviceToDevice, stream_), "advance the position");
+        check(cudaMemcpyAsync(position, position_next, sizeof zero, cudaMemcpyDeviceToDevice, stream_),
+              "advance the position");
       }
     };
     std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(nullptr, cudaGraphExecDestroy);
@@ -267,7 +290,8 @@ class TensorRtBackend final : public Backend {
   }
 
   // Puts one run of an engine on the stream.
-  void run(std::size_t block, const std::string& kind, int profile, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
+  void run(std::size_t block, const std::string& kind, int profile, const std::vector<Tensor>& inputs,
+           const std::vector<Tensor>& outputs) {
     Loaded& loaded = load(block, kind);
     auto& context = loaded.contexts[profile];
     if (!context) {
@@ -280,7 +304,8 @@ class TensorRtBackend final : public Backend {
       Dims dims{};
       dims.nbDims = static_cast<std::int32_t>(input.shape.size());
       std::copy(input.shape.begin(), input.shape.end(), dims.d);
-      fine = fine && context->setInputShape(input.name.c_str(), dims) && context->setTensorAddress(input.name.c_str(), input.address);
+      fine = fine && context->setInputShape(input.name.c_str(), dims) &&
+             context->setTensorAddress(input.name.c_str(), input.address);
     }
     for (const Tensor& output : outputs) fine = fine && context->setTensorAddress(output.name.c_str(), output.address);
     if (!fine || !context->enqueueV3(stream_)) failed(block, kind, "refused to run");
@@ -288,7 +313,8 @@ class TensorRtBackend final : public Backend {
 
   // A deserialised engine, its hash checked. Contexts of all engines share one scratch memory, as large as any needs.
   Loaded& load(std::size_t block, const std::string& kind) {
-    if (low_memory_ && std::any_of(loaded_.begin(), loaded_.end(), [&](const auto& entry) { return entry.first.first != block; })) {
+    if (low_memory_ &&
+        std::any_of(loaded_.begin(), loaded_.end(), [&](const auto& entry) { return entry.first.first != block; })) {
       check(cudaStreamSynchronize(stream_), "finish a block");
       loaded_.clear();
     }
@@ -296,9 +322,12 @@ class TensorRtBackend final : public Backend {
     if (loaded.engine) return loaded;
     const std::string name = found_.record.file(block, kind), path = (found_.folder / name).string();
     std::error_code error;
-    if (fs::is_symlink(path, error) || !fs::is_regular_file(path, error)) throw bundle_error("'" + path + "' is missing or no regular file; " + rebuild());
+    if (fs::is_symlink(path, error) || !fs::is_regular_file(path, error))
+      throw bundle_error("'" + path + "' is missing or no regular file; " + rebuild());
     if (sha256_of(path) != found_.record.engines.at(name).sha256) {
-      throw bundle_error("'" + path + "' was changed after it was built: its SHA-256 is not the record's. It was not loaded; " + rebuild());
+      throw bundle_error("'" + path +
+                         "' was changed after it was built: its SHA-256 is not the record's. It was not loaded; " +
+                         rebuild());
     }
     std::ifstream file(path, std::ios::binary);
     const std::string content{std::istreambuf_iterator<char>(file), {}};
@@ -307,7 +336,8 @@ class TensorRtBackend final : public Backend {
     const auto type = found_.record.precision == "fp32"   ? nvinfer1::DataType::kFLOAT
                       : found_.record.precision == "fp16" ? nvinfer1::DataType::kHALF
                                                           : nvinfer1::DataType::kBF16;
-    if (kind == "step" && loaded.engine->getTensorDataType("key_0") != type) failed(block, kind, "keeps its cache in another precision than recorded");
+    if (kind == "step" && loaded.engine->getTensorDataType("key_0") != type)
+      failed(block, kind, "keeps its cache in another precision than recorded");
     const auto needed = static_cast<std::size_t>(loaded.engine->getDeviceMemorySizeV2());
     if (!scratch_ || scratch_->size < needed) {
       check(cudaStreamSynchronize(stream_), "finish a block");
@@ -318,7 +348,8 @@ class TensorRtBackend final : public Backend {
   }
 
   [[noreturn]] void failed(std::size_t block, const std::string& kind, const std::string& what) {
-    throw bundle_error("block " + std::to_string(block) + "'s " + kind + " engine " + what + ". TensorRT says: " + logger_.take() + "; " + rebuild());
+    throw bundle_error("block " + std::to_string(block) + "'s " + kind + " engine " + what +
+                       ". TensorRT says: " + logger_.take() + "; " + rebuild());
   }
 
   std::string rebuild() const { return "build engines on this machine: tarflow build '" + bundle_.folder + "'"; }
@@ -355,7 +386,8 @@ class TensorRtBackend final : public Backend {
   }
 
   void download(float* to, const void* from, std::int64_t count) {
-    check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(float), cudaMemcpyDeviceToHost, stream_), "copy from the device");
+    check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(float), cudaMemcpyDeviceToHost, stream_),
+          "copy from the device");
     check(cudaStreamSynchronize(stream_), "copy from the device");
   }
 
@@ -363,7 +395,8 @@ class TensorRtBackend final : public Backend {
   std::vector<float> padded(const float* x, std::int64_t start, std::int64_t rows, std::int64_t batch) const {
     std::vector<float> found(static_cast<std::size_t>(batch * shape_.numbers()));
     for (std::int64_t b = 0; b < batch; ++b) {
-      std::copy_n(x + (start + std::min(b, rows - 1)) * shape_.numbers(), shape_.numbers(), found.data() + b * shape_.numbers());
+      std::copy_n(x + (start + std::min(b, rows - 1)) * shape_.numbers(), shape_.numbers(),
+                  found.data() + b * shape_.numbers());
     }
     return found;
   }

@@ -105,7 +105,8 @@ TEST_CASE("providers and libraries that are not to be had say what to do") {
   options.provider = "tensorrt";
   CHECK(open().status == TARFLOW_MACHINE);
   const auto without = open();  // in a library built without TensorRT, or on a machine without a GPU
-  CHECK((without.says("built without TensorRT; build it with -DTENSORRT_ROOT") || without.says("no NVIDIA GPU can be used")));
+  CHECK((without.says("built without TensorRT; build it with -DTENSORRT_ROOT") ||
+         without.says("no NVIDIA GPU can be used")));
   options.provider = "cpu";
   options.onnxruntime = "/nowhere/libonnxruntime.so";
   CHECK(open().status == TARFLOW_MACHINE);

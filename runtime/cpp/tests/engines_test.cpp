@@ -14,11 +14,19 @@ Json document() {
   const Json profile = {{"branches", 1}, {"batch", {1, 2, 4}}, {"window", {1, 1, 1}}};
   Json engines;
   for (const char* kind : {"step", "forward", "gradient"}) {
-    engines[std::string("block_00.") + kind + ".engine"] = {{"block", 0}, {"kind", kind}, {"sha256", std::string(64, 'b')}, {"size", 5}};
+    engines[std::string("block_00.") + kind + ".engine"] = {
+        {"block", 0}, {"kind", kind}, {"sha256", std::string(64, 'b')}, {"size", 5}};
   }
-  return {{"format", "tarflow-engines"}, {"schema", 1}, {"bundle", std::string(64, 'a')}, {"precision", "fp16"}, {"package", "tensorrt"},
-          {"version", "11.4.0.12"}, {"strip_weights", false}, {"target", {{"gpu", "NVIDIA H200"}, {"capabilities", {"9.0"}}}},
-          {"profiles", {{"step", {profile}}, {"forward", {profile}}, {"gradient", {profile}}}}, {"engines", engines}};
+  return {{"format", "tarflow-engines"},
+          {"schema", 1},
+          {"bundle", std::string(64, 'a')},
+          {"precision", "fp16"},
+          {"package", "tensorrt"},
+          {"version", "11.4.0.12"},
+          {"strip_weights", false},
+          {"target", {{"gpu", "NVIDIA H200"}, {"capabilities", {"9.0"}}}},
+          {"profiles", {{"step", {profile}}, {"forward", {profile}}, {"gradient", {profile}}}},
+          {"engines", engines}};
 }
 
 }  // namespace
@@ -30,9 +38,12 @@ TEST_CASE("engines that fit are told from those that do not, with the reason") {
   CHECK(record.misfit(bundle, 1, here).empty());
   CHECK(record.misfit(std::string(64, 'c'), 1, here).find("another bundle") != std::string::npos);
   CHECK(record.misfit(bundle, 2, here).find("not finished") != std::string::npos);
-  CHECK(record.misfit(bundle, 1, {"tensorrt", "11.5.0", "NVIDIA H200", "9.0"}).find("need tensorrt 11.4.0.12 exactly, here is tensorrt 11.5.0") != std::string::npos);
-  CHECK(record.misfit(bundle, 1, {"tensorrt", "11.4.0", "NVIDIA L4", "8.9"}).find("for NVIDIA H200, here is NVIDIA L4 (8.9)") != std::string::npos);
-  CHECK(record.misfit(bundle, 1, {"tensorrt", "11.4.0", "NVIDIA H100", "9.0"}).find("here is NVIDIA H100") != std::string::npos);
+  CHECK(record.misfit(bundle, 1, {"tensorrt", "11.5.0", "NVIDIA H200", "9.0"})
+            .find("need tensorrt 11.4.0.12 exactly, here is tensorrt 11.5.0") != std::string::npos);
+  CHECK(record.misfit(bundle, 1, {"tensorrt", "11.4.0", "NVIDIA L4", "8.9"})
+            .find("for NVIDIA H200, here is NVIDIA L4 (8.9)") != std::string::npos);
+  CHECK(record.misfit(bundle, 1, {"tensorrt", "11.4.0", "NVIDIA H100", "9.0"}).find("here is NVIDIA H100") !=
+        std::string::npos);
 }
 
 TEST_CASE("a record that is not one is refused") {

@@ -19,7 +19,9 @@ Labels golden_labels() {
   return labels;
 }
 
-std::vector<float> golden(const char* name) { return support::tensor(fs::path(TARFLOW_DEMO) / "golden.safetensors", name); }
+std::vector<float> golden(const char* name) {
+  return support::tensor(fs::path(TARFLOW_DEMO) / "golden.safetensors", name);
+}
 
 }  // namespace
 
@@ -45,7 +47,8 @@ TEST_CASE("log-likelihood is the change of variables") {
   const auto numbers = static_cast<std::size_t>(flow.shape().image_numbers);
   for (std::size_t i = 0; i < labels.size(); ++i) {
     double expected = double(log_det[i]) * double(numbers);
-    for (std::size_t k = 0; k < numbers; ++k) expected -= 0.5 * std::pow(latents[i * numbers + k], 2) + 0.5 * std::log(2 * std::acos(-1.0));
+    for (std::size_t k = 0; k < numbers; ++k)
+      expected -= 0.5 * std::pow(latents[i * numbers + k], 2) + 0.5 * std::log(2 * std::acos(-1.0));
     CHECK(nats[i] == doctest::Approx(expected).epsilon(1e-5));
   }
 }
@@ -66,7 +69,8 @@ TEST_CASE("a reproducible sample is bitwise the same whatever n, batch size and 
     how.first_sample = 21;
     images.push_back(flow.sample(Labels(1, 3), how));
     const std::size_t numbers = images.back().size();
-    CHECK(std::equal(images.back().begin(), images.back().end(), images[images.size() - 2].begin() + static_cast<std::ptrdiff_t>(11 * numbers)));
+    CHECK(std::equal(images.back().begin(), images.back().end(),
+                     images[images.size() - 2].begin() + static_cast<std::ptrdiff_t>(11 * numbers)));
   }
   CHECK(images[0] == images[2]);
 }
@@ -100,7 +104,8 @@ TEST_CASE("noise of the header is the noise that samples start from") {
 
 TEST_CASE("what cannot be meant is refused in one sentence") {
   tarflow::Flow flow(TARFLOW_DEMO);
-  const auto refused = [&](const std::function<void(tarflow::SampleOptions&)>& change, const char* words, const Labels& labels = {1}) {
+  const auto refused = [&](const std::function<void(tarflow::SampleOptions&)>& change, const char* words,
+                           const Labels& labels = {1}) {
     tarflow::SampleOptions how;
     change(how);
     const auto found = failure([&] { flow.sample(labels, how); });

@@ -24,7 +24,9 @@ std::string refusal(const std::string& content) {
   return "";
 }
 
-std::string nested(int levels) { return std::string(static_cast<std::size_t>(levels), '[') + std::string(static_cast<std::size_t>(levels), ']'); }
+std::string nested(int levels) {
+  return std::string(static_cast<std::size_t>(levels), '[') + std::string(static_cast<std::size_t>(levels), ']');
+}
 
 }  // namespace
 
@@ -89,9 +91,10 @@ TEST_CASE("a name that leads out of the bundle is refused") {
 }
 
 TEST_CASE("text that is no JSON, or too deep, is refused") {
-  for (const std::string& text : {std::string(), std::string("{"), std::string("[1,2"), std::string("nul"), std::string("{\"a\": NaN}"),
-                                  std::string("\xEF\xBB\xBF{}"), std::string("\xff\xfe"), std::string("{} {}"), std::string("1e999"), nested(65), nested(1000000),
-                                  std::string(1000000, '[')}) {
+  for (const std::string& text :
+       {std::string(), std::string("{"), std::string("[1,2"), std::string("nul"), std::string("{\"a\": NaN}"),
+        std::string("\xEF\xBB\xBF{}"), std::string("\xff\xfe"), std::string("{} {}"), std::string("1e999"), nested(65),
+        nested(1000000), std::string(1000000, '[')}) {
     CHECK(!refusal(text).empty());
   }
   Json manifest = demo();
@@ -111,8 +114,13 @@ TEST_CASE("the weights' header is read, and refused where it lies") {
   CHECK(read_weights_header(header(right), 256, "w").variance->end == 256);
   const auto refused = [&](Json variance) { CHECK_THROWS_AS(read_weights_header(header(variance), 256, "w"), Error); };
   refused(7);
-  for (const auto& [key, value] : {std::pair<const char*, Json>{"data_offsets", {0, 257}}, {"data_offsets", {9, 8}}, {"data_offsets", {-1, 8}},
-                                   {"data_offsets", {0}}, {"shape", "x"}, {"shape", {-1}}, {"dtype", 1}}) {
+  for (const auto& [key, value] : {std::pair<const char*, Json>{"data_offsets", {0, 257}},
+                                   {"data_offsets", {9, 8}},
+                                   {"data_offsets", {-1, 8}},
+                                   {"data_offsets", {0}},
+                                   {"shape", "x"},
+                                   {"shape", {-1}},
+                                   {"dtype", 1}}) {
     Json wrong = right;
     wrong[key] = value;
     refused(wrong);

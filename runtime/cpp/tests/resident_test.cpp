@@ -22,11 +22,13 @@ TEST_CASE("the graph for devices solves every block as the step graph does, guid
     Branches branches{batch, count, {1, 2, 3}, {}, {1.0F}};
     branches.labels.resize(static_cast<std::size_t>(count * batch), 10);
     branches.inverse_temperature.resize(static_cast<std::size_t>(count), 0.7F);
-    for (std::int64_t i = 0; i < 2 * count * tokens; ++i) branches.mix.push_back(i / tokens % count == 0 ? 1.5F : -0.5F);
+    for (std::int64_t i = 0; i < 2 * count * tokens; ++i)
+      branches.mix.push_back(i / tokens % count == 0 ? 1.5F : -0.5F);
     for (std::size_t block = 0; block < 4; ++block) {
       int seen = 0;
       steps.invert(call, block, z.data(), branches, x.data(), [](std::int64_t) {});
-      resident.invert(other, block, z.data(), branches, y.data(), [&](std::int64_t position) { CHECK(position == seen++); });
+      resident.invert(other, block, z.data(), branches, y.data(),
+                      [&](std::int64_t position) { CHECK(position == seen++); });
       CHECK(seen == 15);
       CHECK(support::largest(x, y) < 1e-5F);
     }

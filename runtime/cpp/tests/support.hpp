@@ -25,7 +25,9 @@ inline std::string read(const fs::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-inline void write(const fs::path& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
+inline void write(const fs::path& path, const std::string& content) {
+  std::ofstream(path, std::ios::binary) << content;
+}
 
 class Copy {
  public:
