@@ -19,7 +19,7 @@ OK, INPUT, MACHINE, BUNDLE, CANCELLED, BUSY, DEFECT = 0, 2, 3, 4, 5, 6, 7
 Array = NDArray[np.float32]
 PROGRESS = ctypes.CFUNCTYPE(c_int, c_void_p, c_int64, c_int64, c_int, c_int)
 PREVIEW = ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_uint64, c_int64, POINTER(c_float))
-LOG = ctypes.CFUNCTYPE(None, c_void_p, c_int, c_char_p)
+LOG = ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_char_p)
 
 
 class OpenOptions(ctypes.Structure):

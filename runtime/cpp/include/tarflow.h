@@ -67,8 +67,8 @@ enum {
 
 enum { TARFLOW_LOG_INFO = 0, TARFLOW_LOG_WARNING = 1 };
 
-/* All but the log may return non-zero to cancel. */
-typedef void (*tarflow_log)(void *user, int level, const char *message);
+/* Any of them returns 0 to go on, anything else to cancel. */
+typedef int (*tarflow_log)(void *user, int level, const char *message);
 /* `done` of `total` sequential steps; this one was in `block`, at `step` of tokens - 1. */
 typedef int (*tarflow_progress)(void *user, int64_t done, int64_t total, int block, int step);
 /* After each block: what `count` samples from index `first` on look like so far, as images. */
@@ -82,7 +82,7 @@ typedef struct tarflow_open_options {
   int32_t threads;         /* inside one operator; 0: one a core */
   int32_t spinning;        /* idle threads wait busily; 0 is better where cores are shared */
   int32_t low_memory;      /* keep the graphs of one block alone in memory */
-  tarflow_log log;         /* NULL: silence. Also used by handles shared from this one */
+  tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */
   void *user;              /* passed to `log` */
 } tarflow_open_options;
 

@@ -83,7 +83,7 @@ std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_ope
   if (options.threads < 0) {
     throw input_error("threads is " + std::to_string(options.threads) + "; expected 1 or more, or 0 for one a core");
   }
-  auto opened = std::make_shared<Opened>(folder);
+  auto opened = std::make_shared<Opened>(folder, options.log, options.user);
   std::string reasons;
   if (provider == "auto") {
     for (const char* name : {"tensorrt", "cuda"}) {
@@ -98,10 +98,12 @@ std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_ope
   }
   if (!opened->backend) opened->backend = open_backend(provider == "auto" ? "cpu" : provider, opened->bundle, options);
   opened->backend_description = opened->backend->description() + reasons;
-  if (options.log != nullptr) {
-    options.log(options.user, TARFLOW_LOG_INFO, ("opened '" + folder + "' on " + opened->backend_description).c_str());
-  }
+  opened->say(TARFLOW_LOG_INFO, "opened '" + folder + "' on " + opened->backend_description);
   return opened;
+}
+
+void Opened::say(int level, const std::string& message) const {
+  if (log != nullptr && log(user, level, message.c_str()) != 0) throw Cancelled();
 }
 
 struct Flow::Run {
@@ -132,6 +134,21 @@ void Flow::sample(std::int64_t n, const float* noise, const std::int64_t* labels
     if (left < tile) break;
     start += tile;
   }
+  warn_of_nonfinite(run, images);
+}
+
+void Flow::warn_of_nonfinite(const Run& run, const float* images) const {
+  std::string indices;
+  std::int64_t broken = 0;
+  for (std::int64_t row = 0; row < run.n; ++row) {
+    if (finite(images + row * shape_.numbers(), shape_.numbers())) continue;
+    const std::uint64_t index = run.options.first_sample + static_cast<std::uint64_t>(row);
+    if (broken++ < 8) indices += (broken > 1 ? ", " : "") + std::to_string(index);
+  }
+  if (broken == 0) return;
+  opened->say(TARFLOW_LOG_WARNING, std::to_string(broken) + " of " + std::to_string(run.n) +
+                                       " samples are not finite (" + indices + (broken > 8 ? ", ..." : "") +
+                                       "): weaker guidance, or redraw_nonfinite, avoids that");
 }
 
 // Rows of one batch from sample index `start` on: those asked for begin at row `before` and go to `output` of the

@@ -13,10 +13,16 @@ namespace tarflow::internal {
 
 // What handles that share weights have in common.
 struct Opened {
-  explicit Opened(const std::string& folder) : bundle(folder) {}
+  Opened(const std::string& folder, tarflow_log log, void* user) : bundle(folder), log(log), user(user) {}
+
+  // Throws Cancelled if the callback says so.
+  void say(int level, const std::string& message) const;
+
   Bundle bundle;
   std::unique_ptr<Backend> backend;  // refers to `bundle`
   std::string backend_description;
+  const tarflow_log log;
+  void* const user;
 };
 
 // Opens a bundle on "cpu", "cuda", "ort-tensorrt", "tensorrt" or "auto".
@@ -45,6 +51,7 @@ class Flow {
   Run plan(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options) const;
   void draw(Run& run, std::uint64_t start, std::int64_t rows, float* images);
   void decode(Run& run, const Tile* tile, const std::vector<float>& z, const Branches& branches, std::vector<float>& x);
+  void warn_of_nonfinite(const Run& run, const float* images) const;
   void redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branches& branches, std::vector<float>& x);
   void encode_patches(std::vector<float>& x, const Branches& branches, std::vector<float>& log_det);
   void denoise_patches(std::vector<float>& x, const Branches& plain, double strength);

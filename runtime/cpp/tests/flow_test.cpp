@@ -148,8 +148,15 @@ TEST_CASE("what cannot be meant is refused in one sentence") {
   tarflow_close(handle);
 }
 
-TEST_CASE("samples that overflow are drawn again if asked") {
-  tarflow::Flow flow(TARFLOW_DEMO);
+TEST_CASE("samples that overflow are named in the log, and drawn again if asked") {
+  tarflow::OpenOptions options;
+  std::string said;
+  options.user = &said;
+  options.log = [](void* user, int level, const char* message) {
+    if (level == TARFLOW_LOG_WARNING) *static_cast<std::string*>(user) += message;
+    return 0;
+  };
+  tarflow::Flow flow(TARFLOW_DEMO, options);
   tarflow::SampleOptions how;
   how.guidance = 60;  // the dynamics diverge for some
   how.denoise = 0;
@@ -158,11 +165,18 @@ TEST_CASE("samples that overflow are drawn again if asked") {
     return std::count_if(images.begin(), images.end(), [](float x) { return !std::isfinite(x); });
   };
   const auto before = broken(flow.sample(Labels(32, 8), how));
+  CHECK(said.find("of 32 samples are not finite (") != std::string::npos);
   how.redraw_nonfinite = 1;
   const auto after = broken(flow.sample(Labels(32, 8), how));
   CHECK(before > 0);
   CHECK(after < before);
   CHECK(failure([&] { flow.decode(flow.noise(0, 0, 1), {1}, how); }).says("cannot be redrawn"));
+}
+
+TEST_CASE("the log callback can cancel too") {
+  tarflow::OpenOptions options;
+  options.log = [](void*, int, const char*) { return 1; };
+  CHECK(failure([&] { tarflow::Flow flow(TARFLOW_DEMO, options); }).status == TARFLOW_CANCELLED);
 }
 
 TEST_CASE("a program compiled with a shorter or longer struct is understood") {
