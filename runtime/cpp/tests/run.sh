@@ -8,18 +8,43 @@ TARFLOW_ONNXRUNTIME=${TARFLOW_ONNXRUNTIME:-$("${PYTHON:-python3}" -c "$find_libr
 export TARFLOW_ONNXRUNTIME
 export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp"
 
-build/dev/tests/tests
-for preset in asan tsan; do
-  cmake --preset $preset -DTARFLOW_EXAMPLES=OFF "$@" > /dev/null
-  cmake --build --preset $preset
-done
-build/asan/tests/tests
-build/tsan/tests/tests --test-suite=threads
-cmake --preset fuzz "$@" > /dev/null
-cmake --build --preset fuzz 
+# One core builds while the other runs what was built before it.
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+running=""
+start() { # NAME COMMAND...: in the background, its output kept
+  name=$1
+  shift
+  ("$@" > "$logs/$name" 2>&1 && echo passed > "$logs/$name.end") &
+  running="$running $name"
+}
+finish() { # all that was started: how it ended, or all it said
+  wait
+  for name in $running; do
+    echo "--- $name"
+    if [ ! -f "$logs/$name.end" ]; then cat "$logs/$name" && exit 1; fi
+    tail -n 5 "$logs/$name"
+  done
+  running=""
+}
+build() {
+  preset=$1
+  shift
+  cmake --preset "$preset" -DTARFLOW_EXAMPLES=OFF "$@" > /dev/null
+  cmake --build --preset "$preset" > "$logs/build" 2>&1 || { cat "$logs/build"; exit 1; }
+  grep -A 5 warning "$logs/build" || true
+}
+
+start tests build/dev/tests/tests
+build asan "$@"
+start asan build/asan/tests/tests
+build tsan "$@"
+start tsan build/tsan/tests/tests --test-suite=threads
+build fuzz "$@"
+finish
 for target in manifest weights engines; do
-  found=$(mktemp -d)
-  build/fuzz/fuzz/fuzz_$target -max_total_time="${FUZZ_SECONDS:-10}" -max_len=8192 -verbosity=0 -print_final_stats=1 \
-    -dict=fuzz/manifest.dict -artifact_prefix=build/fuzz/ "$found" fuzz/corpus/$target
-  rm -r "$found"
+  mkdir "$logs/found-$target"
+  start "fuzz-$target" build/fuzz/fuzz/fuzz_$target -max_total_time="${FUZZ_SECONDS:-15}" -max_len=8192 -verbosity=0 \
+    -print_final_stats=1 -dict=fuzz/manifest.dict -artifact_prefix=build/fuzz/ "$logs/found-$target" fuzz/corpus/$target
 done
+finish
