@@ -98,7 +98,9 @@ def in_bfloat16(model: ir.Model) -> ir.Model:
         if value.dtype == half:
             value.dtype = brain
             constant = value.const_value
-            if constant is not None and constant.nbytes < 64:  # larger ones are weights, which place() writes
+            if constant is None or isinstance(constant, ir.ExternalTensor):
+                continue
+            if constant.nbytes < 64:  # a constant of the graph; weights are written by place(), whatever is here
                 value.const_value = ir.tensor(constant.numpy().astype(ml_dtypes.bfloat16), name=value.name)
     for node in model.graph.all_nodes():
         if node.op_type == "Cast" and node.attributes["to"].as_int() == half:

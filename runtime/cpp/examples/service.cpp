@@ -333,7 +333,7 @@ Settings read_arguments(int argc, char** argv) {
     if (i >= argc || end == argv[i] || *end != '\0' || value < 0 || value > 1000000) usage(word + " needs a number");
     if (word == "--port" && value < 65536)
       settings.port = static_cast<int>(value);
-    else if (word == "--queue" && value > 0)
+    else if (word == "--queue" && value > 0 && value <= 1024)
       settings.queue = static_cast<std::size_t>(value);
     else if (word == "--batch" && value > 0)
       settings.batch = static_cast<std::size_t>(value);

@@ -56,9 +56,9 @@ ModelShape read_shape(const JsonReader& reader, const Json& numbers) {
   // What one image and one cache row take must be countable; whether they fit is for whoever allocates.
   const double numbers_of_image = double(shape.image_size) * double(shape.image_size) * double(shape.channels);
   const double numbers_of_cache = 2.0 * double(shape.layers) * double(shape.width) * double(shape.tokens());
-  if (numbers_of_image > 0x1p40 || numbers_of_cache > 0x1p50) {
+  if (numbers_of_image > 0x1p30 || numbers_of_cache > 0x1p50) {
     throw reader.wrong("config describes images of " + std::to_string(shape.image_size) +
-                       " pixels a side, more than any machine can hold");
+                       " pixels a side, more than this library takes");
   }
   return shape;
 }
