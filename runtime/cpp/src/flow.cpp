@@ -113,6 +113,7 @@ struct Flow::Run {
   tarflow_sample_options options;
   double strength;  // of denoising; below 0: none
   std::int64_t tile, done, total;
+  std::vector<float> certificate;
 };
 
 Flow::Flow(std::shared_ptr<Opened> opened) : opened(std::move(opened)), shape_(this->opened->bundle.manifest.shape) {
@@ -123,7 +124,7 @@ void Flow::sample(std::int64_t n, const float* noise, const std::int64_t* labels
                   float* images) {
   certificate.clear();
   Run run = plan(n, noise, labels, options);
-  if (options.certify != 0) certificate.resize(size(n));
+  if (options.certify != 0) run.certificate.resize(size(n));
   const auto tile = static_cast<std::uint64_t>(run.tile);
   const std::uint64_t first = options.first_sample;
   std::uint64_t start = options.reproducible != 0 ? first / tile * tile : first;
@@ -135,6 +136,7 @@ void Flow::sample(std::int64_t n, const float* noise, const std::int64_t* labels
     start += tile;
   }
   warn_of_nonfinite(run, images);
+  certificate = std::move(run.certificate);  // of a run that ended well
 }
 
 void Flow::warn_of_nonfinite(const Run& run, const float* images) const {
@@ -180,7 +182,7 @@ void Flow::draw(Run& run, std::uint64_t start, std::int64_t rows, float* images)
   if (run.options.certify != 0) {
     std::vector<float> errors(size(rows));
     round_trip(x, z, guided, errors.data());
-    std::copy_n(errors.begin() + tile.before, tile.inside, certificate.begin() + tile.output);
+    std::copy_n(errors.begin() + tile.before, tile.inside, run.certificate.begin() + tile.output);
   }
   if (run.strength >= 0) denoise_patches(x, branches(nullptr, labels), run.strength);
   unpatchify(shape_, tile.inside, x.data() + tile.before * numbers, images + tile.output * numbers);
@@ -377,7 +379,7 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
   if (!(temperature > 0) || !std::isfinite(temperature)) {
     throw input_error("attention temperature is " + number(temperature) + "; expected a positive number");
   }
-  Run run{n, noise, classes(n, labels), options, -1.0, 0, 0, 0};
+  Run run{n, noise, classes(n, labels), options, -1.0, 0, 0, 0, {}};
   run.options.guided = guided == "a" ? "a" : guided == "b" ? "b" : "ab";
   const bool unlabelled =
       std::all_of(run.labels.begin(), run.labels.end(), [&](std::int64_t label) { return label == shape_.classes; });

@@ -353,6 +353,7 @@ class StepGraph {
     const std::size_t whole = static_cast<std::size_t>(heads_ * shape_.head_dim * tokens) * backend.cache_item_;
     for (int i = 0; i < 2; ++i) {
       if (call.memory_size[i] == whole) continue;
+      call.memory_size[i] = 0;
       call.memory[i].reset();  // before there are two
       call.memory[i].reset(new std::byte[whole]);
       call.memory_size[i] = whole;

@@ -76,6 +76,7 @@ int run(tarflow_flow* handle, const Work& work) noexcept {
     if (!handle->flow) throw input_error("this handle is not open: tarflow_open failed with: " + handle->error);
     handle->flow->call.begin();
     work(*handle->flow);
+    if (handle->flow->call.cancelled()) throw tarflow::internal::Cancelled();
   });
   if (handle->flow) handle->flow->call.end();
   handle->busy = false;
