@@ -6,6 +6,7 @@ its SHA-256 is compared with the record before anything deserialises it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 from .bundle import Bundle, ModelShape
 from .errors import BundleError
-from .files import replacing, sha256
+from .files import replacing
 from .resident import shapes
 
 FORMAT = "tarflow-engines"
@@ -127,18 +128,19 @@ class Record:
             wrong.append(f"they are tuned for {self.target.gpu}, here is {here.gpu}")
         return wrong
 
-    def check(self, folder: Path, name: str) -> Path:
-        """The path of an engine whose hash is right. Raises BundleError for one that is missing or was changed."""
+    def read(self, folder: Path, name: str) -> bytes:
+        """The content of an engine, its hash checked. Raises BundleError for one that is missing or was changed."""
         path, engine = folder / name, self.engines[name]
         if path.is_symlink() or not path.is_file():
             raise BundleError(f"'{path}' is missing or no regular file; {rebuild(folder.parent.parent, self)}")
-        found = sha256(path)
+        content = path.read_bytes()
+        found = hashlib.sha256(content).hexdigest()  # of the bytes that will be loaded, not of a second reading
         if found != engine.sha256:
             raise BundleError(
                 f"'{path}' was changed after it was built: its SHA-256 is {found[:16]}..., the record says "
                 f"{engine.sha256[:16]}... It was not loaded; {rebuild(folder.parent.parent, self)}"
             )
-        return path
+        return content
 
 
 def rebuild(bundle: Path, record: Record | None = None) -> str:

@@ -224,7 +224,7 @@ class TrtBackend:
 
     def _deserialise(self, block: int, kind: str) -> Any:
         name = next(n for n, entry in self.record.engines.items() if (entry.block, entry.kind) == (block, kind))
-        content = self.record.check(self._folder, name).read_bytes()
+        content = self.record.read(self._folder, name)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise self._failed(block, kind, f"does not load: {rebuild(self.bundle.folder, self.record)}")

@@ -149,6 +149,13 @@ def test_sigterm_drains_and_stops(start: Callable[..., Service]) -> None:
         service.ask("/healthz")
 
 
+def test_sigterm_before_the_first_connection_is_not_lost(start: Callable[..., Service]) -> None:
+    for _ in range(5):
+        service = start()
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(10) == 0
+
+
 def test_pictures_health_and_bad_requests(start: Callable[..., Service]) -> None:
     service, flow = start(), Flow.open(DEMO)
     assert service.ask("/healthz")[0] == service.ask("/readyz")[0] == 200
@@ -160,6 +167,7 @@ def test_pictures_health_and_bad_requests(start: Callable[..., Service]) -> None
     for body, words in [
         ({"labels": [10]}, "label 10 is out of range; expected -1 (none) to 9"),
         ({"labels": [1.5]}, "label 1.5"),
+        ({"labels": [2**64 - 1]}, "label 18446744073709551615 is out of range"),
         ({"labels": []}, "0 samples asked for; expected 1 to 64"),
         ({"n": 65}, "'n' is 65; expected an integer from 1 to 64"),
         ({"n": True}, "'n' is true"),

@@ -249,6 +249,8 @@ except KeyboardInterrupt:
     print("stopped")
 else:
     raise SystemExit("the signal was lost")
+torch.distributed.barrier()  # a process that goes first can abort the other's threads
+torch.distributed.destroy_process_group()
 """
 
 

@@ -1,10 +1,10 @@
-// An HTTP service on libtarflow: service BUNDLE [--port 8080] [--queue 64] [--batch 64] [--timeout-ms 30000] [--threads
-// 0]
+// An HTTP service on libtarflow:
 //
-//   POST /v1/samples  {"labels": [3, 7], "seed": 1, "index": 0, "guidance": 1.0, "format": "png" | "raw", "timeout_ms":
-//   5000}
-//                     or {"n": 4, ...} without labels. Sample k is sample index + k of the seed, whoever shares its
-//                     batch.
+//   service BUNDLE [--port 8080] [--queue 64] [--batch 64] [--timeout-ms 30000] [--threads 0]
+//
+//   POST /v1/samples  {"labels": [3, 7], "seed": 1, "index": 0, "guidance": 1.0, "format": "png", "timeout_ms": 5000}
+//                     or {"n": 4, ...} without labels; format png or raw (float32).
+//                     Sample k is sample index + k of the seed, whoever shares its batch.
 //   GET /healthz, /readyz, /metrics
 //
 // Requests that wait are computed together, in whole tiles of 16 rows. Listens on 127.0.0.1. SIGTERM: drain, then stop.
@@ -54,8 +54,7 @@ struct Job {
   double guidance = 0;
   bool raw = false;
   Clock::time_point deadline;
-  // Below: guarded by the batcher's mutex.
-  bool done = false, abandoned = false;
+  bool done = false, abandoned = false;  // guarded by the batcher's mutex; what follows is the asker's once done
   int status = TARFLOW_OK;
   std::string error;
   std::vector<float> images;
@@ -76,7 +75,10 @@ struct Metrics {
 class Batcher {
  public:
   Batcher(tarflow::Flow& flow, const Settings& settings, Metrics& metrics)
-      : flow_(flow), settings_(settings), metrics_(metrics), worker_([this] { work(); }) {}
+      : flow_(flow), settings_(settings), metrics_(metrics) {
+    running_.reserve(settings.queue);  // taking a batch allocates nothing, so it cannot fail
+    worker_ = std::thread([this] { work(); });
+  }
 
   ~Batcher() {
     {
@@ -101,8 +103,6 @@ class Batcher {
     }
     job->abandoned = true;
     waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), job), waiting_.end());
-    const auto given_up = [](const std::shared_ptr<Job>& mate) { return mate->abandoned; };
-    if (!running_.empty() && std::all_of(running_.begin(), running_.end(), given_up)) flow_.cancel();
     ++metrics_.cancelled;
     throw Refusal{504, "not ready within the timeout; the work was given up"};
   }
@@ -115,19 +115,17 @@ class Batcher {
  private:
   void work() {
     for (;;) {
-      std::vector<std::shared_ptr<Job>> batch;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         changed_.wait(lock, [this] { return stopping_ || !waiting_.empty(); });
         if (waiting_.empty()) return;
-        running_ = batch = take();
+        take();
       }
       const auto started = Clock::now();
-      std::vector<float> images;
       int status = TARFLOW_OK;
       std::string error;
       try {
-        images = draw(batch);
+        draw();
       } catch (const tarflow::Error& failure) {
         status = failure.status;
         error = failure.what();
@@ -138,58 +136,65 @@ class Batcher {
       metrics_.microseconds += static_cast<std::uint64_t>(
           std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - started).count());
       const std::lock_guard<std::mutex> lock(mutex_);
-      running_.clear();
-      std::size_t offset = 0;
-      for (const auto& job : batch) {
-        const std::size_t size = job->labels.size() * numbers();
-        if (status == TARFLOW_OK) {
-          job->images.assign(images.begin() + static_cast<std::ptrdiff_t>(offset),
-                             images.begin() + static_cast<std::ptrdiff_t>(offset + size));
-          metrics_.samples += job->labels.size();
-        }
-        offset += size;
+      for (const auto& job : running_) {
+        if (status == TARFLOW_OK) metrics_.samples += job->labels.size();
         job->status = status;
         job->error = error;
         job->done = true;
       }
       ++metrics_.batches;
-      metrics_.batched += batch.size();
+      metrics_.batched += running_.size();
+      running_.clear();
       changed_.notify_all();
     }
   }
 
   // The oldest request, and those behind it that can share its batch.
-  std::vector<std::shared_ptr<Job>> take() {
-    std::vector<std::shared_ptr<Job>> batch{waiting_.front()};
+  void take() {
+    running_.push_back(std::move(waiting_.front()));
     waiting_.pop_front();
-    std::size_t samples = batch[0]->labels.size();
+    const double guidance = running_[0]->guidance;
+    std::size_t samples = running_[0]->labels.size();
     for (auto at = waiting_.begin(); at != waiting_.end();) {
-      if ((*at)->guidance == batch[0]->guidance && samples + (*at)->labels.size() <= settings_.batch) {
+      if ((*at)->guidance == guidance && samples + (*at)->labels.size() <= settings_.batch) {
         samples += (*at)->labels.size();
-        batch.push_back(*at);
+        running_.push_back(std::move(*at));
         at = waiting_.erase(at);
       } else {
         ++at;
       }
     }
-    return batch;
   }
 
-  std::vector<float> draw(const std::vector<std::shared_ptr<Job>>& batch) {
+  // Computes what is in `running_`, which this thread alone changes.
+  void draw() {
     std::vector<float> noise;
     std::vector<std::int64_t> labels;
-    for (const auto& job : batch) {
+    for (const auto& job : running_) {
       const std::vector<float> own = flow_.noise(job->seed, job->index, job->labels.size());
       noise.insert(noise.end(), own.begin(), own.end());
       labels.insert(labels.end(), job->labels.begin(), job->labels.end());
     }
     tarflow::SampleOptions how;
     how.reproducible = 1;
-    how.guidance = batch[0]->guidance;
-    return flow_.decode(noise, labels, how);
+    how.guidance = running_[0]->guidance;
+    how.user = this;
+    how.progress = [](void* batcher, std::int64_t, std::int64_t, int, int) {
+      return static_cast<Batcher*>(batcher)->nobody_waits() ? 1 : 0;  // asked every step, so that no moment is missed
+    };
+    const std::vector<float> images = flow_.decode(noise, labels, how);
+    auto from = images.begin();
+    for (const auto& job : running_) {
+      const auto size = static_cast<std::ptrdiff_t>(job->labels.size()) * flow_.shape().image_numbers;
+      job->images.assign(from, from + size);
+      from += size;
+    }
   }
 
-  std::size_t numbers() const { return static_cast<std::size_t>(flow_.shape().image_numbers); }
+  bool nobody_waits() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::all_of(running_.begin(), running_.end(), [](const auto& job) { return job->abandoned; });
+  }
 
   tarflow::Flow& flow_;
   const Settings& settings_;
@@ -231,7 +236,8 @@ std::shared_ptr<Job> read_job(const std::string& text, const Settings& settings,
     const Json& labels = body["labels"];
     if (!labels.is_array() || body.contains("n")) throw Refusal{400, "expected either 'labels', an array, or 'n'"};
     for (const Json& label : labels) {
-      if (!label.is_number_integer() || label < -1 || label >= std::max(shape.classes, 0)) {
+      const double value = label.is_number_integer() ? label.get<double>() : -2;  // exact where it matters
+      if (!(value >= -1 && value < shape.classes)) {
         throw Refusal{400, "label " + label.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60) +
                                " is out of range; expected -1 (none) to " + std::to_string(shape.classes - 1)};
       }
@@ -313,6 +319,31 @@ void refuse(httplib::Response& response, const Refusal& refusal) {
   response.set_content(Json{{"error", refusal.message}}.dump(-1, ' ', false, Json::error_handler_t::replace),
                        "application/json");
 }
+
+// Waits for SIGTERM or SIGINT, which every thread has blocked. The server then takes no new connections, and
+// listen_after_bind returns when those there are have their answers.
+class Ender {
+ public:
+  Ender(httplib::Server& server, const sigset_t& ends, std::atomic<bool>& draining)
+      : draining_(draining), thread_([&, ends] {
+          int signal = 0;
+          sigwait(&ends, &signal);
+          draining_ = true;
+          while (!over_ && !server.is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+          server.stop();  // would be lost before the server runs
+        }) {}
+
+  ~Ender() {
+    over_ = true;
+    if (!draining_) kill(getpid(), SIGTERM);  // the server failed: let the thread go
+    thread_.join();
+  }
+
+ private:
+  std::atomic<bool>& draining_;
+  std::atomic<bool> over_{false};
+  std::thread thread_;
+};
 
 Settings read_arguments(int argc, char** argv) {
   Settings settings;
@@ -418,20 +449,16 @@ int main(int argc, char** argv) {
       return 3;
     }
     listen(listening, 1024);  // httplib's backlog of 5 resets connections of a burst
-    std::thread ender([&] {
-      int signal = 0;
-      sigwait(&ends, &signal);
-      draining = true;
-      server.stop();  // no new connections; listen_after_bind returns when those there are have their answers
-    });
+    Ender ender(server, ends, draining);
     std::cout << "listening on 127.0.0.1:" << port << " with " << flow.shape().backend << std::endl;
     const bool ended = server.listen_after_bind();
-    if (!draining) kill(getpid(), SIGTERM);  // it failed: let the waiting thread go
-    ender.join();
     std::cout << "stopped after " << metrics.samples << " samples" << std::endl;
     return ended ? 0 : 3;
   } catch (const tarflow::Error& error) {
     std::cerr << "service: " << error.what() << "\n";
     return error.status;
+  } catch (const std::exception& error) {
+    std::cerr << "service: " << error.what() << "\n";
+    return TARFLOW_MACHINE;
   }
 }

@@ -27,7 +27,8 @@
 
    Threads: a handle runs one call at a time, from any thread; a second call meanwhile returns TARFLOW_BUSY. Only
    tarflow_cancel may be called at any moment. tarflow_share makes a handle for another thread that shares the weights.
-   Callbacks run in the calling thread, and must not call back into their handle, except tarflow_cancel.
+   Callbacks run in the calling thread, and must not call into their handle or one that shares its weights, except
+   tarflow_cancel.
 
    Memory: the caller owns every buffer it passes, and nothing is kept of it after a call. Strings that are returned
    belong to the handle, until its next call. Without a failure of the machine, no call ends the process.
@@ -165,7 +166,7 @@ TARFLOW_API int tarflow_denoise(tarflow_flow *flow, int64_t n, const float *imag
 /* The noise that samples first ... first + n - 1 of a seed start from: standard normal, (n, tokens, patch_dim). */
 TARFLOW_API int tarflow_noise(tarflow_flow *flow, uint64_t seed, uint64_t first, int64_t n, float *noise);
 
-/* Make the call that runs on `flow` end with TARFLOW_CANCELLED, within a step. Without one, nothing happens. */
+/* Make the call that runs on `flow` end with TARFLOW_CANCELLED, within a step (TensorRT: four). Without one, nothing happens. */
 TARFLOW_API void tarflow_cancel(tarflow_flow *flow);
 
 /* What the last call that failed has to say: found, expected, what to do next. "" if none did. */

@@ -18,7 +18,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const std::string kCopyAgain = "Copy the bundle again, or export it again: tarflow export CHECKPOINT -o BUNDLE --force";
+constexpr const char* kCopyAgain =
+    "Copy the bundle again, or export it again: tarflow export CHECKPOINT -o BUNDLE --force";
 
 class Sha256 {
  public:
@@ -81,6 +82,18 @@ std::string sha256_of(const std::string& path) {
   return hash.hex();
 }
 
+std::string sha256(std::string_view content) {
+  Sha256 hash;
+  hash.add(content.data(), content.size());
+  return hash.hex();
+}
+
+std::vector<std::filesystem::path> entries_of(const std::string& folder, std::error_code& error) {
+  std::vector<fs::path> found;
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) found.push_back(*at);
+  return found;
+}
+
 Bundle::Bundle(const std::string& folder) : folder(folder) {
   std::error_code error;
   if (!fs::is_directory(folder, error)) {
@@ -101,9 +114,7 @@ Bundle::Bundle(const std::string& folder) : folder(folder) {
     throw bundle_error("'" + path.string() + "' is larger than 16 MiB; a manifest is not. " + kCopyAgain);
   }
   manifest = read_manifest(content, path.string());
-  Sha256 identity;
-  identity.add(content.data(), content.size());
-  hash = identity.hex();
+  hash = sha256(content);
   check_files();
   refuse_strangers();
   read_prior();
@@ -134,11 +145,12 @@ void Bundle::check_files() const {
 void Bundle::refuse_strangers() const {
   std::set<std::string> strange;
   std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
-    const std::string name = entry.path().filename().string();
-    if (!entry.is_directory(error) && name != kManifest && !manifest.files.count(name)) strange.insert(name);
-  }
+  const std::vector<fs::path> entries = entries_of(folder, error);
   if (error) throw bundle_error("'" + folder + "' cannot be listed: " + error.message());
+  for (const fs::path& entry : entries) {
+    const std::string name = entry.filename().string();
+    if (!fs::is_directory(entry, error) && name != kManifest && !manifest.files.count(name)) strange.insert(name);
+  }
   if (!strange.empty()) {  // a graph could read its weights from there, unhashed
     throw bundle_error("'" + folder + "' holds files its manifest does not name, such as '" + *strange.begin() +
                        "'; remove them, or copy the bundle again");

@@ -1,7 +1,10 @@
 // An opened bundle folder: its manifest, and paths to files known to be inside it and unchanged.
 #pragma once
 
+#include <filesystem>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "manifest.hpp"
@@ -10,6 +13,10 @@ namespace tarflow::internal {
 
 // SHA-256 of a file, in lower-case hexadecimal. Throws Error(TARFLOW_BUNDLE).
 std::string sha256_of(const std::string& path);
+std::string sha256(std::string_view content);
+
+// What a folder holds; on an error, what was seen until then.
+std::vector<std::filesystem::path> entries_of(const std::string& folder, std::error_code& error);
 
 class Bundle {
  public:

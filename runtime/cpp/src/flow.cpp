@@ -16,6 +16,7 @@ constexpr std::int64_t kTile = 16;  // of a reproducible run; the same as Python
 constexpr std::uint32_t kRedraws = 8;
 constexpr double kCacheBudget = 0x1p31;  // bytes of KV cache a default batch may take
 constexpr std::int64_t kLargestBatch = 64;
+constexpr double kLargestCache = 0x1p50;   // bytes; beyond what machines have, and far from where integers overflow
 constexpr double kLargestResult = 0x1p40;  // bytes; a slip of the keyboard, not a request
 
 std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
@@ -90,7 +91,7 @@ std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_ope
       try {
         opened->backend = open_backend(name, opened->bundle, options);
         break;
-      } catch (const Error& error) {
+      } catch (const std::exception& error) {
         const std::string why = error.what();
         reasons += std::string("; not ") + name + ": " + why.substr(0, why.find("; "));
       }
@@ -278,6 +279,7 @@ void Flow::noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float*
   if (n < 1) throw input_error("n is " + std::to_string(n) + "; expected 1 or more samples");
   if (static_cast<std::uint64_t>(n - 1) > UINT64_MAX - first) throw input_error("sample indices end at 2^64 - 1");
   for (std::int64_t i = 0; i < n; ++i) {
+    if (call.cancelled()) throw Cancelled();
     normal(seed, first + static_cast<std::uint64_t>(i), kSampling, size(shape_.numbers()),
            noise + i * shape_.numbers());
   }
@@ -408,6 +410,7 @@ Flow::Run Flow::plan(std::int64_t n, const float* noise, const std::int64_t* lab
   run.tile = options.reproducible != 0 ? kTile
              : options.batch_size > 0  ? std::min(options.batch_size, n)
                                        : default_batch(options.guidance > 0);
+  if (cache_row(options.guidance > 0) * double(run.tile) > kLargestCache) throw std::bad_alloc();
   const auto tile = static_cast<std::uint64_t>(run.tile);
   const std::uint64_t offset = options.reproducible != 0 ? options.first_sample % tile : 0;
   const auto tiles = static_cast<std::int64_t>((offset + static_cast<std::uint64_t>(n) + tile - 1) / tile);
@@ -472,11 +475,14 @@ Branches Flow::branches(const tarflow_sample_options* guidance, std::vector<std:
   return found;
 }
 
-std::int64_t Flow::default_batch(bool guided) const {
+// Bytes of keys and values that one image takes.
+double Flow::cache_row(bool guided) const {
   const double item = opened->bundle.manifest.precision == "fp32" ? 4 : 2;
-  const double row =
-      2.0 * double(shape_.layers) * double(shape_.width) * double(shape_.tokens()) * item * (guided ? 2 : 1);
-  return std::max<std::int64_t>(1, std::min(kLargestBatch, static_cast<std::int64_t>(kCacheBudget / row)));
+  return 2.0 * double(shape_.layers) * double(shape_.width) * double(shape_.tokens()) * item * (guided ? 2 : 1);
+}
+
+std::int64_t Flow::default_batch(bool guided) const {
+  return static_cast<std::int64_t>(std::clamp(kCacheBudget / cache_row(guided), 1.0, double(kLargestBatch)));
 }
 
 }  // namespace tarflow::internal

@@ -60,6 +60,7 @@ class Flow {
   std::vector<std::int64_t> classes(std::int64_t n, const std::int64_t* labels) const;
   void check_images(std::int64_t n, const float* images) const;
   Branches branches(const tarflow_sample_options* guidance, std::vector<std::int64_t> labels) const;
+  double cache_row(bool guided) const;
   std::int64_t default_batch(bool guided) const;
   template <class Work>
   void in_batches(std::int64_t n, const float* images, const std::int64_t* labels, const Work& work);

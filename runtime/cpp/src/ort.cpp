@@ -92,18 +92,13 @@ std::string cache_name(std::int64_t layer, bool value) { return (value ? "value_
 OrtBackend::OrtBackend(const Bundle& bundle, const EngineOptions& options)
     : bundle_(bundle),
       options_(options),
-      resident_(options.resident || options.provider != "cpu"),
+      resident_((options.resident || options.provider != "cpu") && bundle.has(kResident)),
       cache_type_(cache_type(bundle.manifest.precision)),
       cache_item_(item_size(cache_type_)) {
   if (bundle.manifest.precision == "bf16" && options.provider == "cpu") {
     throw machine_error(
         "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with provider cuda, or "
         "export for this machine: tarflow export CHECKPOINT --engine fp32");
-  }
-  if (resident_ && !bundle.has(kResident)) {
-    throw bundle_error("'" + bundle.folder +
-                       "' has no graphs for a device: it is from an older tarflow; export it again: tarflow export '" +
-                       bundle.folder + "' -o NEW");
   }
   const OrtApiBase* base = load(options.library);
   version_ = base->GetVersionString();
@@ -138,7 +133,9 @@ OrtBackend::~OrtBackend() = default;
 
 std::string OrtBackend::description() const {
   const std::string name = provider_name(options_.provider);
-  return "ONNX Runtime " + version_ + ", " + name.substr(0, name.find("Execution"));
+  const bool old = options_.provider != "cpu" && !resident_;
+  return "ONNX Runtime " + version_ + ", " + name.substr(0, name.find("Execution")) +
+         (old ? ", cache on the host: an old bundle" : "");
 }
 
 void OrtBackend::prepare(Call& call) const {
@@ -209,7 +206,11 @@ OrtBackend::Session OrtBackend::open(std::size_t block, Kind kind) const {
   if (status != nullptr) {
     const std::string message = api_->GetErrorMessage(status);
     api_->ReleaseStatus(status);
-    throw bundle_error("'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300));
+    const bool memory = message.find("llocat") != std::string::npos || message.find("bad_alloc") != std::string::npos;
+    const bool device = options_.provider != "cpu" &&
+                        (message.find("CUDA") != std::string::npos || message.find("rovider") != std::string::npos);
+    throw Error(memory || device ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
+                "'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300));
   }
   return Session(session, Release{api_});
 }

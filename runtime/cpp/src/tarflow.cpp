@@ -16,7 +16,7 @@ using tarflow::internal::input_error;
 
 struct tarflow_flow {
   std::unique_ptr<Flow> flow;  // null if opening failed
-  std::string error;
+  std::string error, open_error;
   std::atomic<bool> busy{false};
 };
 
@@ -73,7 +73,7 @@ int run(tarflow_flow* handle, const Work& work) noexcept {
   if (handle == nullptr) return TARFLOW_INPUT;
   if (handle->busy.exchange(true)) return TARFLOW_BUSY;
   const int status = guarded(handle->error, [&] {
-    if (!handle->flow) throw input_error("this handle is not open: tarflow_open failed with: " + handle->error);
+    if (!handle->flow) throw input_error("this handle is not open: tarflow_open failed with: " + handle->open_error);
     handle->flow->call.begin();
     work(*handle->flow);
     if (handle->flow->call.cancelled()) throw tarflow::internal::Cancelled();
@@ -99,11 +99,14 @@ int tarflow_open(const char* bundle, const tarflow_open_options* options, tarflo
   if (flow == nullptr) return TARFLOW_INPUT;
   *flow = new (std::nothrow) tarflow_flow;
   if (*flow == nullptr) return TARFLOW_MACHINE;
-  return guarded((*flow)->error, [&] {
+  const int status = guarded((*flow)->open_error, [&] {
     require(bundle, "bundle");
     const auto known = understood(options, tarflow_open_defaults(), "tarflow_open");
     (*flow)->flow = std::make_unique<Flow>(tarflow::internal::open_bundle(bundle, known));
   });
+  std::swap((*flow)->error, (*flow)->open_error);
+  if (status != TARFLOW_OK) guarded((*flow)->open_error, [&] { (*flow)->open_error = (*flow)->error; });
+  return status;
 }
 
 int tarflow_share(tarflow_flow* flow, tarflow_flow** other) {

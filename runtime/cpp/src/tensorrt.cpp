@@ -22,10 +22,11 @@ namespace {
 namespace fs = std::filesystem;
 using nvinfer1::Dims;
 
-constexpr std::int64_t kStepsInFlight = 32;  // launched before the host waits: how late a cancellation may come
+constexpr std::int64_t kStepsInFlight = 4;  // launched before the host waits: how late a cancellation may come
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call that succeeds would tell it again
   if (status == cudaErrorMemoryAllocation)
     throw machine_error("out of GPU memory; use a smaller batch size, or low_memory");
   throw machine_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorString(status));
@@ -41,6 +42,22 @@ class DeviceMemory {
   DeviceMemory& operator=(const DeviceMemory&) = delete;
   void* address = nullptr;
   const std::size_t size;
+};
+
+// A caller's turn on the backend, on the device it was opened on; the thread then gets back its own.
+class Turn {
+ public:
+  Turn(std::mutex& mutex, int device) : lock_(mutex) {
+    check(cudaGetDevice(&before_), "name the device");
+    check(cudaSetDevice(device), "choose the device");
+  }
+  ~Turn() { cudaSetDevice(before_); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  const std::lock_guard<std::mutex> lock_;
+  int before_ = 0;
 };
 
 // Keeps TensorRT's errors, to be told in one exception instead of on stderr.
@@ -79,8 +96,14 @@ struct Tensor {
   std::vector<std::int64_t> shape;
 };
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "name the device");
+  return device;
+}
+
 Here this_machine() {
-  int devices = 0, device = 0;
+  int devices = 0;
   const cudaError_t status =
       cudaGetDeviceCount(&devices);  // before any runtime: without a driver it is a bogus pointer
   if (status != cudaSuccess || devices == 0) {
@@ -88,8 +111,7 @@ Here this_machine() {
                         "): engines need one, with its driver; use provider cpu");
   }
   cudaDeviceProp properties{};
-  check(cudaGetDevice(&device), "name the device");
-  check(cudaGetDeviceProperties(&properties, device), "describe the device");
+  check(cudaGetDeviceProperties(&properties, current_device()), "describe the device");
   const int version = getInferLibVersion();  // 110400 is 11.4.0
   return {
       "tensorrt",
@@ -100,8 +122,8 @@ Here this_machine() {
 Found choose(const Bundle& bundle, const Here& here) {
   std::vector<fs::path> folders;
   std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(fs::path(bundle.folder) / "engines", error)) {
-    if (fs::is_regular_file(entry.path() / "engines.json", error)) folders.push_back(entry.path());
+  for (const fs::path& entry : entries_of(bundle.path("engines"), error)) {
+    if (fs::is_regular_file(entry / "engines.json", error)) folders.push_back(entry);
   }
   std::sort(folders.begin(), folders.end());
   const std::string cure = "build engines on this machine: tarflow build '" + bundle.folder + "'";
@@ -127,6 +149,7 @@ class TensorRtBackend final : public Backend {
         shape_(bundle.manifest.shape),
         low_memory_(low_memory),
         here_(this_machine()),
+        device_(current_device()),
         found_(choose(bundle, here_)) {
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     if (!runtime_) throw machine_error("TensorRT does not start: " + logger_.take());
@@ -135,8 +158,15 @@ class TensorRtBackend final : public Backend {
   }
 
   ~TensorRtBackend() override {
+    int before = 0;
+    cudaGetDevice(&before);
+    cudaSetDevice(device_);
+    cudaStreamSynchronize(stream_);
     loaded_.clear();
+    memory_.clear();
+    scratch_.reset();
     cudaStreamDestroy(stream_);
+    cudaSetDevice(before);
   }
 
   void prepare(Call&) const override {}
@@ -145,20 +175,26 @@ class TensorRtBackend final : public Backend {
     return "TensorRT " + here_.version + " " + found_.record.precision + ", " + here_.gpu;
   }
 
-  void invert(Call&, std::size_t block, const float* z, const Branches& branches, float* x,
+  void invert(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
               const OnStep& on_step) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(mutex_, device_);
+    if (call.cancelled()) throw Cancelled();
     const auto [number, profile] = choose_profile("step", branches.count);
     for (std::int64_t start = 0, most = profile.batch[2]; start < branches.batch; start += most) {
       const std::int64_t rows = std::min(most, branches.batch - start);
       const bool last = start + rows == branches.batch;  // the watcher counts the steps of one part alone
-      solve(block, number, std::max(rows, profile.batch[0]), rows, start, z, branches, x, last ? on_step : OnStep());
+      const OnStep step = [&, last](std::int64_t position) {
+        if (call.cancelled()) throw Cancelled();
+        if (last) on_step(position);
+      };
+      solve(block, number, std::max(rows, profile.batch[0]), rows, start, z, branches, x, step);
     }
   }
 
   void forward(Call& call, std::size_t block, const float* x, const Branches& branches, float* z,
                float* log_det) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(mutex_, device_);
+    if (call.cancelled()) throw Cancelled();
     const auto [number, profile] = choose_profile("forward", branches.count);
     for (std::int64_t start = 0; start < branches.batch; start += profile.batch[2]) {
       if (call.cancelled()) throw Cancelled();
@@ -177,7 +213,8 @@ class TensorRtBackend final : public Backend {
   }
 
   void gradient(Call& call, std::size_t block, const float* x, const Branches& branches, float* grad) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(mutex_, device_);
+    if (call.cancelled()) throw Cancelled();
     const auto [number, profile] = choose_profile("gradient", 1);
     for (std::int64_t start = 0; start < branches.batch; start += profile.batch[2]) {
       if (call.cancelled()) throw Cancelled();
@@ -196,9 +233,7 @@ class TensorRtBackend final : public Backend {
  private:
   struct Loaded {
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
-    std::map<int, std::unique_ptr<nvinfer1::IExecutionContext>> contexts;  // by profile; destroyed before the engine
-
-    ~Loaded() { contexts.clear(); }
+    std::map<int, std::unique_ptr<nvinfer1::IExecutionContext>> contexts;  // by profile; behind the engine: goes first
   };
 
   // Decodes `rows` images from row `start` on, as a batch of `batch` whose last row is repeated.
@@ -252,15 +287,20 @@ class TensorRtBackend final : public Backend {
       }
     };
     std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(nullptr, cudaGraphExecDestroy);
-    for (std::int64_t step = 0; step + 1 < tokens; ++step) {  // the host counts: a device drops what is out of bounds
-      if (step == 0) {
-        launch();  // may still load kernels, which cannot be captured
-      } else {
-        if (!graph) graph.reset(capture(launch));
-        check(cudaGraphLaunch(graph.get(), stream_), "replay a step");
+    try {
+      for (std::int64_t step = 0; step + 1 < tokens; ++step) {  // the host counts: a device drops what is out of bounds
+        if (step == 0) {
+          launch();  // may still load kernels, which cannot be captured
+        } else {
+          if (!graph) graph.reset(capture(launch));
+          check(cudaGraphLaunch(graph.get(), stream_), "replay a step");
+        }
+        if (step % kStepsInFlight == kStepsInFlight - 1) check(cudaStreamSynchronize(stream_), "finish a step");
+        on_step(step);
       }
-      if (step % kStepsInFlight == kStepsInFlight - 1) check(cudaStreamSynchronize(stream_), "finish a step");
-      if (on_step) on_step(step);
+    } catch (...) {
+      cudaStreamSynchronize(stream_);  // before the graph goes
+      throw;
     }
     download(known.data(), inputs[0].address, rows * shape_.numbers());
     for (std::int64_t b = 0; b < rows; ++b) {
@@ -295,8 +335,10 @@ class TensorRtBackend final : public Backend {
     Loaded& loaded = load(block, kind);
     auto& context = loaded.contexts[profile];
     if (!context) {
-      context.reset(loaded.engine->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
-      if (!context || !context->setOptimizationProfileAsync(profile, stream_)) failed(block, kind, "has no context");
+      std::unique_ptr<nvinfer1::IExecutionContext> made(
+          loaded.engine->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+      if (!made || !made->setOptimizationProfileAsync(profile, stream_)) failed(block, kind, "has no context");
+      context = std::move(made);
     }
     context->setDeviceMemoryV2(scratch_->address, static_cast<std::int64_t>(scratch_->size));
     bool fine = true;
@@ -318,19 +360,21 @@ class TensorRtBackend final : public Backend {
       check(cudaStreamSynchronize(stream_), "finish a block");
       loaded_.clear();
     }
-    Loaded& loaded = loaded_[{block, kind}];
-    if (loaded.engine) return loaded;
+    const auto known = loaded_.find({block, kind});
+    if (known != loaded_.end()) return known->second;
     const std::string name = found_.record.file(block, kind), path = (found_.folder / name).string();
     std::error_code error;
     if (fs::is_symlink(path, error) || !fs::is_regular_file(path, error))
       throw bundle_error("'" + path + "' is missing or no regular file; " + rebuild());
-    if (sha256_of(path) != found_.record.engines.at(name).sha256) {
+    std::ifstream file(path, std::ios::binary);
+    const std::string content{std::istreambuf_iterator<char>(file), {}};
+    if (sha256(content) !=
+        found_.record.engines.at(name).sha256) {  // of the bytes that are loaded, not of a second reading
       throw bundle_error("'" + path +
                          "' was changed after it was built: its SHA-256 is not the record's. It was not loaded; " +
                          rebuild());
     }
-    std::ifstream file(path, std::ios::binary);
-    const std::string content{std::istreambuf_iterator<char>(file), {}};
+    Loaded loaded;
     loaded.engine.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
     if (!loaded.engine) failed(block, kind, "does not load");
     const auto type = found_.record.precision == "fp32"   ? nvinfer1::DataType::kFLOAT
@@ -344,7 +388,7 @@ class TensorRtBackend final : public Backend {
       scratch_.reset();  // before there are two
       scratch_ = std::make_unique<DeviceMemory>(needed);
     }
-    return loaded;
+    return loaded_.emplace(std::pair(block, kind), std::move(loaded)).first->second;
   }
 
   [[noreturn]] void failed(std::size_t block, const std::string& kind, const std::string& what) {
@@ -426,6 +470,7 @@ class TensorRtBackend final : public Backend {
   const ModelShape& shape_;
   const bool low_memory_;
   const Here here_;
+  const int device_;
   const Found found_;
   Logger logger_;
   std::mutex mutex_;  // everything runs on one stream, for one caller at a time

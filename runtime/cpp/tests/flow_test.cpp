@@ -144,7 +144,10 @@ TEST_CASE("what cannot be meant is refused in one sentence") {
   CHECK(tarflow_open(TARFLOW_DEMO, nullptr, nullptr) == TARFLOW_INPUT);
   CHECK(tarflow_open(nullptr, nullptr, &handle) == TARFLOW_INPUT);
   CHECK(tarflow_sample(handle, 1, nullptr, nullptr, image) == TARFLOW_INPUT);  // not open
-  CHECK(std::string(tarflow_error(handle)).find("not open") != std::string::npos);
+  const std::string closed = tarflow_error(handle);
+  CHECK(closed.find("not open: tarflow_open failed with: bundle is NULL") != std::string::npos);
+  CHECK(tarflow_sample(handle, 1, nullptr, nullptr, image) == TARFLOW_INPUT);
+  CHECK(tarflow_error(handle) == closed);
   tarflow_close(handle);
 }
 
