@@ -209,6 +209,7 @@ def test_measure_is_a_seeded_mean_over_all_images(tmp_path: Path) -> None:
 
 
 WORKER = """
+import os
 import signal
 import sys
 from pathlib import Path
@@ -249,8 +250,10 @@ except KeyboardInterrupt:
     print("stopped")
 else:
     raise SystemExit("the signal was lost")
-torch.distributed.barrier()  # a process that goes first can abort the other's threads
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # what is tested is over; threads of torch can abort an interpreter that is being torn down
 """
 
 
