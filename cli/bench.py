@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import default_bundle, emit, say
+from .console import default_bundle, emit, parse_sizes, say
 from .options import BundleArgument, Json, Provider, Spinning, Threads
 
 
@@ -34,12 +34,9 @@ def bench(
     from ..runtime.errors import InputError
     from ..runtime.flow import Flow, Guidance
 
-    try:
-        sizes = [int(size) for size in batch.split(",")]
-    except ValueError:
-        raise InputError(f"--batch '{batch}' is not a list of numbers; expected for example 1,8,32") from None
-    if min(sizes) < 1 or repeats < 1:
-        raise InputError("batch sizes and --repeats must be 1 or more")
+    sizes = parse_sizes(batch)
+    if repeats < 1:
+        raise InputError(f"--repeats is {repeats}; expected 1 or more")
     flow = Flow.open(default_bundle(bundle), provider, threads, spinning)
     labels = 0 if flow.config.classes else None
     guided = Guidance(guidance, attention_temperature=1.0 if flow.config.classes else 0.5)

@@ -51,6 +51,17 @@ def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
+def parse_sizes(batch: str) -> list[int]:
+    """Batch sizes from "1,8,32". Raises InputError."""
+    try:
+        sizes = [int(size) for size in batch.split(",")]
+    except ValueError:
+        raise InputError(f"--batch '{batch}' is not a list of numbers; expected for example 1,8,32") from None
+    if min(sizes) < 1:
+        raise InputError(f"--batch '{batch}' holds {min(sizes)}; expected sizes of 1 or more")
+    return sizes
+
+
 @contextlib.contextmanager
 def step_bar(what: str) -> Iterator[Callable[[Progress], None] | None]:
     """A progress bar over sequential steps, on stderr; nothing when that is not a terminal."""

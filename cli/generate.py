@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import default_bundle, emit, parse_labels, read_array, say, step_bar
-from .options import BundleArgument, Json, Labels, LowMemory, Provider, Spinning, Threads
+from .options import BundleArgument, Decode, Json, Labels, LowMemory, Provider, Spinning, Threads, Tolerance
 
 if TYPE_CHECKING:
     from ..runtime.flow import Flow, Samples
@@ -47,6 +47,8 @@ def generate(
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="Bitwise the same whatever n, batch size, threads.")
     ] = False,
+    decode: Decode = None,
+    tolerance: Tolerance = None,
     provider: Provider = "cpu",
     threads: Threads = None,
     spinning: Spinning = None,
@@ -88,6 +90,8 @@ def generate(
             batch_size=batch_size,
             reproducible=reproducible,
             redraw_nonfinite=redraw_nonfinite,
+            decode=decode,
+            tolerance=tolerance,
             progress=progress,
         )
     written = _write(flow, samples, save, output, seed if array is None else None, first_sample)
@@ -106,6 +110,8 @@ def generate(
                 "first_sample": first_sample,
                 "files": written,
                 "level": report.level,
+                "decoding": report.decoding,
+                "passes": list(report.passes),
                 "certificate": None
                 if found is None
                 else {"max": float(found.max()), "per_sample": found.tolist(), "seconds": report.certificate_seconds},
@@ -123,6 +129,8 @@ def generate(
                 f"round-trip error {report.certificate.max():.2g} at most, checked in "
                 f"{report.certificate_seconds:.2f} s"
             )
+        if report.decoding != "serial":
+            print(f"decoded {report.decoding}: {sum(report.passes)} dependent passes")
         if report.redrawn:
             print(f"redrawn because not finite: samples {_few(report.redrawn)}")
         print(report.level)

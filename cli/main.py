@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, build, check, doctor, export, generate, inspect, likelihood, train, verify
+from . import bench, bisect, build, calibrate, check, doctor, export, generate, inspect, likelihood, train, verify
 
 EXIT_INTERRUPTED = 130
 
@@ -33,6 +33,7 @@ app.command()(likelihood.denoise)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
+app.command()(calibrate.calibrate)
 
 
 def _version(wanted: bool) -> None:

@@ -22,6 +22,14 @@ Spinning = Annotated[
     bool | None, typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared.")
 ]
 LowMemory = Annotated[bool, typer.Option("--low-memory", help="Keep only one block's graphs in memory.")]
+Decode = Annotated[
+    str | None,
+    typer.Option(
+        help="serial, exact (in parallel, to 1e-5) or fast (to 1e-3). Default: exact where tarflow calibrate found it "
+        "faster."
+    ),
+]
+Tolerance = Annotated[float | None, typer.Option(help="Decode in parallel until patches change by no more than this.")]
 PatchSize = Annotated[int | None, typer.Option(help="Patch size, if the checkpoint's name does not say it.")]
 Channels = Annotated[int | None, typer.Option(help="Image channels, another way to say the patch size.")]
 NoiseStd = Annotated[

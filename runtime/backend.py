@@ -41,11 +41,21 @@ class Branches:
 class Decoding(Protocol):
     """One block being inverted for one batch: owns z, the patches found so far, and the KV cache."""
 
+    @property
+    def x(self) -> Array:
+        """The patches found so far, (B, T, D) in block order, at first the latents; what is written to it is read."""
+
     def guess(self, patches: Array) -> None:
         """Replace the patches found so far, (B, T, D) in patch order: what a window larger than 1 reads."""
 
     def step(self, position: int, window: int = 1) -> None:
         """From the patches at ``position ... position + window - 1`` (block order), compute the next ones."""
+
+    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+        """What :meth:`step` would write, (B, W, D), without writing it; valid until the next call.
+
+        Keys and values of the window are stored; those of images not in ``rows`` (B,) may be left as they are.
+        """
 
     def patches(self) -> Array:
         """(B, T, D), patch order."""
@@ -58,6 +68,7 @@ class Backend(Protocol):
     """The three graphs of every block, on one engine."""
 
     description: str  # which engine on which device, for people
+    machine: str  # provider and device: what a measured plan is true for
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:

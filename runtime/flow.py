@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,12 +24,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import decode
 from . import noise as noise_source
 from .backend import Array, Backend, Branches, open_backend
 from .bundle import Bundle, ModelShape
+from .decode import DEFAULT_WINDOW, Parallel, solve, tolerance_of
 from .errors import InputError
 from .image import patchify, unpatchify
+from .plan import Plan, find_plan
 
 REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 REDRAWS = 8  # attempts at a sample that is not finite
@@ -76,13 +78,16 @@ class Report:
 
     ``certificate`` (N,) is the largest round-trip error of each sample: the raw sample, before denoising, encoded
     again by the parallel graphs, against the noise it came from; None if not asked for. ``nonfinite`` lists the
-    sample indices that overflowed and still are not finite, ``redrawn`` those drawn again. Times in seconds.
+    sample indices that overflowed and still are not finite, ``redrawn`` those drawn again. ``decoding`` says how blocks
+    were solved, ``passes`` counts each block's dependent passes, in block order. Times in seconds.
     """
 
     seed: int | None
     first_sample: int
     level: str
     backend: str
+    decoding: str
+    passes: tuple[int, ...]
     nonfinite: tuple[int, ...]
     redrawn: tuple[int, ...]
     certificate: Array | None
@@ -101,10 +106,11 @@ class Samples(np.ndarray[Any, np.dtype[np.float32]]):
 
 
 class Flow:
-    """A bundle, open on one provider. Create it with :meth:`open`."""
+    """A bundle, open on one provider. Create it with :meth:`open`. ``plan`` is what was calibrated for this machine."""
 
     def __init__(self, bundle: Bundle, backend: Backend, prior_variance: Array | None = None) -> None:
         self.bundle, self.backend = bundle, backend
+        self.plan: Plan | None = find_plan(bundle, backend.machine)
         self.deviation = np.sqrt(bundle.prior_variance() if prior_variance is None else prior_variance)  # (T, D)
 
     @classmethod
@@ -145,6 +151,8 @@ class Flow:
         batch_size: int | None = None,
         reproducible: bool = False,
         redraw_nonfinite: bool = False,
+        decode: str | None = None,
+        tolerance: float | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Samples:
         """Draw samples ``first_sample ... first_sample + n - 1`` of ``seed``, or invert ``noise`` (N, T, D).
@@ -152,7 +160,10 @@ class Flow:
         ``labels`` is one class for all or (N,); a label below 0, or None, is the null class. ``denoise`` None means
         wherever the model has Gaussian noise to remove; a number is a strength, the factor on sigma^2.
         ``reproducible`` computes in aligned tiles of 16 rows, so that a sample is bitwise the same whatever n, batch
-        size and thread count on one machine. ``progress`` is told each step; an exception it raises cancels.
+        size and thread count on one machine. ``decode`` is "serial", "exact" (in parallel, until a patch changes by no
+        more than 1e-5) or "fast" (1e-3); ``tolerance`` is another limit. None means exact by the plan of
+        ``tarflow calibrate``, or serial where there is none. ``progress`` is told each finished position; an exception
+        it raises cancels.
         Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
         """
         latents, count = self._noise(n, noise, seed, first_sample)
@@ -172,6 +183,8 @@ class Flow:
                 f"batches of {tile} images are more than these engines take, which is {largest}: use a smaller "
                 f"batch size, or build others: tarflow build '{self.bundle.folder}' --batch 1,{tile},{tile}"
             )
+        rows = min(tile, count if not reproducible else tile) * (2 if guidance.scale else 1)
+        decoding, ways = self._ways(decode, tolerance, rows, reproducible)
         tiles = list(_tiles(first_sample, count, tile, aligned=reproducible))
         counter = _Counter(progress, len(tiles) * self.config.blocks * (self.config.tokens - 1))
 
@@ -188,9 +201,9 @@ class Flow:
             tile_classes[inside] = classes[output]
             branches = self.branches(guidance, tile_classes)
 
-            x = self._decode(z, branches, counter)
+            x = self._decode(z, branches, ways, counter)
             if redraw_nonfinite:
-                redrawn += self._redraw(x, z, branches, range(start, stop), inside, seed)
+                redrawn += self._redraw(x, z, branches, ways, range(start, stop), inside, seed)
             if certificate is not None:
                 clock = time.perf_counter()
                 certificate[output] = self._round_trip(x, z, branches)[inside]
@@ -206,8 +219,10 @@ class Flow:
         samples.report = Report(
             seed=None if latents is not None else seed,
             first_sample=first_sample,
-            level=self._level(reproducible),
+            level=self._level(reproducible, ways),
             backend=self.backend.description,
+            decoding=decoding,
+            passes=tuple(counter.passes[block] for block in range(self.config.blocks)),
             nonfinite=tuple(int(i) + first_sample for i in broken),
             redrawn=tuple(redrawn),
             certificate=certificate,
@@ -271,11 +286,12 @@ class Flow:
 
     # --- one tile, patches in and patches out -------------------------------------------------------------------
 
-    def _decode(self, z: Array, branches: Branches, counter: _Counter) -> Array:
+    def _decode(self, z: Array, branches: Branches, ways: Sequence[Parallel | None], counter: _Counter) -> Array:
         x = z * self.deviation
         for block in reversed(range(self.config.blocks)):
             decoding = self.backend.decoding(block, x, branches)
-            x = decode.serial(decoding, self.config.tokens, partial(counter.step, block))
+            x, passes = solve(decoding, self.config.tokens, ways[block], partial(counter.step, block))
+            counter.passes[block] += passes
             decoding.close()
         return x
 
@@ -304,7 +320,16 @@ class Flow:
         error: Array = np.abs(found - z * self.deviation).max((1, 2))
         return error
 
-    def _redraw(self, x: Array, z: Array, branches: Branches, indices: range, inside: slice, seed: int) -> list[int]:
+    def _redraw(
+        self,
+        x: Array,
+        z: Array,
+        branches: Branches,
+        ways: Sequence[Parallel | None],
+        indices: range,
+        inside: slice,
+        seed: int,
+    ) -> list[int]:
         """Replace, in place, what is not finite by later attempts of the same sample; the tile keeps its shape."""
         redrawn: list[int] = []
         for attempt in range(1, REDRAWS + 1):
@@ -313,7 +338,7 @@ class Flow:
                 break
             for row in broken:
                 z[row] = self.noise(seed, indices[row : row + 1], stream=attempt)[0]
-            x[broken] = self._decode(z, branches, _Counter(None, 0))[broken]
+            x[broken] = self._decode(z, branches, ways, _Counter(None, 0))[broken]
             redrawn = sorted({*redrawn, *(indices[row] for row in broken)})
         return redrawn
 
@@ -433,10 +458,29 @@ class Flow:
         row = 2 * config.layers * config.width * config.tokens * half * (2 if guidance.scale else 1)
         return max(1, min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, _CACHE_BUDGET // row))
 
-    def _level(self, reproducible: bool) -> str:
+    def _ways(
+        self, mode: str | None, tolerance: float | None, rows: int, reproducible: bool
+    ) -> tuple[str, Sequence[Parallel | None]]:
+        """How each block is decoded, and that in words. A reproducible run does not follow what was measured here."""
+        plan = None if reproducible else self.plan
+        serially: list[Parallel | None] = [None] * self.config.blocks
+        chosen = mode or ("serial" if plan is None and tolerance is None else "exact" if not tolerance else "fast")
+        limit = tolerance_of(chosen, tolerance)
+        if chosen == "serial":
+            return "serial", serially
+        words = f"parallel to {limit:g}"
+        if plan is None:
+            return words, [Parallel(DEFAULT_WINDOW, limit, self.config.tokens - 1)] * self.config.blocks
+        ways = plan.ways(chosen, rows, limit) or serially
+        return f"{words if any(ways) else 'serially'}, as calibrated", ways
+
+    def _level(self, reproducible: bool, ways: Sequence[Parallel | None]) -> str:
         if reproducible:
             return "L1: bitwise the same for any n, batch size and thread count, on this machine and engine"
         agreement = "1e-5" if self.bundle.manifest.precision == "fp32" else f"{self.bundle.manifest.precision} rounding"
+        loosest = max((way.tolerance for way in ways if way is not None), default=0.0)
+        if loosest > 1e-5:
+            agreement = f"the tolerance of {loosest:g} they are solved to, a few times over"
         return f"L2: noise the same anywhere to the bit; samples agree across batch sizes to {agreement}"
 
 
@@ -445,6 +489,7 @@ class _Counter:
 
     def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
+        self.passes: Counter[int] = Counter()  # by block
 
     def step(self, block: int, position: int) -> None:
         self.done += 1

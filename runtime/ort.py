@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .backend import Array, Branches, Decoding, block_order, rows_that_fit
 from .bundle import Bundle
 from .errors import BundleError, MachineError, TarflowError
+from .machine import cores, gpu, processor
 from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class OrtBackend:
         self._providers = list(dict.fromkeys([name, *([PROVIDERS["cuda"]] * (provider != "cpu")), PROVIDERS["cpu"]]))
         self.description = f"ONNX Runtime {self._ort.__version__}, {name.removesuffix('ExecutionProvider')}"
         self._threads, self._spinning = threads, spinning
+        device = f"{processor()}, {threads or cores()} threads" if provider == "cpu" else gpu()
+        self.machine = f"{provider} {device}"
         self._sessions: dict[tuple[int, str, tuple[tuple[str, int], ...]], onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
         self.memory = Memory(keep=not low_memory)
@@ -249,8 +252,7 @@ class OrtDecoding:
         self._session = backend.session(block, "step")
         self._reversed = backend.bundle.manifest.blocks[block].reversed
         self._z = np.ascontiguousarray(block_order(z, self._reversed))
-        self._x = np.zeros_like(self._z)
-        self._x[:, 0] = self._z[:, 0]
+        self.x = self._z.copy()
         self._labels = backend.classes(branches.labels)
         # Per step and branch, what multiplies each of the network's outputs: (T, G, 1, outputs)
         parts = branches.mix if config.nvp else branches.mix[1:]
@@ -269,17 +271,20 @@ class OrtDecoding:
         self._window, self._position = 0, 0
 
     def guess(self, patches: Array) -> None:
-        self._x[:] = block_order(patches, self._reversed)
+        self.x[:] = block_order(patches, self._reversed)
 
     def step(self, position: int, window: int = 1) -> None:
-        tokens = self._x.shape[1]
+        self.x[:, position + 1 : position + 1 + window] = self.evaluate(position, window)
+
+    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+        tokens = self.x.shape[1]
         if position < 0 or window < 1 or position + window >= tokens:
             raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
         end = position + window
         if window != self._window or end > self._cache.shape[3]:
             self._prepare(end, window)
         self._unmask(position)
-        self._x_in[:] = self._x[:, position:end]
+        self._x_in[:] = self.x[:, position:end]
         self._z_in[:] = self._z[:, position + 1 : end + 1]
         self._index_in[:] = (
             range(tokens - 1 - position, tokens - 1 - end, -1) if self._reversed else range(position, end)
@@ -293,11 +298,15 @@ class OrtDecoding:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise self._backend.failed(self._block, "step", error) from None
-        self._cache[:, :, :, position:end] = self._fresh
-        self._x[:, position + 1 : end + 1] = self._x_out
+        if rows is None:
+            self._cache[:, :, :, position:end] = self._fresh
+        else:
+            cached = np.flatnonzero(np.tile(rows, len(self._labels)))  # of every branch
+            self._cache[:, cached, :, position:end] = self._fresh[:, cached]
+        return self._x_out
 
     def patches(self) -> Array:
-        return np.ascontiguousarray(block_order(self._x, self._reversed))
+        return np.ascontiguousarray(block_order(self.x, self._reversed))
 
     def close(self) -> None:
         """Hand the memory of the cache to the next block. The decoding must not be used afterwards."""
@@ -316,7 +325,7 @@ class OrtDecoding:
     def _prepare(self, filled: int, window: int) -> None:
         """Grow the cache to hold ``filled`` slots, and bind buffers for ``window``."""
         config = self._backend.config
-        batch, _, patch_dim = self._x.shape
+        batch, _, patch_dim = self.x.shape
         branches, outputs = len(self._labels), self._mix.shape[3]
         capacity = self._cache.shape[3]
         if filled > capacity:

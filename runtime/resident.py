@@ -81,30 +81,50 @@ class ResidentDecoding:
     ) -> None:
         self._steps, self._reversed, self._least = steps, reverse, least
         self._batch, self._tokens, _ = z.shape
+        self._mirror: Array | None = None  # the device's patches, once the host has looked at them
         ordered = self._ordered(z)
-        start = np.zeros_like(ordered)
-        start[:, 0] = ordered[:, 0]
         steps.write("z", ordered)
-        steps.write("x", start[:, None])
+        steps.write("x", ordered[:, None])
         steps.write("labels", np.ascontiguousarray(pad_rows(labels, least, 1)))
         steps.write("mix", np.ascontiguousarray(branches.mix))
         steps.write("inverse_temperature", branches.inverse_temperature)
         self._position = -1  # where the device believes it is; -1: whatever an earlier block left
         self._clean = False
 
+    @property
+    def x(self) -> Array:
+        """The host's copy, which :meth:`evaluate` and :meth:`step` put on the device before they compute."""
+        if self._mirror is None:
+            self._mirror = self._steps.read("x")[:, 0].copy()
+        return self._mirror[: self._batch]
+
     def guess(self, patches: Array) -> None:
+        self._mirror = None
         self._steps.write("x", self._ordered(patches)[:, None])
 
+    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+        before = self.x
+        self._launch(position, window)
+        found: Array = self._steps.read("x")[: self._batch, 0, position + 1 : position + 1 + window]
+        self._mirror = pad_rows(before, self._least)
+        return found
+
     def step(self, position: int, window: int = 1) -> None:
+        self._launch(position, window)
+
+    def _launch(self, position: int, window: int) -> None:
         if position < 0 or window < 1 or position + window >= self._tokens:  # a device drops such writes silently
             raise IndexError(f"window {position}...{position + window - 1} has no next patch in {self._tokens}")
+        if self._mirror is not None:
+            self._steps.write("x", np.ascontiguousarray(self._mirror[:, None]))
+            self._mirror = None
         if position != self._position:
             self._steps.write(POSITION, np.array([position], np.int64))
         self._steps.launch(window)
         self._position = position + window
 
     def patches(self) -> Array:
-        found = self._steps.read("x")[: self._batch, 0]
+        found = self._steps.read("x")[: self._batch, 0] if self._mirror is None else self.x
         # A value that is not finite shows in the patch it leads to. Masked or not, it must not stay in the cache.
         self._clean = bool(np.isfinite(found).all())
         return np.ascontiguousarray(block_order(found, self._reversed))

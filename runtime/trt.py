@@ -118,6 +118,7 @@ class TrtBackend:
         self.low_memory = low_memory
         self.largest_batch: int | None = record.largest_batch
         self.description = f"{record.package} {trt.__version__} {record.precision}, {cuda.name}"
+        self.machine = f"tensorrt {cuda.name}"
         self.launching = threading.RLock()
         self.scratch: dict[bool, Memory] = {}  # of steps, and of the rest: what the former capture must not move
         self._trt, self._folder = trt, folder

@@ -33,6 +33,7 @@ class Twin:
     """A backend that runs the model itself in PyTorch, float32, on the model's device."""
 
     description = f"PyTorch {torch.__version__}"
+    machine = "PyTorch"  # for which nothing is calibrated
     largest_batch: int | None = None
 
     def __init__(self, model: TarFlow) -> None:
@@ -79,24 +80,31 @@ class TwinDecoding:
 
     def __init__(self, block: Block, z: Tensor, branches: Branches) -> None:
         self.block, self.z = block, block.order(z)
-        self.x = torch.zeros_like(self.z)
-        self.x[:, 0] = self.z[:, 0]
+        self.x: Array = self.z.cpu().numpy().copy()
         self.mix = torch.from_numpy(branches.mix).to(z)
         self.passes = _passes(block, z, branches)
 
     def guess(self, patches: Array) -> None:
-        self.x = self.block.order(torch.from_numpy(np.ascontiguousarray(patches)).to(self.z)).clone()
+        self.x[:] = self._ordered(patches)
+
+    def step(self, position: int, window: int = 1) -> None:
+        self.x[:, position + 1 : position + 1 + window] = self.evaluate(position, window)
 
     @torch.no_grad()
-    def step(self, position: int, window: int = 1) -> None:
-        known = self.x.clone()
+    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+        found = []
         for i in range(position, position + window):
-            log_scale, shift = self.block.step(known[:, i : i + 1], i, self.passes, self.mix[:, :, i])
-            self.x[:, i + 1 : i + 2] = self.z[:, i + 1 : i + 2] * log_scale.exp() + shift
+            known = torch.from_numpy(self.x[:, i : i + 1]).to(self.z)
+            log_scale, shift = self.block.step(known, i, self.passes, self.mix[:, :, i])
+            found.append(self.z[:, i + 1 : i + 2] * log_scale.exp() + shift)
+        result: Array = torch.cat(found, 1).cpu().numpy()
+        return result
 
     def patches(self) -> Array:
-        result: Array = self.block.order(self.x).cpu().numpy().copy()
-        return result
+        return np.ascontiguousarray(self._ordered(self.x))
+
+    def _ordered(self, patches: Array) -> Array:
+        return patches[:, ::-1] if self.block.reversed else patches
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -95,6 +95,7 @@ def test_a_bundle_samples_denoises_and_certifies_as_the_reference(
     assert raw.report is not None
     assert raw.report.certificate is not None
     assert raw.report.certificate.max() < 1e-4  # guided runs too: the forward graph guides the same way
+    assert largest(flow.sample(**arguments, denoise=False, decode="exact"), case.raw(run)) < SAMPLES
     assert largest(flow.sample(**arguments), case.vectors[f"sample{run}.denoised"]) < SAMPLES
     assert largest(flow.denoise(case.raw(run), case.labels), case.vectors[f"sample{run}.denoised"]) < SAMPLES
 

@@ -1,0 +1,51 @@
+"""``tarflow calibrate``: find out what is fastest on this machine, and remember it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .console import default_bundle, emit, parse_sizes, stages
+from .options import BundleArgument, Json, Provider, Spinning, Threads
+
+
+def calibrate(
+    bundle: BundleArgument = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
+    samples: Annotated[int, typer.Option(help="Samples that are drawn for each batch size.")] = 24,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    spinning: Spinning = None,
+    json: Json = False,
+) -> None:
+    """Measure each block, serially and in parallel windows, and keep the fastest of each as this machine's plan.
+
+    Sampling follows the plan from then on: see generate --decode. A plan is kept in the bundle's folder, by provider
+    and device; without a gain of 5 % a block stays serial.
+
+    Example: tarflow calibrate tarflow-bundle
+    """
+    from ..runtime.calibrate import calibrate as measure
+    from ..runtime.files import check_writable
+    from ..runtime.flow import Flow
+    from ..runtime.plan import plan_path
+
+    sizes = parse_sizes(batch)
+    flow = Flow.open(default_bundle(bundle), provider, threads, spinning)
+    path = plan_path(flow.bundle, flow.backend.machine)
+    path.parent.mkdir(exist_ok=True)
+    check_writable(path)  # now, not after the measurements
+    with stages(quiet=json) as watch:
+        plan = measure(flow, sizes, samples, watch)
+    plan.write(flow.bundle)
+    if json:
+        emit({"bundle": str(flow.bundle.folder), "plan": str(path), **asdict(plan)})
+        return
+    for mode, rows in plan.modes.items():
+        print(f"{mode}:")
+        for row in rows:
+            windows = ", ".join("serial" if w == 1 else str(w) for w in row.windows)
+            print(f"  batch {row.rows:>3}: {row.speedup:.2f}x serial, windows of blocks 0 ...: {windows}")
+    print(f"kept in {path}")

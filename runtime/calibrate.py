@@ -1,0 +1,157 @@
+"""Measure, block by block, whether solving in parallel pays on this machine, and choose. Nothing here is hard-coded by
+experience: which block is hard differs from checkpoint to checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from .backend import Array, Branches
+from .decode import TOLERANCES, Parallel, solve
+from .errors import InputError
+from .flow import Flow
+from .plan import Plan, Row
+
+SAMPLES = 24  # at least so many samples are looked at, in batches of the size in question
+BATCHES = (1, 8, 32)
+WINDOWS = (4, 8, 16, 32, 64, 128, 256)
+_GAIN = 0.95  # of the serial time: what a window must stay below to be chosen, so that noise does not choose
+_EXACT_ERROR = 1e-4  # against serial decoding: what exact mode promises
+_SCREENED = 4  # samples on which every window is tried; the best of them is measured on all
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """One way of solving a block, beside serial decoding of the same batches, interleaved."""
+
+    window: int
+    passes: int  # most of any batch
+    seconds: float  # median
+    serial_seconds: float
+    error: float  # largest difference from serial decoding
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.serial_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A block to be solved: the flow's state behind it, by batch, and what serial decoding makes of it."""
+
+    flow: Flow
+    block: int
+    starts: list[Array]
+    branches: list[Branches]
+    solutions: list[Array]
+
+    def time(self, number: int, how: Parallel | None) -> tuple[float, int, Array]:
+        """Seconds, passes and patches of one batch."""
+        began = time.perf_counter()
+        decoding = self.flow.backend.decoding(self.block, self.starts[number], self.branches[number])
+        x, passes = solve(decoding, self.flow.config.tokens, how)
+        decoding.close()
+        return time.perf_counter() - began, passes, x
+
+    def compare(self, window: int, tolerance: float, batches: int) -> _Outcome:
+        """Solve the first ``batches`` batches both ways by turns."""
+        tokens = self.flow.config.tokens
+        how = Parallel(window, tolerance, tokens - 1)
+        runs = [(self.time(i, None), self.time(i, how)) for i in range(batches)]
+        return _Outcome(
+            window,
+            max(passes for _, (_, passes, _) in runs),
+            median(seconds for _, (seconds, _, _) in runs),
+            median(seconds for (seconds, _, _), _ in runs),
+            max(float(np.abs(x - self.solutions[i]).max()) for i, (_, (_, _, x)) in enumerate(runs)),
+        )
+
+    def serial(self) -> _Outcome:
+        seconds = median(self.time(i, None)[0] for i in range(len(self.starts)))
+        return _Outcome(1, self.flow.config.tokens - 1, seconds, seconds, 0.0)
+
+    def windows(self, serial_seconds: float) -> list[int]:
+        """Windows that could win: each patch takes two passes or more, one to find it and one to find it again."""
+        tokens = self.flow.config.tokens
+        sizes = sorted({min(window, tokens - 1) for window in WINDOWS})
+        return [w for w in sizes if w > 1 and 2 * (tokens - 1) / w * self._pass_seconds(w) < serial_seconds]
+
+    def _pass_seconds(self, window: int) -> float:
+        """One pass in the middle of the sequence, where the cache has its mean length."""
+        decoding = self.flow.backend.decoding(self.block, self.starts[0], self.branches[0])
+        start, seconds = (self.flow.config.tokens - 1 - window) // 2, []
+        for _ in range(4):
+            began = time.perf_counter()
+            decoding.evaluate(start, window)
+            seconds.append(time.perf_counter() - began)
+        decoding.close()
+        return min(seconds)
+
+
+def calibrate(
+    flow: Flow,
+    batches: Sequence[int] = BATCHES,
+    samples: int = SAMPLES,
+    watch: Watch = lambda stage: None,
+) -> Plan:
+    """Draw ``samples`` samples serially and in every window that can win, by batch size; choose the fastest.
+
+    Where nothing is at least 5 % faster than serial decoding, serial decoding stays. Raises InputError for numbers
+    that make no measurement.
+    """
+    if not batches or min(batches) < 1 or samples < 1:
+        raise InputError(f"batches {', '.join(map(str, batches))} and samples {samples} must all be 1 or more")
+    most = flow.backend.largest_batch
+    rows: dict[str, list[Row]] = {mode: [] for mode in TOLERANCES}
+    for batch in sorted(b for b in set(batches) if most is None or b <= most):
+        for mode, row in _measure(flow, batch, samples, watch).items():
+            rows[mode].append(row)
+    modes = {mode: tuple(found) for mode, found in rows.items()}
+    return Plan(flow.bundle.hash, flow.backend.machine, samples, modes)
+
+
+def _measure(flow: Flow, batch: int, samples: int, watch: Watch) -> dict[str, Row]:
+    config = flow.config
+    indices = [range(start, start + batch) for start in range(0, samples, batch)]
+    states = [flow.noise(0, index) * flow.deviation for index in indices]
+    branches = [Branches.plain(np.arange(i.start, i.stop) % max(config.classes, 1), config.tokens) for i in indices]
+    chosen: dict[str, list[_Outcome]] = {mode: [] for mode in TOLERANCES}
+    for block in reversed(range(config.blocks)):
+        watch(f"batch {batch}, block {block}, serially")
+        work = _Work(flow, block, states, branches, [])
+        work.solutions.extend(work.time(i, None)[2] for i in range(len(states)))
+        serial = work.serial()  # after what warmed the session up
+        windows = work.windows(serial.seconds)
+        for mode, tolerance in TOLERANCES.items():
+            watch(f"batch {batch}, block {block}, {mode}")
+            chosen[mode].append(_choose(work, mode, tolerance, windows) or serial)
+        states = work.solutions
+    return {mode: _row(batch, found[::-1]) for mode, found in chosen.items()}
+
+
+def _choose(work: _Work, mode: str, tolerance: float, windows: list[int]) -> _Outcome | None:
+    """The fastest window, if it is faster than serial decoding on every sample there is."""
+    few = -(-_SCREENED // len(work.starts[0]))
+    tried = [work.compare(window, tolerance, min(few, len(work.starts))) for window in windows]
+    best = min(tried, key=lambda outcome: outcome.ratio, default=None)
+    if best is None or best.ratio > _GAIN:
+        return None
+    best = work.compare(best.window, tolerance, len(work.starts))
+    return best if best.ratio <= _GAIN and (mode != "exact" or best.error <= _EXACT_ERROR) else None
+
+
+def _row(batch: int, blocks: list[_Outcome]) -> Row:
+    return Row(
+        rows=batch,
+        windows=tuple(outcome.window for outcome in blocks),
+        passes=tuple(outcome.passes for outcome in blocks),
+        seconds=tuple(outcome.seconds for outcome in blocks),
+        serial_seconds=tuple(outcome.serial_seconds for outcome in blocks),
+        errors=tuple(outcome.error for outcome in blocks),
+    )

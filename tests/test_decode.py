@@ -1,0 +1,233 @@
+"""Parallel decoding: the same samples as serial decoding, whatever the window, and whoever shares the batch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow.runtime.backend import Array, Backend, Branches
+from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.calibrate import calibrate
+from tarflow.runtime.decode import Parallel, solve
+from tarflow.runtime.errors import BundleError, InputError
+from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.ort import OrtBackend
+from tarflow.runtime.plan import Plan, Row, find_plan
+
+from .conftest import DEMO, Cli, largest
+
+GUIDANCES = [Guidance(), Guidance(1.5), Guidance(1.0, "a", annealed=True), Guidance(0.7, "b", False, 0.5)]
+LABELS = np.array([3, 7, -1, 0, 9])
+
+
+@pytest.fixture(scope="module")
+def flow() -> Flow:
+    return Flow.open(DEMO)
+
+
+def whole(how: Parallel, flow: Flow, z: Array, branches: Branches, backend: Backend | None = None) -> tuple[Array, int]:
+    """All blocks; the patches, and the passes they took."""
+    x, total = z * flow.deviation, 0
+    for block in reversed(range(flow.config.blocks)):
+        decoding = (backend or flow.backend).decoding(block, x, branches)
+        x, passes = solve(decoding, flow.config.tokens, how)
+        decoding.close()
+        total += passes
+    return x, total
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("window", [2, 4, 7, 15, 100])
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_exact_decoding_is_serial_decoding(flow: Flow, batch: int, window: int, guidance: Guidance) -> None:
+    z = flow.noise(0, range(batch))
+    branches = flow.branches(guidance, LABELS[:batch])
+    expected, steps = whole(Parallel(1, 0.0, 15), flow, z, branches)
+    assert steps == 60
+    found, passes = whole(Parallel(window, 1e-5, 15), flow, z, branches)
+    assert largest(found, expected) < 1e-4
+    assert passes < 60 if batch == 1 and window > 2 else passes >= 8
+    loose, fewer = whole(Parallel(window, 1e-3, 15), flow, z, branches)
+    assert largest(loose, expected) < 0.02
+    assert fewer <= passes
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_every_patch_fulfils_its_equation(flow: Flow, resident: bool) -> None:
+    """One more pass over the whole sequence, with keys and values computed anew, changes nothing beyond the tolerance:
+    what was stored while solving belonged to the final patches.
+    """
+    backend = OrtBackend(flow.bundle, resident=resident)
+    for batch in (1, 3):
+        branches = flow.branches(Guidance(1.0), LABELS[:batch])
+        z = flow.noise(4, range(batch))
+        for window in (4, 15):
+            solved = backend.decoding(2, z, branches)
+            x, _ = solve(solved, flow.config.tokens, Parallel(window, 1e-3, 100))
+            fresh = backend.decoding(2, z, branches)
+            fresh.guess(x)
+            for position in range(15):  # keys and values of the one are those of the other
+                expected = fresh.evaluate(position, 1)[:, 0].copy()
+                assert largest(expected, fresh.x[:, position + 1]) <= 1.01e-3
+                assert largest(solved.evaluate(position, 1)[:, 0], expected) <= 1e-5
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates(flow: Flow) -> None:
+    """To the bit: the same image beside easy mates, hard ones, and one that overflows."""
+    z = flow.noise(7, range(4))
+    branches = flow.branches(Guidance(1.0), LABELS[:4])
+    how = Parallel(5, 1e-3, 12)
+    expected, _ = whole(how, flow, z, branches)
+    for scale in (0.0, 3.0, 1e4):
+        mates = z.copy()
+        mates[1:] *= scale
+        with np.errstate(all="ignore"):
+            found, _ = whole(how, flow, mates, branches)
+        assert np.array_equal(found[0], expected[0]), scale
+
+
+def test_a_limit_of_passes_ends_in_serial_decoding(flow: Flow) -> None:
+    branches = flow.branches(Guidance(), LABELS)
+    z = flow.noise(1, range(5))
+    expected, _ = whole(Parallel(1, 0.0, 1), flow, z, branches)
+    for batch in (1, 5):
+        few = flow.branches(Guidance(), LABELS[:batch])
+        found, passes = whole(Parallel(8, 1e-5, 1), flow, z[:batch], few)
+        assert largest(found, expected[:batch]) < 1e-5
+        assert 60 <= passes <= 76
+
+
+def test_sampling_says_how_it_decoded(flow: Flow) -> None:
+    serial = flow.sample(3, labels=[1, 2, 3], seed=2)
+    assert serial.report is not None
+    assert (serial.report.decoding, serial.report.passes) == ("serial", (15, 15, 15, 15))
+    seen: list[int] = []
+    fast = flow.sample(3, labels=[1, 2, 3], seed=2, decode="fast", progress=lambda p: seen.append(p.done), certify=True)
+    assert fast.report is not None
+    assert fast.report.decoding == "parallel to 0.001"
+    assert sum(fast.report.passes) < 60
+    assert seen == list(range(1, 61))
+    assert fast.report.certificate is not None
+    assert fast.report.certificate.max() < 0.1
+    assert largest(fast, serial) < 0.02
+    assert "0.001" in fast.report.level
+    exact = flow.sample(3, labels=[1, 2, 3], seed=2, decode="exact")
+    assert largest(exact, serial) < 1e-4
+    loose = flow.sample(3, labels=[1, 2, 3], seed=2, tolerance=0.1)
+    assert loose.report is not None
+    assert loose.report.decoding == "parallel to 0.1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"decode": "quick"}, "decoding mode 'quick' is unknown; expected one of serial, exact, fast"),
+        ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"decode": "serial", "tolerance": 1e-3}, "serial decoding has no tolerance"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        flow.sample(1, **arguments)  # type: ignore[arg-type]
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "bundle"))
+
+
+def a_plan(flow: Flow, windows: tuple[int, ...]) -> Plan:
+    times = (0.01,) * 4
+    rows = tuple(Row(n, windows, (6,) * 4, times, times, (0.0,) * 4) for n in (1, 8))
+    return Plan(flow.bundle.hash, flow.backend.machine, 24, {"exact": rows, "fast": rows})
+
+
+def test_sampling_follows_the_plan(copy: Path) -> None:
+    flow = Flow.open(copy)
+    plan = a_plan(flow, (4, 1, 8, 15))
+    path = plan.write(flow.bundle)
+    assert path.parent == copy / "plans"
+    flow = Flow.open(copy)
+    assert flow.plan == plan
+    assert flow.bundle.hash == Bundle.open(DEMO).hash  # a plan is no part of the bundle's identity
+    report = flow.sample(1, labels=3).report
+    assert report is not None
+    assert report.decoding == "parallel to 1e-05, as calibrated"
+    assert report.passes[1] == 15
+    assert max(report.passes[0], *report.passes[2:]) < 15
+    for arguments in ({"n": 9}, {"n": 5, "labels": 3, "guidance": Guidance(1.0)}):  # more rows than were measured
+        report = flow.sample(**arguments).report
+        assert report is not None
+        assert (report.decoding, report.passes) == ("serially, as calibrated", (15,) * 4)
+    report = flow.sample(1, reproducible=True).report
+    assert report is not None
+    assert report.decoding == "serial"
+
+
+def test_a_plan_of_another_machine_or_bundle_is_not_followed(copy: Path) -> None:
+    flow = Flow.open(copy)
+    plan = a_plan(flow, (4, 4, 4, 4))
+    replace(plan, bundle="0" * 64).write(flow.bundle)
+    assert find_plan(flow.bundle, flow.backend.machine) is None
+    replace(plan, machine="another").write(flow.bundle)
+    assert find_plan(flow.bundle, flow.backend.machine) is None
+    assert find_plan(flow.bundle, "another") is None or find_plan(flow.bundle, "another") != plan
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{}", '{"format": "tarflow-plan", "schema": 2}', "rows", "windows", "nan"]
+)
+def test_a_damaged_plan_is_refused_with_the_cure(copy: Path, damage: str) -> None:
+    flow = Flow.open(copy)
+    path = a_plan(flow, (4, 4, 4, 4)).write(flow.bundle)
+    document = json.loads(path.read_text())
+    if damage == "rows":
+        document["modes"]["fast"][0]["rows"] = 0
+    elif damage == "windows":
+        document["modes"]["exact"][0]["windows"] = [4]
+    elif damage == "nan":
+        document["modes"]["exact"][0]["seconds"][0] = float("nan")
+    path.write_text(json.dumps(document) if damage in ("rows", "windows", "nan") else damage)
+    with pytest.raises(BundleError, match=r"no plan this version reads .*tarflow calibrate"):
+        Flow.open(copy)
+
+
+def test_calibration_measures_and_chooses(copy: Path) -> None:
+    flow = Flow.open(copy)
+    plan = calibrate(flow, batches=(4, 1), samples=5)
+    for mode in ("exact", "fast"):
+        assert [row.rows for row in plan.modes[mode]] == [1, 4]
+        for row in plan.modes[mode]:
+            chosen = zip(row.windows, row.passes, row.seconds, row.serial_seconds, row.errors, strict=True)
+            for window, passes, seconds, serial, error in chosen:
+                assert seconds <= (0.95 * serial if window > 1 else serial)
+                assert passes == 15 if window == 1 else passes < 15
+                assert error <= (1e-4 if mode == "exact" else 0.01)
+    plan.write(flow.bundle)
+    assert find_plan(flow.bundle, flow.backend.machine) == plan
+    with pytest.raises(InputError, match="1 or more"):
+        calibrate(flow, batches=(0,))
+
+
+def test_the_command_keeps_a_plan(copy: Path, cli: Cli) -> None:
+    done = cli("calibrate", copy, "--batch", "1", "--samples", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert Path(document["plan"]).is_file()
+    assert document["modes"]["fast"][0]["rows"] == 1
+    done = cli("generate", copy, "--n", 1, "--decode", "fast", "--json", "--save", copy.parent / "x.npy")
+    assert done.returncode == 0, done.stderr
+    assert "calibrated" in json.loads(done.stdout)["decoding"]
+    done = cli("generate", copy, "--decode", "slow", "--save", copy.parent / "x.npy")
+    assert (done.returncode, "'slow' is unknown" in done.stderr) == (2, True)
+    done = cli("calibrate", copy, "--batch", "0")
+    assert (done.returncode, "--batch '0'" in done.stderr) == (2, True)
