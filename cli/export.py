@@ -21,7 +21,9 @@ def export(
         typer.Argument(metavar="[CHECKPOINT]", help=".pth, .safetensors or a bundle. Default: the demo model."),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
-    engine: Annotated[str, typer.Option(help="Precision typed into the graphs: fp32, fp16 or bf16.")] = "fp32",
+    engine: Annotated[
+        str, typer.Option(help="Precision typed into the graphs: fp32, fp16, bf16, or int8 (weights alone).")
+    ] = "fp32",
     patch_size: PatchSize = None,
     channels: Channels = None,
     noise_std: NoiseStd = None,
@@ -78,6 +80,8 @@ def export(
         say("not verified; run: tarflow verify " + str(output))
     if engines:
         print(f"engines: {engines}")
+    elif build and engine == "int8":
+        say(f"no engines: {why_not}")
     elif build:
         say(f"no engines: {why_not}; on a GPU machine run: tarflow build {output}")
 
@@ -89,6 +93,8 @@ def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None]:
     from ..runtime.errors import MachineError
     from .build import shown
 
+    if bundle.manifest.precision == "int8":
+        return None, "an int8 engine's precision cannot be read back yet, so none is built"
     try:
         with shown(quiet) as watch:
             folder, record = build(bundle, watch=watch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from tarflow.model import TarFlow
 
 from ..runtime.backend import Branches
+from ..runtime.bundle import WEIGHTS
 from ..runtime.files import replacing_folder
 from ..runtime.flow import Flow
 from ..runtime.ort import OrtBackend, OrtDecoding, load_onnxruntime
@@ -28,7 +29,7 @@ from .emulate import emulate_bfloat16
 from .precision import PRECISIONS, typed
 from .trace import KINDS, place, trace
 from .verify import TOLERANCES, Pairs
-from .weights import rename, write_weights
+from .weights import int8_names, rename, write_weights
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -75,7 +76,8 @@ def bisect(
         flow.bundle.path(flow.bundle.manifest.blocks[suspect.block].graphs[suspect.kind]), load_external_data=False
     )
     with tempfile.TemporaryDirectory(prefix="tarflow-bisect.") as name:
-        expected_graph = _trace_anew(model, precision, suspect, Path(name))
+        int8 = int8_names(flow.bundle.path(WEIGHTS))
+        expected_graph = _trace_anew(model, precision, int8, suspect, Path(name))
         expected = _run_exposed(expected_graph, Path(name), suspect.feeds)
         found = _run_exposed(found_graph, flow.bundle.folder, suspect.feeds)
         weights = _weights(expected_graph, Path(name)), _weights(found_graph, flow.bundle.folder)
@@ -141,9 +143,9 @@ def _step_feeds(decoding: OrtDecoding) -> Feeds:
     return {name: array.copy() for name, array in decoding.inputs.items()}
 
 
-def _trace_anew(model: TarFlow, precision: str, suspect: Suspect, folder: Path) -> ModelProto:
+def _trace_anew(model: TarFlow, precision: str, int8: Collection[str], suspect: Suspect, folder: Path) -> ModelProto:
     typed_block = typed(model.blocks[suspect.block], PRECISIONS[precision])
-    stored = write_weights(model, PRECISIONS[precision], folder / "weights.safetensors")
+    stored = write_weights(model, PRECISIONS[precision], folder / "weights.safetensors", int8)
     graph = trace(suspect.kind, typed_block, PRECISIONS[precision].dtype)
     names = rename(KINDS[suspect.kind](typed_block), suspect.block)
     place(graph, suspect.block, stored, names, folder / "graph.onnx")

@@ -195,6 +195,12 @@ def _check_request(bundle: Bundle, engine: str | None) -> None:
             f"asked for {engine} engines, but the graphs in '{bundle.folder}' are typed {precision}, and TensorRT "
             f"builds what is typed; nothing was built. Export them: tarflow export CHECKPOINT --engine {engine}"
         )
+    if precision == "int8":
+        raise InputError(
+            f"'{bundle.folder}' is int8, whose engines cannot be attested yet: TensorRT takes its graphs (see tarflow "
+            "check-engine), but does not say which products read int8. Build from fp16: tarflow export CHECKPOINT "
+            "-o NEW --engine fp16"
+        )
     if not bundle.manifest.blocks[0].has("resident"):
         raise BundleError(
             f"'{bundle.folder}' was exported before there were graphs for devices; export it again, its weights are "

@@ -44,6 +44,7 @@ from .card import markdown
 from .emulate import emulate_bfloat16
 from .graphs import BlockGraph
 from .precision import PRECISIONS, Precision, typed
+from .quantise import chosen, sensitivities
 from .trace import DIRECTED, KINDS, OPSET, Stored, pingpong, place, reverse, trace
 from .weights import rename, weights_size, write_weights
 
@@ -81,10 +82,14 @@ def export(
     watch(f"load {checkpoint}")
     model = open_checkpoint(checkpoint, hints)
     with replacing_folder(folder, force) as partial:
-        stored = _weights(model, precision, partial, watch)
-        blocks = _graphs(model, precision, stored, partial, watch)
-        manifest = _manifest(model, checkpoint, precision, blocks)
-        _finish(replace(manifest, parity=_parity(model, manifest, partial, check, watch)), partial)
+        manifest = _manifest(model, checkpoint, precision)
+        pairs = _pairs(model, manifest, partial, watch)
+        int8 = _int8(model, pairs, watch) if precision.int8 else frozenset()
+        watch(f"write {WEIGHTS}")
+        stored = write_weights(model, precision, partial / WEIGHTS, int8)
+        manifest = replace(manifest, blocks=_graphs(model, precision, stored, partial, watch))
+        card = _parity(model, manifest, pairs, partial, watch) if check else {}
+        _finish(replace(manifest, parity=card), partial)
     return Bundle.open(folder)
 
 
@@ -201,9 +206,10 @@ def twin_flow(model: TarFlow, bundle: Bundle) -> Flow:
     return Flow(bundle, Twin(model), model.prior.cpu().numpy())
 
 
-def _weights(model: TarFlow, precision: Precision, folder: Path, watch: Watch) -> dict[str, Stored]:
-    watch(f"write {WEIGHTS}")
-    return write_weights(model, precision, folder / WEIGHTS)
+def _int8(model: TarFlow, pairs: verify.Pairs, watch: Watch) -> frozenset[str]:
+    """Weights to store as int8, by what each of them alone does to the golden pairs."""
+    watch("measure what int8 does to each layer")
+    return chosen(sensitivities(model, pairs.states[:0:-1], pairs.labels))
 
 
 def _graphs(
@@ -228,23 +234,27 @@ def _graphs(
     )
 
 
-def _parity(model: TarFlow, manifest: Manifest, folder: Path, check: bool, watch: Watch) -> dict[str, Any]:
-    """Write golden pairs made by PyTorch; compare the graphs just written with it."""
+def _pairs(model: TarFlow, manifest: Manifest, folder: Path, watch: Watch) -> verify.Pairs:
+    """Make golden pairs with PyTorch, and write them."""
     from safetensors.numpy import save
 
     with torch.no_grad():
+        pairs = verify.make_pairs(twin_flow(model, Bundle(folder, manifest, "")), _parameters(model), watch)
+    (folder / GOLDEN).write_bytes(save(pairs.tensors()))
+    return pairs
+
+
+def _parity(model: TarFlow, manifest: Manifest, pairs: verify.Pairs, folder: Path, watch: Watch) -> dict[str, Any]:
+    """Compare the graphs just written with PyTorch."""
+    with torch.no_grad():
         oracle = twin_flow(model, Bundle(folder, manifest, ""))
-        pairs = verify.make_pairs(oracle, _parameters(model), watch)
-        (folder / GOLDEN).write_bytes(save(pairs.tensors()))
-        if not check:
-            return {}
         with runnable(Bundle(folder, manifest, "")) as bundle:
             flow = Flow(bundle, OrtBackend(bundle, low_memory=True))
             card = verify.verify(flow, oracle, pairs, watch, _resident(bundle))
             card["backend"] += _emulation(manifest)
     wrong = verify.failures(card)
     if wrong:
-        wider = "bf16 or fp32" if manifest.precision == "fp16" else "fp32"
+        wider = {"fp16": "bf16 or fp32", "int8": "fp16 or fp32"}.get(manifest.precision, "fp32")
         raise CheckFailed(
             "the exported graphs are not within tolerance of PyTorch, and no bundle was left:\n  "
             + "\n  ".join(wrong)
@@ -302,15 +312,14 @@ def _finish(manifest: Manifest, folder: Path) -> None:
     (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
 
 
-def _manifest(
-    model: TarFlow, checkpoint: str | os.PathLike[str], precision: Precision, blocks: tuple[BlockEntry, ...]
-) -> Manifest:
+def _manifest(model: TarFlow, checkpoint: str | os.PathLike[str], precision: Precision) -> Manifest:
+    """Without graphs and files, which are yet to be written."""
     packages = ("tarflow", "torch", "onnx", "onnxruntime")
     return Manifest(
         name=_name(checkpoint),
         precision=precision.name,
         config=ModelShape(**asdict(model.config)),
-        blocks=blocks,
+        blocks=(),
         files={},
         opset=OPSET,
         exporter={package: _version(package) for package in packages},

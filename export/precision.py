@@ -17,10 +17,14 @@ from tarflow.model import Block
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A precision's name and the type it gives matrix products, attention and the cache."""
+    """A precision's name and the type it gives matrix products, attention and the cache.
+
+    ``int8``: the products' weights are stored as int8, see :mod:`.quantise`; all else is in ``dtype``.
+    """
 
     name: str
     dtype: torch.dtype
+    int8: bool = False
 
 
 PRECISIONS = {
@@ -29,6 +33,7 @@ PRECISIONS = {
         Precision("fp32", torch.float32),
         Precision("fp16", torch.float16),
         Precision("bf16", torch.bfloat16),
+        Precision("int8", torch.float32, int8=True),
     )
 }
 

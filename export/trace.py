@@ -14,9 +14,11 @@ import onnxscript
 import torch
 from torch import Tensor
 
+from tarflow.checkpoint import DERIVED, SCALE
 from tarflow.model import Block
 
 from .graphs import BlockGraph, Forward, Gradient, Resident, Step
+from .quantise import read_int8
 
 OPSET = 20  # the first with Gelu as one operator; ONNX Runtime from 1.17 on and TensorRT's parser take it
 RESIDENT_OPSET = 24  # the first with TensorScatter, which TensorRT from 10.15 on makes an update in place
@@ -157,21 +159,24 @@ def place(model: ir.Model, block: int, stored: Mapping[str, Stored], rename: Map
     ``rename`` maps initializer names to names, in block ``block``, in the weights file. A graph traced from one
     block serves every block of its direction, and of both if its kind is not in ``DIRECTED``.
     """
+    int8 = {}
     for name, value in model.graph.initializers.items():
         if name not in rename:
             continue
-        where = stored[rename[name]]
-        value.const_value = ir.ExternalTensor(
-            WEIGHTS,
-            where.offset,
-            where.length,
-            where.dtype,
-            shape=ir.Shape(where.shape),
-            name=name,
-            base_dir=path.parent,
-        )
+        weight = _external(name, stored[rename[name]], path.parent)
+        if weight.dtype == ir.DataType.INT8:
+            int8[name] = weight, _external(name + SCALE, stored[f"{DERIVED}{rename[name]}{SCALE}"], path.parent)
+        else:
+            value.const_value = weight
+    if int8:
+        model = read_int8(model, int8)
     model.graph.name = f"block_{block:02d}"
     ir.save(model, path)
+
+
+def _external(name: str, where: Stored, folder: Path) -> ir.ExternalTensor:
+    shape = ir.Shape(where.shape)
+    return ir.ExternalTensor(WEIGHTS, where.offset, where.length, where.dtype, shape=shape, name=name, base_dir=folder)
 
 
 def reverse(model: ir.Model, tokens: int) -> ir.Model:

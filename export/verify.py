@@ -26,6 +26,7 @@ TOLERANCES = {
     "fp32": {"rms": 1e-4, "bits_per_dim": 1e-4, "certificate": 1e-2},
     "fp16": {"rms": 5e-3, "bits_per_dim": 5e-3, "certificate": 0.5},
     "bf16": {"rms": 5e-2, "bits_per_dim": 5e-2, "certificate": 5.0},
+    "int8": {"rms": 5e-2, "bits_per_dim": 5e-2, "certificate": 5.0},
 }
 _GUIDANCE = Guidance(1.0, annealed=True, attention_temperature=0.7)  # uses all a graph's guidance has
 _SWEEP_WINDOW = 128

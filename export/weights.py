@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import Tensor
 
-from tarflow.checkpoint import CONFIG_KEY, DERIVED, CheckpointError, reference_name, reference_state
+from tarflow.checkpoint import CONFIG_KEY, DERIVED, SCALE, CheckpointError, reference_name, reference_state
 from tarflow.model import TarFlow
 
 from ..runtime.errors import InputError
 from .graphs import BlockGraph
 from .precision import Precision, half_names
+from .quantise import candidates, quantise
 from .trace import Stored, weight_names
 
 _ALIGNMENT = 4096  # of the first tensor: a page, so that mapping the file keeps tensors aligned
@@ -25,6 +27,7 @@ _TYPES = {
     torch.float32: ("F32", ir.DataType.FLOAT),
     torch.float16: ("F16", ir.DataType.FLOAT16),
     torch.bfloat16: ("BF16", ir.DataType.BFLOAT16),
+    torch.int8: ("I8", ir.DataType.INT8),
 }
 
 
@@ -40,17 +43,21 @@ def rename(module: BlockGraph, block: int) -> dict[str, str]:
 
 
 def weights_size(model: TarFlow, precision: Precision) -> int:
-    """Bytes of all tensors, without the header."""
-    return sum(tensor.numel() * dtype.itemsize for _, tensor, dtype in _tensors(model, precision))
+    """Bytes of all tensors, without the header; with int8, if all weights take it."""
+    int8 = candidates(model) if precision.int8 else frozenset()
+    return sum(tensor.numel() * dtype.itemsize for _, tensor, dtype in _tensors(model, precision, int8))
 
 
-def write_weights(model: TarFlow, precision: Precision, path: Path) -> dict[str, Stored]:
-    """Write the file and return where each tensor lies. One tensor is converted at a time.
+def write_weights(
+    model: TarFlow, precision: Precision, path: Path, int8: Collection[str] = frozenset()
+) -> dict[str, Stored]:
+    """Write the file and return where each tensor lies. One tensor is converted at a time, those named in ``int8`` (as
+    in a checkpoint) quantised.
 
     The layout is safetensors, the configuration in its metadata, so that the file is a checkpoint too. Raises
     InputError if a weight is not finite, or does not fit the precision.
     """
-    tensors = sorted(_tensors(model, precision), key=_packing)
+    tensors = sorted(_tensors(model, precision, int8), key=_packing)
     entries, offset = {}, 0
     for name, tensor, dtype in tensors:
         length = tensor.numel() * dtype.itemsize
@@ -76,6 +83,12 @@ def write_weights(model: TarFlow, precision: Precision, path: Path) -> dict[str,
     return stored | _class_tables(model, stored)
 
 
+def int8_names(path: Path) -> frozenset[str]:
+    """The weights that a file holds as int8."""
+    with safe_open(str(path), framework="np") as file:
+        return frozenset(name for name in file.keys() if file.get_slice(name).get_dtype() == "I8")  # noqa: SIM118
+
+
 def _class_tables(model: TarFlow, stored: dict[str, Stored]) -> dict[str, Stored]:
     """Each block's class embeddings and, right behind them in the file, the null class, read as one tensor."""
     tables = {}
@@ -89,10 +102,15 @@ def _class_tables(model: TarFlow, stored: dict[str, Stored]) -> dict[str, Stored
     return tables
 
 
-def _tensors(model: TarFlow, precision: Precision) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def _tensors(model: TarFlow, precision: Precision, int8: Collection[str]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     block = model.blocks[0]
     half = {reference_name(f"blocks.{k}.{name}") for k in range(len(model.blocks)) for name in half_names(block)}
     for name, tensor in reference_state(model).items():
+        if name in int8:
+            levels, scale = quantise(tensor)
+            yield name, levels, torch.int8
+            yield f"{DERIVED}{name}{SCALE}", scale, torch.float32
+            continue
         yield name, tensor, precision.dtype if name in half else torch.float32
         if name.endswith(".class_embed"):
             yield f"{DERIVED}{name.removesuffix('class_embed')}null_class", tensor.mean(0), torch.float32

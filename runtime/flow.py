@@ -454,8 +454,8 @@ class Flow:
 
     def _default_batch(self, guidance: Guidance) -> int:
         config = self.config
-        half = 2 if self.bundle.manifest.precision != "fp32" else 4
-        row = 2 * config.layers * config.width * config.tokens * half * (2 if guidance.scale else 1)
+        size = 2 if self.bundle.manifest.precision in ("fp16", "bf16") else 4
+        row = 2 * config.layers * config.width * config.tokens * size * (2 if guidance.scale else 1)
         return max(1, min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, _CACHE_BUDGET // row))
 
     def _ways(

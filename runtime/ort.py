@@ -31,7 +31,12 @@ PROVIDERS = {
     "ort-tensorrt": "TensorrtExecutionProvider",  # ONNX Runtime's own use of TensorRT; what it refuses goes to CUDA
 }
 Feeds = dict[str, NDArray[Any]]
-CACHE_TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # numpy has no bfloat16
+CACHE_TYPES: dict[str, Any] = {  # numpy has no bfloat16
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": np.uint16,
+    "int8": np.float32,
+}
 MASKED = -1e30  # exp() of it is exactly 0
 _BFLOAT16 = 16  # ONNX TensorProto.BFLOAT16
 
@@ -170,6 +175,11 @@ class OrtBackend:
         if kind != "step":
             # Prepacking would copy the block's weights for every session. It pays only where a graph runs per step.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.bundle.manifest.precision == "int8":
+            # A step multiplies in int8, activations rounded block by block: that is its speed. What judges it does not.
+            level = "4" if kind in ("step", "resident") else "1"
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+            options.add_session_config_entry("session.qdq_matmulnbits_block_size", "64")
         for axis, size in sizes:  # known shapes fold away, and with them the arithmetic that would leave the GPU
             options.add_free_dimension_override_by_name(axis, size)
         path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])

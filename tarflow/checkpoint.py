@@ -20,6 +20,7 @@ from .model import TarFlow
 
 CONFIG_KEY = "tarflow.config"  # safetensors metadata: the Config as JSON, so that nothing need be inferred
 DERIVED = "derived."  # tensors computed from others for the graphs; not part of a checkpoint
+SCALE = "_scale"  # DERIVED + name + SCALE: the scales (out,) of a weight that is stored as int8, (in, out)
 
 # Our module names -> the reference's, applied in this order.
 _RENAME = (
@@ -173,13 +174,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            state = _dequantised({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
         config = Config(**json.loads(metadata[CONFIG_KEY])) if CONFIG_KEY in metadata else None
         if config is not None and max(config.blocks, config.layers) > len(state):
             raise ValueError(f"{config.blocks} blocks of {config.layers} layers for {len(state)} weights")
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is truncated, damaged or no safetensors file ({error})") from None
     return state, config
+
+
+def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an int8 bundle in float32, (out, in). Raises ValueError if their scales are missing or do not fit."""
+    for name in [name for name, tensor in state.items() if tensor.dtype == torch.int8]:
+        levels, scale = state[name], state.get(f"{DERIVED}{name}{SCALE}")
+        if scale is None or levels.dim() != 2 or scale.shape != levels.shape[1:]:
+            raise ValueError(f"{name} is int8 without scales for its {tuple(levels.shape)[-1:]} outputs")
+        state[name] = (levels.float() * scale).T.contiguous()
+    return state
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def test_samples_are_pythons_whatever_n_batch_size_and_threads(
     cpp.close()
 
 
-@pytest.mark.parametrize(("case", "engine"), [("demo", "fp16"), ("vp", "fp32"), ("uncond", "fp32")])
+@pytest.mark.parametrize(("case", "engine"), [("demo", "fp16"), ("demo", "int8"), ("vp", "fp32"), ("uncond", "fp32")])
 def test_likelihood_and_samples_agree_in_other_bundles(bundle: Exported, case: str, engine: str) -> None:
     python, cpp = Flow.open(bundle(case, engine)), CppFlow(bundle(case, engine))
     labels = np.arange(5) % python.config.classes if python.config.classes else None

@@ -477,7 +477,8 @@ Branches Flow::branches(const tarflow_sample_options* guidance, std::vector<std:
 
 // Bytes of keys and values that one image takes.
 double Flow::cache_row(bool guided) const {
-  const double item = opened->bundle.manifest.precision == "fp32" ? 4 : 2;
+  const std::string& precision = opened->bundle.manifest.precision;
+  const double item = precision == "fp16" || precision == "bf16" ? 2 : 4;
   return 2.0 * double(shape_.layers) * double(shape_.width) * double(shape_.tokens()) * item * (guided ? 2 : 1);
 }
 

@@ -127,8 +127,9 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
   for (const char* name : {kWeights, "golden.safetensors"}) {
     if (!manifest.files.count(name)) throw reader.wrong("files lacks " + std::string(name));
   }
-  if (manifest.precision != "fp32" && manifest.precision != "fp16" && manifest.precision != "bf16") {
-    throw reader.wrong("precision is " + shown(manifest.precision) + "; expected one of fp32, fp16, bf16");
+  if (manifest.precision != "fp32" && manifest.precision != "fp16" && manifest.precision != "bf16" &&
+      manifest.precision != "int8") {
+    throw reader.wrong("precision is " + shown(manifest.precision) + "; expected one of fp32, fp16, bf16, int8");
   }
   reader.natural(reader.get(document, "opset"), "opset", 1);
   reader.object(document, "parity");

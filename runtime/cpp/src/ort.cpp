@@ -198,7 +198,12 @@ OrtBackend::Session OrtBackend::open(std::size_t block, Kind kind) const {
   if (options_.threads > 0) check(api_->SetIntraOpNumThreads(made, options_.threads), "it refuses the threads");
   if (!options_.spinning) entry("session.intra_op.allow_spinning", "0");
   // Prepacking copies the weights of every session. It pays only where a graph runs once a step.
-  if (kind != kStep && kind != kResident) entry("session.disable_prepacking", "1");
+  const bool stepping = kind == kStep || kind == kResident;
+  if (!stepping) entry("session.disable_prepacking", "1");
+  if (bundle_.manifest.precision == "int8") {  // steps multiply in int8; what judges them does not
+    entry("session.qdq_matmulnbits_accuracy_level", stepping ? "4" : "1");
+    entry("session.qdq_matmulnbits_block_size", "64");
+  }
   append_provider(made);
   const std::string path = bundle_.graph(block, kind);
   OrtSession* session = nullptr;
