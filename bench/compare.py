@@ -18,11 +18,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from bench import published
 from tarflow.checkpoint import save
 from tarflow.config import Config
 from tarflow.export.pipeline import export
 from tarflow.model import TarFlow
+from tarflow.rivals import published
 from tarflow.runtime.bench import read_bandwidth, step_floor
 from tarflow.runtime.flow import Flow, Guidance
 
@@ -82,7 +82,7 @@ def run(case: Case, model: TarFlow, flow: Flow) -> Result:
     times: list[tuple[float, float]] = []
     for i in range(case.repeats + 1):
         started = time.perf_counter()
-        theirs = published.decode(model, *tensors, case.guidance)
+        theirs = published(model, *tensors, case.guidance)
         between = time.perf_counter()
         ours = flow.sample(noise=noise, labels=labels, guidance=guidance, denoise=False, batch_size=case.batch)
         if i or case.repeats == 1:  # the first pair warms up

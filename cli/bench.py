@@ -1,36 +1,46 @@
-"""``tarflow bench``: how fast does this bundle sample here?"""
+"""``tarflow bench``: how fast does this bundle sample here, in which way, and how far are the ways apart?"""
 
 from __future__ import annotations
 
 import os
-import time
-from typing import Annotated
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import default_bundle, emit, parse_sizes, say
 from .options import BundleArgument, Json, Provider, Spinning, Threads
 
+if TYPE_CHECKING:
+    from ..runtime.bench import Contender, Result
+    from ..runtime.bundle import Bundle
+
 
 def bench(
     bundle: BundleArgument = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another bundle of the same model, such as its int8; may be repeated.")
+    ] = None,
+    rivals: Annotated[
+        bool, typer.Option("--rivals/--no-rivals", help="Also time PyTorch: as published, and compiled. Slow.")
+    ] = False,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     guidance: Annotated[float, typer.Option(help="Guidance scale of the guided rows; 0 leaves them out.")] = 1.0,
-    repeats: Annotated[int, typer.Option(help="Runs of each row; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Rounds, in which all take turns; the median counts.")] = 5,
     provider: Provider = "cpu",
     threads: Threads = None,
     spinning: Spinning = None,
     json: Json = False,
 ) -> None:
-    """Time sampling (decoding alone, no denoising) at several batch sizes, and the distance to the memory floor.
+    """Time sampling (decoding alone, no denoising) serially, in parallel to 1e-5 (exact) and to 1e-3 (fast).
 
-    The floor: every sequential step must read one block's weights once. Comparisons with PyTorch: make bench.
+    Beside each time: how often it fits into the first row's, the largest difference from the first row's samples, and
+    the round-trip error. The floor: every sequential step must read one block's weights once.
 
-    Example: tarflow bench tarflow-bundle --batch 1,8,32
+    Example: tarflow bench tarflow-bundle --against tarflow-int8 --batch 1,8,32
     """
-    from statistics import median
-
-    from ..runtime.bench import read_bandwidth, step_floor
+    from ..runtime.bench import of_flow, race, read_bandwidth, step_floor
     from ..runtime.errors import InputError
     from ..runtime.flow import Flow, Guidance
 
@@ -38,45 +48,83 @@ def bench(
     if repeats < 1:
         raise InputError(f"--repeats is {repeats}; expected 1 or more")
     flow = Flow.open(default_bundle(bundle), provider, threads, spinning)
-    labels = 0 if flow.config.classes else None
+    field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast")]
+    for folder in against or ():
+        other = Flow.open(folder, provider, threads, spinning)
+        if other.config != flow.config:
+            raise InputError(f"'{folder}' holds another model than '{flow.bundle.folder}'; expected the same")
+        field += [of_flow(other, f"{folder.name} {mode}", mode) for mode in ("serial", "fast")]
+    if rivals:
+        field += _rivals(flow.bundle, threads)
+        guidance = guidance if flow.config.classes else 0.0  # by temperature alone they cannot
     guided = Guidance(guidance, attention_temperature=1.0 if flow.config.classes else 0.5)
-    rows = [(size, g) for size in sizes for g in ([Guidance(), guided] if guidance else [Guidance()])]
-    times: dict[int, list[float]] = {i: [] for i in range(len(rows))}
-    for round_ in range(repeats + 1):  # rows interleaved, so that a slow spell of the machine hits all of them
-        for i, (size, g) in enumerate(rows):
-            started = time.perf_counter()
-            flow.sample(size, labels=labels, guidance=g, denoise=False, batch_size=size)
-            if round_:  # the first round warms up
-                times[i].append(time.perf_counter() - started)
+    cases = [(size, g) for size in sizes for g in ([Guidance(), guided] if guidance else [Guidance()])]
+    if not json:
+        plan = "as calibrated for this machine" if flow.plan else "not calibrated: windows of 64 patches"
+        say(f"{flow.backend.description}; parallel decoding {plan}")
+        print(
+            f"{'':<20} {'batch':>5} {'guided':>6} {'seconds':>9} {'samples/s':>10} {'ratio':>7} {'passes':>7} "
+            f"{'error':>8} {'certificate':>11}"
+        )
+    results: list[Result] = []
+    for size, g in cases:
+        found = race(field, flow, size, g, repeats)
+        results += found
+        for row in () if json else found:
+            print(
+                f"{row.name[:20]:<20} {row.batch:>5} {row.guidance:>6g} {row.seconds:>9.4f} "
+                f"{row.batch / row.seconds:>10.1f} {row.ratio:>6.2f}x {row.passes or '':>7} {row.error:>8.1g} "
+                f"{row.certificate:>11.1g}",
+                flush=True,
+            )
     bandwidth = read_bandwidth(threads or os.cpu_count() or 1)
-    steps = flow.config.blocks * (flow.config.tokens - 1)
     floor = step_floor(flow.bundle, bandwidth)
-    results = [
-        {
-            "batch": size,
-            "guidance": g.scale,
-            "seconds": median(times[i]),
-            "microseconds_per_step": median(times[i]) / max(steps, 1) * 1e6,
-            "samples_per_second": size / median(times[i]),
-        }
-        for i, (size, g) in enumerate(rows)
-    ]
     if json:
         emit(
             {
                 "bundle": str(flow.bundle.folder),
                 "backend": flow.backend.description,
-                "rows": results,
+                "rows": [asdict(row) for row in results],
                 "read_bandwidth": bandwidth,
                 "floor_microseconds_per_step": floor * 1e6,
             }
         )
         return
-    say(f"{flow.backend.description}; {steps} sequential steps a batch")
-    print(f"{'batch':>6} {'guidance':>9} {'seconds':>9} {'us/step':>9} {'samples/s':>10}")
-    for row in results:
-        print(
-            f"{row['batch']:>6} {row['guidance']:>9g} {row['seconds']:>9.3f} {row['microseconds_per_step']:>9.0f} "
-            f"{row['samples_per_second']:>10.1f}"
-        )
-    print(f"floor at batch 1: {floor * 1e6:.0f} us/step (one block's weights at {bandwidth / 1e9:.1f} GB/s)")
+    steps = flow.config.blocks * (flow.config.tokens - 1)
+    print(
+        f"floor at batch 1: {floor * steps:.4f} s for {steps} serial steps (one block's weights at "
+        f"{bandwidth / 1e9:.1f} GB/s)"
+    )
+
+
+def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:
+    """PyTorch on the bundle's own weights. Guidance is what the published method knows: a scale."""
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from tarflow.checkpoint import load
+    from tarflow.rivals import Compiled, published
+
+    from ..runtime.backend import Array
+    from ..runtime.bench import Contender, Draw
+    from ..runtime.flow import Guidance
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load(bundle.folder)
+
+    def drawing(decode: object) -> Draw:
+        def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
+            classes = torch.from_numpy(labels) if bundle.manifest.config.classes else None
+            found = decode(model, torch.from_numpy(noise), classes, guidance.scale)  # type: ignore[operator]
+            images: Array = model.unpatchify(found).numpy()
+            return images
+
+        return draw
+
+    compiled = Compiled(model)
+    return [
+        Contender("PyTorch, published", drawing(published)),
+        Contender("PyTorch, compiled", drawing(lambda _, *inputs: compiled(*inputs))),
+    ]

@@ -45,10 +45,8 @@ class BlockGraph(nn.Module):
 
     def heads(self, attention: Attention, n: Tensor, rows: int) -> list[Tensor]:
         """Normalised (R * W, C) -> query, key, value, each (R, H, W, d)."""
-        return [
-            part.view(rows, -1, attention.heads, attention.head_dim).transpose(1, 2)
-            for part in product(n, attention.qkv).chunk(3, -1)
-        ]
+        together = product(n, attention.qkv).view(rows, -1, 3 * attention.heads, attention.head_dim)
+        return list(together.transpose(1, 2).chunk(3, 1))  # one operator each for the three of them
 
     def mlp(self, layer: Layer, h: Tensor) -> Tensor:
         return product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()

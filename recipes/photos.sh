@@ -4,7 +4,7 @@
 # Usage: recipes/photos.sh [OUT]
 set -e
 out="${1:-runs/photos}"
-python "$(dirname "$0")/photos.py" "$out/images"
-exec tarflow train --data "$out/images" --image-size 32 --hold-out 16 --out "$out" \
+python "$(dirname "$0")/photos.py" "$out/photos"
+exec tarflow train --data "$out/photos" --image-size 32 --hold-out 16 --out "$out" \
   --patch-size 2 --width 384 --blocks 4 --layers 4 --noise-std 0.1 \
   --steps 600 --batch-size 8 --lr 5e-4 --warmup 60 --ema 0.99 --seed 0 --threads 2 --sample-every 0 --save-every 100

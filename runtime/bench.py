@@ -1,14 +1,91 @@
-"""What a step cannot be faster than: the weights it must read over the memory's bandwidth."""
+"""How fast is each way to draw the same samples, how far apart are they, and what could no step beat?"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .backend import Array
 from .bundle import WEIGHTS, Bundle
+from .flow import Flow, Guidance
+
+Draw = Callable[[Array, NDArray[np.int64], Guidance], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way to turn noise (B, T, D) and labels into raw samples, and a name for it."""
+
+    name: str
+    draw: Draw
+    passes: Callable[[], int] = lambda: 0  # dependent passes of the last draw; 0: not counted
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One contender at one batch size and guidance, beside the first of the field."""
+
+    name: str
+    batch: int
+    guidance: float
+    seconds: float  # median
+    ratio: float  # the first one's seconds over these: median over interleaved rounds
+    error: float  # largest difference from the first one's samples
+    rms: float
+    certificate: float  # largest round-trip error, by the first one's bundle
+    passes: int
+
+
+def of_flow(flow: Flow, name: str, mode: str) -> Contender:
+    """A flow decoding in one mode."""
+    spent = [0]
+
+    def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
+        samples = flow.sample(
+            noise=noise, labels=labels, guidance=guidance, denoise=False, batch_size=len(noise), decode=mode
+        )
+        assert samples.report is not None
+        spent[0] = sum(samples.report.passes)
+        return np.asarray(samples)
+
+    return Contender(name, draw, lambda: spent[0])
+
+
+def race(
+    field: Sequence[Contender], judge: Flow, batch: int, guidance: Guidance, repeats: int, warm: int = 1
+) -> list[Result]:
+    """Let all draw the same samples by turns, so that a slow spell of the machine hits all of them."""
+    noise = judge.noise(0, range(batch))
+    labels = np.arange(batch) % judge.config.classes if judge.config.classes else np.full(batch, -1)
+    seconds: list[list[float]] = [[] for _ in field]
+    images: list[Array] = []
+    for turn in range(warm + repeats):
+        images = []
+        for contender, times in zip(field, seconds, strict=True):
+            started = time.perf_counter()
+            images.append(contender.draw(noise, labels, guidance))
+            if turn >= warm:
+                times.append(time.perf_counter() - started)
+    return [
+        Result(
+            contender.name,
+            batch,
+            guidance.scale,
+            median(times),
+            median(first / own for first, own in zip(seconds[0], times, strict=True)),
+            float(np.abs(found - images[0]).max()),
+            float(np.sqrt(np.mean(np.square(found - images[0])))),
+            float(judge.certify(found, noise, labels, guidance).max()),
+            contender.passes(),
+        )
+        for contender, times, found in zip(field, seconds, images, strict=True)
+    ]
 
 
 def read_bandwidth(threads: int, size: int = 256 << 20, repeats: int = 5) -> float:

@@ -236,6 +236,19 @@ class Flow:
         """Noise of the given sample indices: (N, T, D) standard normal float32. Needs no engine."""
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
 
+    def certify(
+        self,
+        images: ArrayLike,
+        noise: ArrayLike,
+        labels: ArrayLike | None = None,
+        guidance: Guidance | None = None,
+    ) -> Array:
+        """(N,): the round-trip error of raw samples, made anywhere from ``noise`` (N, T, D); see :class:`Report`."""
+        x, classes = self._inputs(images, labels)
+        z, _ = self._noise(len(x), noise, 0, 0)
+        assert z is not None
+        return self._round_trip(x, z, self.branches(guidance or Guidance(), classes))
+
     def encode(self, images: ArrayLike, labels: ArrayLike | None = None) -> tuple[Array, Array]:
         """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form."""
         x, classes = self._inputs(images, labels)

@@ -172,6 +172,9 @@ class OrtBackend:
             options.intra_op_num_threads = self._threads
         if self._spinning is not None:
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
+        if self._spinning is not False:
+            # Blocks run one after the other: the last one's idle threads must not take a core from this one's.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if kind != "step":
             # Prepacking would copy the block's weights for every session. It pays only where a graph runs per step.
             options.add_session_config_entry("session.disable_prepacking", "1")

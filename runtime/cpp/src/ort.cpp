@@ -197,6 +197,8 @@ OrtBackend::Session OrtBackend::open(std::size_t block, Kind kind) const {
   check(api_->SetInterOpNumThreads(made, 1), "it refuses one thread");
   if (options_.threads > 0) check(api_->SetIntraOpNumThreads(made, options_.threads), "it refuses the threads");
   if (!options_.spinning) entry("session.intra_op.allow_spinning", "0");
+  // Blocks run one after the other: the last one's idle threads must not take a core from this one's.
+  if (options_.spinning) entry("session.force_spinning_stop", "1");
   // Prepacking copies the weights of every session. It pays only where a graph runs once a step.
   const bool stepping = kind == kStep || kind == kResident;
   if (!stepping) entry("session.disable_prepacking", "1");

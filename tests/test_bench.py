@@ -1,0 +1,62 @@
+"""Benchmarks compare like with like: every contender draws the same samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tarflow import checkpoint
+from tarflow.rivals import Compiled, published
+from tarflow.runtime.bench import of_flow, race
+from tarflow.runtime.flow import Flow, Guidance
+
+from .conftest import DEMO, Cli, largest
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_rivals_draw_the_same_samples(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)  # its result, not its minute of compiling
+    flow, model = Flow.open(DEMO), checkpoint.load(DEMO)
+    noise, labels = flow.noise(0, range(3)), np.array([1, 5, 9])
+    expected = flow.sample(noise=noise, labels=labels, guidance=Guidance(guidance), denoise=False)
+    for decode in (lambda *inputs: published(model, *inputs), Compiled(model)):
+        found = decode(torch.from_numpy(noise), torch.from_numpy(labels), guidance)
+        assert largest(model.unpatchify(found).numpy(), expected) < 1e-4
+
+
+def test_a_race_tells_time_error_and_certificate() -> None:
+    flow = Flow.open(DEMO)
+    serial, exact, fast = race([of_flow(flow, m, m) for m in ("serial", "exact", "fast")], flow, 2, Guidance(1.0), 2)
+    assert (serial.ratio, serial.error, serial.passes) == (1.0, 0.0, 60)
+    assert exact.error < 1e-4
+    assert exact.certificate < 1e-3
+    assert fast.error < 0.02
+    assert fast.certificate < 0.1
+    assert fast.passes <= exact.passes
+    assert all(result.seconds > 0 for result in (serial, exact, fast))
+
+
+def test_samples_from_anywhere_are_certified() -> None:
+    flow = Flow.open(DEMO)
+    samples = flow.sample(4, labels=[0, 1, 2, 3], guidance=Guidance(1.0), denoise=False, certify=True)
+    assert samples.report is not None
+    found = flow.certify(samples, flow.noise(0, range(4)), [0, 1, 2, 3], Guidance(1.0))
+    assert samples.report.certificate is not None
+    assert np.array_equal(found, samples.report.certificate)
+    assert flow.certify(samples, flow.noise(1, range(4)), [0, 1, 2, 3]).min() > 1
+
+
+def test_bundles_are_compared_on_the_command_line(cli: Cli, bundle: Callable[[str, str], Path]) -> None:
+    done = cli("bench", DEMO, "--against", bundle("demo", "int8"), "--batch", "2", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    names = ["serial", "exact", "fast", "demo-int8 serial", "demo-int8 fast"]
+    assert [row["name"] for row in rows] == names * 2
+    assert all(row["rms"] < 0.05 for row in rows)
+    done = cli("bench", DEMO, "--against", bundle("cond", "fp32"))
+    assert (done.returncode, "holds another model" in done.stderr) == (2, True)
