@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..runtime.errors import InputError
-from .console import default_bundle, emit, say, size_text, stages, status_line
+from ..runtime.files import size_text
+from .console import default_bundle, emit, say, stages, status_line
 from .options import BundleArgument, Json
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import DEFAULT_BUNDLE, DEMO, emit, say, show, size_text, stages
+from ..runtime.files import size_text
+from .console import DEFAULT_BUNDLE, DEMO, emit, say, show, stages
 from .options import Channels, Json, NoiseStd, PatchSize
 
 if TYPE_CHECKING:

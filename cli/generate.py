@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..runtime.files import size_text
 from .console import default_bundle, emit, parse_labels, read_array, say, step_bar
-from .options import BundleArgument, Decode, Json, Labels, LowMemory, Provider, Spinning, Threads, Tolerance
+from .options import BundleArgument, Decode, Json, Labels, LowMemory, Memory, Provider, Spinning, Threads, Tolerance
 
 if TYPE_CHECKING:
     from ..runtime.flow import Flow, Samples
@@ -53,6 +54,7 @@ def generate(
     threads: Threads = None,
     spinning: Spinning = None,
     low_memory: LowMemory = False,
+    memory: Memory = None,
     json: Json = False,
 ) -> None:
     """Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array.
@@ -62,6 +64,7 @@ def generate(
     from ..runtime.errors import InputError
     from ..runtime.files import check_writable
     from ..runtime.flow import Flow, Guidance
+    from ..runtime.memory import parse_memory
 
     guided = Guidance(guidance, guide, annealed, attention_temperature)
     array = read_array(noise, "noise") if noise is not None else None
@@ -74,7 +77,7 @@ def generate(
     for path in (save, output):
         if path is not None:
             check_writable(path)
-    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, low_memory)
+    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, low_memory, parse_memory(memory))
     if flow.config.classes and classes is None:
         say(f"no labels given: drawing from the null class; --labels 0-{flow.config.classes - 1} deals out all classes")
     with step_bar("sampling") as progress:
@@ -119,11 +122,14 @@ def generate(
                 "redrawn": list(report.redrawn),
                 "seconds": report.seconds,
                 "denoise_seconds": report.denoise_seconds,
+                "peak_memory": report.peak_memory,
             }
         )
     else:
         drawn = f"{len(samples)} samples of {flow.bundle.manifest.name}"
         print(f"{drawn} in {report.seconds:.2f} s on {report.backend}: {', '.join(written.values())}")
+        if memory is not None:
+            print(f"memory: {size_text(report.peak_memory)} at peak, of {memory}")
         if report.certificate is not None:
             print(
                 f"round-trip error {report.certificate.max():.2g} at most, checked in "

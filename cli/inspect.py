@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .console import default_bundle, emit, show, size_text
+from ..runtime.files import size_text
+from .console import default_bundle, emit, show
 from .options import BundleArgument, Json
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import emit, parse_labels, read_images
-from .options import Json, Labels, LowMemory, Provider, Spinning, Threads
+from .options import Json, Labels, LowMemory, Memory, Provider, Spinning, Threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,6 +29,7 @@ def likelihood(
     threads: Threads = None,
     spinning: Spinning = None,
     low_memory: LowMemory = False,
+    memory: Memory = None,
     json: Json = False,
 ) -> None:
     """Bits per dimension and log-determinant of images. Floats are taken as they are; 8-bit images get training noise.
@@ -39,8 +40,9 @@ def likelihood(
 
     from ..runtime.files import replacing
     from ..runtime.flow import Flow
+    from ..runtime.memory import parse_memory
 
-    flow = Flow.open(bundle, provider, threads, spinning, low_memory)
+    flow = Flow.open(bundle, provider, threads, spinning, low_memory, parse_memory(memory))
     stored, names = read_images(images, flow.config.channels, flow.config.image_size)
     x = _dequantised(flow, stored, seed)
     classes = parse_labels(labels, 0, x.shape[0] if x.ndim else 0)
@@ -79,6 +81,7 @@ def denoise(
     threads: Threads = None,
     spinning: Spinning = None,
     low_memory: LowMemory = False,
+    memory: Memory = None,
     json: Json = False,
 ) -> None:
     """Remove the model's training noise from images: one step along the gradient of their likelihood.
@@ -90,8 +93,9 @@ def denoise(
     from ..runtime.files import replacing
     from ..runtime.flow import Flow
     from ..runtime.image import grid, write_png
+    from ..runtime.memory import parse_memory
 
-    flow = Flow.open(bundle, provider, threads, spinning, low_memory)
+    flow = Flow.open(bundle, provider, threads, spinning, low_memory, parse_memory(memory))
     stored, _ = read_images(images, flow.config.channels, flow.config.image_size)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
     result = flow.denoise(x, parse_labels(labels, 0, x.shape[0] if x.ndim else 0), strength)

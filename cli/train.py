@@ -49,7 +49,7 @@ def train(
     samples: Annotated[int, typer.Option(help="Images in a sample grid.")] = 100,
     guidance: Annotated[float, typer.Option(help="Guidance of the sample grids.")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    amp: Annotated[str, typer.Option(help="bfloat16 matrix products: auto (on CUDA), on or off.")] = "auto",
+    amp: Annotated[str, typer.Option(help="bfloat16 matrix products: auto (on CUDA), on (CPUs too) or off.")] = "auto",
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with the same options.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start over, replacing the run in --out.")] = False,

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..runtime.backend import rows_that_fit
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.cuda import Cuda
 from ..runtime.engines import (
@@ -36,6 +35,7 @@ from ..runtime.engines import (
 )
 from ..runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from ..runtime.files import disk_errors, replacing, sha256
+from ..runtime.memory import Budget
 from ..runtime.trt import import_tensorrt, make_logger
 from . import attest
 
@@ -172,8 +172,8 @@ def profiles(bundle: Bundle, options: Options) -> dict[str, tuple[Profile, ...]]
     single = [Profile(branches, options.batch) for branches in (1, 2)]
     if options.window[2] > 1:
         single += [Profile(branches, options.batch, options.window) for branches in (1, 2)]
-    forward = [Profile(n, _at_most(options.batch, rows_that_fit(config, 3 * n, 12 * n))) for n in (1, 2)]
-    rows = rows_that_fit(config, config.layers + 4, 12 * (config.layers + 1))
+    forward = [Profile(n, _at_most(options.batch, Budget().rows(config, 3 * n, 12 * n))) for n in (1, 2)]
+    rows = Budget().rows(config, config.layers + 4, 12 * (config.layers + 1))
     return {
         "step": tuple(single),
         "forward": tuple(forward),

@@ -37,6 +37,7 @@ from ..runtime.bundle import (
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import check_replaceable, replacing_folder, sha256
 from ..runtime.flow import Flow
+from ..runtime.memory import Budget
 from ..runtime.ort import PROVIDERS, OrtBackend
 from . import verify
 from .bisect import Finding, bisect
@@ -46,7 +47,7 @@ from .graphs import BlockGraph
 from .precision import PRECISIONS, Precision, typed
 from .quantise import chosen, sensitivities
 from .trace import DIRECTED, KINDS, OPSET, Stored, pingpong, place, reverse, trace
-from .weights import rename, weights_size, write_weights
+from .weights import check_weights, rename, weights_size, write_weights
 
 Watch = Callable[[str], None]
 
@@ -81,6 +82,7 @@ def export(
     check_replaceable(folder, force)
     watch(f"load {checkpoint}")
     model = open_checkpoint(checkpoint, hints)
+    check_weights(model, precision)
     with replacing_folder(folder, force) as partial:
         manifest = _manifest(model, checkpoint, precision)
         pairs = _pairs(model, manifest, partial, watch)
@@ -197,7 +199,9 @@ def _beside_pytorch(
             "name the checkpoint it was exported from"
         )
     with torch.no_grad(), runnable(bundle) if provider == "cpu" else contextlib.nullcontext(bundle) as here:
-        backend = OrtBackend(here, low_memory=True) if here is not bundle else open_backend(provider, bundle)
+        backend = (
+            OrtBackend(here, budget=Budget(low_memory=True)) if here is not bundle else open_backend(provider, bundle)
+        )
         yield Flow(here, backend), twin_flow(model, bundle), model
 
 
@@ -249,7 +253,7 @@ def _parity(model: TarFlow, manifest: Manifest, pairs: verify.Pairs, folder: Pat
     with torch.no_grad():
         oracle = twin_flow(model, Bundle(folder, manifest, ""))
         with runnable(Bundle(folder, manifest, "")) as bundle:
-            flow = Flow(bundle, OrtBackend(bundle, low_memory=True))
+            flow = Flow(bundle, OrtBackend(bundle, budget=Budget(low_memory=True)))
             card = verify.verify(flow, oracle, pairs, watch, _resident(bundle))
             card["backend"] += _emulation(manifest)
     wrong = verify.failures(card)
@@ -285,7 +289,7 @@ def _resident(bundle: Bundle) -> Backend | None:
     """What runs a bundle's resident graphs on this machine's CPU; None for a bundle that has none."""
     if not bundle.manifest.blocks[0].has("resident"):
         return None
-    return OrtBackend(bundle, low_memory=True, resident=True)
+    return OrtBackend(bundle, budget=Budget(low_memory=True), resident=True)
 
 
 def _link(source: Path, target: Path) -> None:

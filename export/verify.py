@@ -17,6 +17,7 @@ from ..runtime.engines import Record
 from ..runtime.errors import BundleError, CheckFailed, MachineError
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
+from ..runtime.memory import Budget
 from ..runtime.trt import open_tensorrt
 
 SAMPLES = 4
@@ -217,7 +218,7 @@ def verify_engines(
         return record, str(error).splitlines()[0].split(";")[0]
     if bundle.manifest.precision == "bf16":
         return record, "ONNX Runtime has no bf16 on CPUs to compare with; run: tarflow verify --provider tensorrt"
-    judge = open_backend("cpu", bundle, low_memory=True)
+    judge = open_backend("cpu", bundle, budget=Budget(low_memory=True))
     return keep_parity(folder, record, engine_parity(bundle, backend, judge, watch)), None
 
 

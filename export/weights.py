@@ -54,8 +54,8 @@ def write_weights(
     """Write the file and return where each tensor lies. One tensor is converted at a time, those named in ``int8`` (as
     in a checkpoint) quantised.
 
-    The layout is safetensors, the configuration in its metadata, so that the file is a checkpoint too. Raises
-    InputError if a weight is not finite, or does not fit the precision.
+    The layout is safetensors, the configuration in its metadata, so that the file is a checkpoint too. Weights are
+    those :func:`check_weights` lets pass.
     """
     tensors = sorted(_tensors(model, precision, int8), key=_packing)
     entries, offset = {}, 0
@@ -74,8 +74,8 @@ def write_weights(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for name, tensor, dtype in tensors:
-            file.write(_bytes(name, tensor, dtype))
+        for _, tensor, dtype in tensors:
+            file.write(_bytes(tensor, dtype))
     stored = {
         name: Stored(first + start, length, _TYPES[dtype][1], shape)
         for name, (dtype, shape, start, length) in entries.items()
@@ -122,13 +122,19 @@ def _packing(entry: tuple[str, Tensor, torch.dtype]) -> tuple[int, bool]:
     return -dtype.itemsize, tensor.numel() * dtype.itemsize % 64 != 0
 
 
-def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    converted = tensor.detach().cpu().to(dtype).contiguous()
-    if not torch.isfinite(converted).all():
+def check_weights(model: TarFlow, precision: Precision) -> None:
+    """Raises CheckpointError if a weight is not finite, InputError if it does not fit the precision."""
+    for name, tensor, dtype in _tensors(model, precision, ()):
+        if torch.isfinite(tensor.to(dtype)).all():
+            continue
         if torch.isfinite(tensor).all():
             raise InputError(
                 f"weight {name} reaches {tensor.abs().max():.3g}, more than float16 can hold; use --engine bf16 or fp32"
             )
         raise CheckpointError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    converted = tensor.detach().cpu().to(dtype).contiguous()
     raw: NDArray[np.uint8] = converted.view(-1).view(torch.uint8).numpy()
     return raw.data

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle, ModelShape
+from .bundle import Bundle
 from .errors import BundleError, InputError, MachineError
+from .memory import USUAL, Budget
 
 Array = NDArray[np.float32]
-_ACTIVATIONS = 1 << 30  # bytes of activations that forward and gradient may hold at once
 NAMES = ("auto", "cpu", "cuda", "tensorrt", "ort-tensorrt")
 
 
@@ -86,12 +86,6 @@ def block_order(sequence: NDArray[Any], reverse: bool) -> NDArray[Any]:
     return sequence[:, ::-1] if reverse else sequence
 
 
-def rows_that_fit(config: ModelShape, attention: int, hidden: int) -> int:
-    """How many images fit the budget for activations, if so many (H, T, T) and (T, C) arrays of each live at once."""
-    per_row = 4 * config.tokens * (attention * config.heads * config.tokens + hidden * config.width)
-    return max(1, _ACTIVATIONS // per_row)
-
-
 def pad_rows(array: NDArray[Any], least: int, axis: int = 0) -> NDArray[Any]:
     """The array with its last row repeated until there are ``least`` of them."""
     missing = least - array.shape[axis]
@@ -106,7 +100,7 @@ def open_backend(
     bundle: Bundle,
     threads: int | None = None,
     spinning: bool | None = None,
-    low_memory: bool = False,
+    budget: Budget = USUAL,
 ) -> Backend:
     """Open a bundle on a provider: "cpu", "cuda" or "ort-tensorrt" (ONNX Runtime), "tensorrt" (engines made by
     ``tarflow build``), or "auto": the first of TensorRT, CUDA, CPU that works here; its ``description`` says why not
@@ -120,26 +114,26 @@ def open_backend(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected 1 or more, or nothing for one a core")
     if provider != "auto":
-        return _open(provider, bundle, threads, spinning, low_memory)
+        return _open(provider, bundle, threads, spinning, budget)
     reasons = []
     for name in ("tensorrt", "cuda"):
         try:
-            backend = _open(name, bundle, threads, spinning, low_memory)
+            backend = _open(name, bundle, threads, spinning, budget)
         except (MachineError, BundleError) as error:
             reasons.append(f"not {name}: {str(error).splitlines()[0].split('; ')[0]}")
         else:
             break
     else:
-        backend = _open("cpu", bundle, threads, spinning, low_memory)
+        backend = _open("cpu", bundle, threads, spinning, budget)
     backend.description = "; ".join([backend.description, *reasons])
     return backend
 
 
-def _open(name: str, bundle: Bundle, threads: int | None, spinning: bool | None, low_memory: bool) -> Backend:
+def _open(name: str, bundle: Bundle, threads: int | None, spinning: bool | None, budget: Budget) -> Backend:
     if name == "tensorrt":
         from .trt import open_tensorrt
 
-        return open_tensorrt(bundle, low_memory)
+        return open_tensorrt(bundle, budget.low_memory)
     from .ort import OrtBackend
 
     if bundle.manifest.precision == "bf16" and name == "cpu":
@@ -147,4 +141,4 @@ def _open(name: str, bundle: Bundle, threads: int | None, spinning: bool | None,
             "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with --provider cuda, "
             "or export for this machine: tarflow export CHECKPOINT --engine fp32"
         )
-    return OrtBackend(bundle, name, threads, spinning, low_memory)
+    return OrtBackend(bundle, name, threads, spinning, budget)

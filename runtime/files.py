@@ -172,3 +172,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _short_write(error: OSError) -> bool:
     """numpy's ndarray.tofile says 'N requested and M written' and no errno when the disk is full."""
     return error.errno is None and "requested and" in str(error)
+
+
+def size_text(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError

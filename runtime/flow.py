@@ -30,11 +30,11 @@ from .bundle import Bundle, ModelShape
 from .decode import DEFAULT_WINDOW, Parallel, solve, tolerance_of
 from .errors import InputError
 from .image import patchify, unpatchify
+from .memory import USUAL, Budget, cache_row, peak, spend
 from .plan import Plan, find_plan
 
 REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 REDRAWS = 8  # attempts at a sample that is not finite
-_CACHE_BUDGET = 2 << 30  # bytes of KV cache a default batch may take
 _LARGEST_BATCH = 64
 _LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
 
@@ -79,7 +79,8 @@ class Report:
     ``certificate`` (N,) is the largest round-trip error of each sample: the raw sample, before denoising, encoded
     again by the parallel graphs, against the noise it came from; None if not asked for. ``nonfinite`` lists the
     sample indices that overflowed and still are not finite, ``redrawn`` those drawn again. ``decoding`` says how blocks
-    were solved, ``passes`` counts each block's dependent passes, in block order. Times in seconds.
+    were solved, ``passes`` counts each block's dependent passes, in block order. Times in seconds; ``peak_memory`` is
+    the most bytes the process has held so far.
     """
 
     seed: int | None
@@ -94,6 +95,7 @@ class Report:
     seconds: float
     certificate_seconds: float
     denoise_seconds: float
+    peak_memory: int
 
 
 class Samples(np.ndarray[Any, np.dtype[np.float32]]):
@@ -108,8 +110,10 @@ class Samples(np.ndarray[Any, np.dtype[np.float32]]):
 class Flow:
     """A bundle, open on one provider. Create it with :meth:`open`. ``plan`` is what was calibrated for this machine."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, prior_variance: Array | None = None) -> None:
-        self.bundle, self.backend = bundle, backend
+    def __init__(
+        self, bundle: Bundle, backend: Backend, prior_variance: Array | None = None, budget: Budget = USUAL
+    ) -> None:
+        self.bundle, self.backend, self.budget = bundle, backend, budget
         self.plan: Plan | None = find_plan(bundle, backend.machine)
         self.deviation = np.sqrt(bundle.prior_variance() if prior_variance is None else prior_variance)  # (T, D)
 
@@ -121,17 +125,21 @@ class Flow:
         threads: int | None = None,
         spinning: bool | None = None,
         low_memory: bool = False,
+        memory: int | None = None,
     ) -> Flow:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
         ``provider`` is "cpu", "cuda", "tensorrt" or "auto". ``threads`` (None: one a core) and ``spinning`` (False
-        where cores are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory. Raises
-        BundleError for a damaged bundle or one without engines that fit, MachineError if the provider is not to be
-        had, InputError for an unknown one.
+        where cores are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory.
+        ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches, sub-batches of
+        the gradient, and ``low_memory`` where all blocks do not fit. Raises BundleError for a damaged bundle or one
+        without engines that fit, MachineError if the provider is not to be had, InputError for an unknown one, and for
+        a limit one image exceeds.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         opened.check_runnable()
-        return cls(opened, open_backend(provider, opened, threads, spinning, low_memory))
+        budget = spend(opened, memory, low_memory)
+        return cls(opened, open_backend(provider, opened, threads, spinning, budget), budget=budget)
 
     @property
     def config(self) -> ModelShape:
@@ -204,13 +212,15 @@ class Flow:
             x = self._decode(z, branches, ways, counter)
             if redraw_nonfinite:
                 redrawn += self._redraw(x, z, branches, ways, range(start, stop), inside, seed)
+            states: list[Array] | None = None
             if certificate is not None:
                 clock = time.perf_counter()
-                certificate[output] = self._round_trip(x, z, branches)[inside]
+                states, _ = self._encode(x, branches)
+                certificate[output] = self._round_trip(states[-1], z)[inside]
                 certificate_seconds += time.perf_counter() - clock
             if strength is not None:
-                clock = time.perf_counter()
-                x = self._denoise(x, tile_classes, strength)
+                clock = time.perf_counter()  # an unguided certificate has encoded what the gradient starts from
+                x = self._denoise(x, tile_classes, strength, None if guidance.scale else states)
                 denoise_seconds += time.perf_counter() - clock
             images[output] = unpatchify(x[inside], self.config.patch_size, self.config.channels)
 
@@ -229,6 +239,7 @@ class Flow:
             seconds=time.perf_counter() - started,
             certificate_seconds=certificate_seconds,
             denoise_seconds=denoise_seconds,
+            peak_memory=peak(),
         )
         return samples
 
@@ -247,13 +258,16 @@ class Flow:
         x, classes = self._inputs(images, labels)
         z, _ = self._noise(len(x), noise, 0, 0)
         assert z is not None
-        return self._round_trip(x, z, self.branches(guidance or Guidance(), classes))
+        states, _ = self._encode(x, self.branches(guidance or Guidance(), classes))
+        return self._round_trip(states[-1], z)
 
     def encode(self, images: ArrayLike, labels: ArrayLike | None = None) -> tuple[Array, Array]:
         """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form."""
         x, classes = self._inputs(images, labels)
-        z, log_det = self._encode(x, Branches.plain(classes, self.config.tokens))
-        return z, (log_det / z[0].size).astype(np.float32)
+        latents, log_det = np.empty_like(x), np.empty(len(x), np.float32)
+        for rows in _batches(len(x)):
+            (*_, latents[rows]), log_det[rows] = self._encode(x[rows], Branches.plain(classes[rows], x.shape[1]))
+        return latents, (log_det / latents[0].size).astype(np.float32)
 
     def denoise(self, images: ArrayLike, labels: ArrayLike | None = None, strength: float = 1.0) -> Array:
         """One step along the score (Tweedie): x + strength * sigma^2 * grad log p(x | labels).
@@ -263,7 +277,8 @@ class Flow:
         checked = self._strength(float(strength))
         x, classes = self._inputs(images, labels)
         assert checked is not None
-        return unpatchify(self._denoise(x, classes, checked), self.config.patch_size, self.config.channels)
+        found = np.concatenate([self._denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])
+        return unpatchify(found, self.config.patch_size, self.config.channels)
 
     def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
         """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training."""
@@ -308,28 +323,30 @@ class Flow:
             decoding.close()
         return x
 
-    def _encode(self, x: Array, branches: Branches) -> tuple[Array, Array]:
-        log_det = np.zeros(len(x), np.float32)
+    def _encode(self, x: Array, branches: Branches) -> tuple[list[Array], Array]:
+        """The flow's state before the first block, between blocks, and behind the last; log-determinants in nats."""
+        states, log_det = [x], np.zeros(len(x), np.float32)
         for block in range(self.config.blocks):
-            x, block_log_det = self.backend.forward(block, x, branches)
+            state, block_log_det = self.backend.forward(block, states[-1], branches)
+            states.append(state)
             log_det = log_det + block_log_det
-        return x, log_det
+        return states, log_det
 
-    def _denoise(self, x: Array, classes: NDArray[np.int64], strength: float) -> Array:
-        """Encode keeping every block's input, then walk the gradient back through the blocks."""
+    def _denoise(
+        self, x: Array, classes: NDArray[np.int64], strength: float, states: list[Array] | None = None
+    ) -> Array:
+        """Walk the gradient back through the blocks, from the ``states`` of an unguided :meth:`_encode` of x."""
         assert self.config.noise_std is not None
-        states, plain = [x], Branches.plain(classes, self.config.tokens)
-        for block in range(self.config.blocks):
-            states.append(self.backend.forward(block, states[-1], plain)[0])
+        if states is None:
+            states, _ = self._encode(x, Branches.plain(classes, self.config.tokens))
         grad = -states.pop()
         ones = np.ones(len(x), np.float32)
         for block in reversed(range(self.config.blocks)):
             grad = self.backend.gradient(block, states.pop(), classes, grad, ones)
         return x + np.float32(strength * self.config.noise_std**2) * grad
 
-    def _round_trip(self, x: Array, z: Array, branches: Branches) -> Array:
-        """(B,): largest difference of the encoded samples from the latents they were decoded from."""
-        found, _ = self._encode(x, branches)
+    def _round_trip(self, found: Array, z: Array) -> Array:
+        """(B,): largest difference of encoded samples from the latents they were decoded from."""
         error: Array = np.abs(found - z * self.deviation).max((1, 2))
         return error
 
@@ -466,10 +483,8 @@ class Flow:
         )
 
     def _default_batch(self, guidance: Guidance) -> int:
-        config = self.config
-        size = 2 if self.bundle.manifest.precision in ("fp16", "bf16") else 4
-        row = 2 * config.layers * config.width * config.tokens * size * (2 if guidance.scale else 1)
-        return max(1, min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, _CACHE_BUDGET // row))
+        row = cache_row(self.config, self.bundle.manifest.precision) * (2 if guidance.scale else 1)
+        return min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, self.budget.batch(row))
 
     def _ways(
         self, mode: str | None, tolerance: float | None, rows: int, reproducible: bool
@@ -508,6 +523,11 @@ class _Counter:
         self.done += 1
         if self.progress is not None:
             self.progress(Progress(self.done, self.total, block, position))
+
+
+def _batches(count: int) -> list[slice]:
+    """Parts of many given images: what is kept of each between the blocks adds up."""
+    return [slice(start, start + _LARGEST_BATCH) for start in range(0, count, _LARGEST_BATCH)]
 
 
 def _tiles(first: int, count: int, size: int, aligned: bool) -> Iterator[tuple[int, int]]:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, Decoding, block_order, rows_that_fit
+from .backend import Array, Branches, Decoding, block_order
 from .bundle import Bundle
 from .errors import BundleError, MachineError, TarflowError
 from .machine import cores, gpu, processor
+from .memory import USUAL, Budget
 from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load_onnxruntime() -> Any:
 
 
 class OrtBackend:
-    """Sessions for every block's graphs, opened when first used; with ``low_memory``, one block's at a time.
+    """Sessions for every block's graphs, opened when first used; as ``budget`` says, one block's at a time.
 
     Safe to use from several threads. ``threads`` None leaves the number to ONNX Runtime (one a core); ``spinning``
     False makes idle threads sleep, which is better when cores are shared. ``resident`` keeps the state of decoding on
@@ -69,12 +70,12 @@ class OrtBackend:
         provider: str = "cpu",
         threads: int | None = None,
         spinning: bool | None = None,
-        low_memory: bool = False,
+        budget: Budget = USUAL,
         resident: bool | None = None,
         cuda_graph: bool = True,
     ) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
-        self.low_memory = low_memory
+        self.budget = budget
         self.largest_batch: int | None = None
         self._ort = load_onnxruntime()
         name = PROVIDERS[provider]
@@ -91,7 +92,7 @@ class OrtBackend:
         self.machine = f"{provider} {device}"
         self._sessions: dict[tuple[int, str, tuple[tuple[str, int], ...]], onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
-        self.memory = Memory(keep=not low_memory)
+        self.memory = Memory(keep=not budget.low_memory)
         self.copies_inputs = provider != "cpu"  # elsewhere, binding an array copies what is in it at that moment
         self.device = "cpu" if provider == "cpu" else "cuda"
         self.resident = provider != "cpu" if resident is None else resident
@@ -143,7 +144,7 @@ class OrtBackend:
     def session(self, block: int, kind: str, sizes: tuple[tuple[str, int], ...] = ()) -> Any:
         """The session of one graph, opened on first use; ``sizes`` fixes axes by name."""
         with self._lock:
-            if self.low_memory:  # sessions in use elsewhere live on until their users let go of them
+            if self.budget.low_memory:  # sessions in use elsewhere live on until their users let go of them
                 self._sessions = {key: s for key, s in self._sessions.items() if key[0] == block}
             if (block, kind, sizes) not in self._sessions:
                 self._sessions[block, kind, sizes] = self._open(block, kind, sizes)
@@ -220,7 +221,7 @@ class OrtBackend:
 
     def give(self, steps: OrtSteps) -> None:
         """Take memory back for another block."""
-        if not self.low_memory:
+        if not self.budget.low_memory:
             with self._lock:
                 self._idle.append(steps)
 
@@ -229,8 +230,8 @@ class OrtBackend:
         return next(self._graph_ids)
 
     def _chunks(self, batch: int, attention: int, hidden: int) -> list[slice]:
-        """Sub-batches that fit the budget of :func:`rows_that_fit`."""
-        rows = rows_that_fit(self.config, attention, hidden)
+        """Sub-batches that fit the budget, if so many (H, T, T) and (T, C) arrays of each image live at once."""
+        rows = self.budget.rows(self.config, attention, hidden)
         return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 

@@ -129,8 +129,9 @@ class Run:
         """Whether matrix products run in bfloat16. Never in float16: its range would need loss scaling.
 
         "auto" does on CUDA, but not for uniform dequantisation: those likelihoods are compared at the second decimal.
+        "on" does on CPUs too, of which some have instructions for it and the others compute it slowly.
         """
         able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        if self.amp == "on" and not able:
-            raise TrainError(f"--amp on needs a CUDA device with bfloat16; the device is {self.device}")
-        return able and (self.amp == "on" or (self.amp == "auto" and not uniform))
+        if self.amp == "on" and not able and self.device.type != "cpu":
+            raise TrainError(f"--amp on needs a CPU, or a CUDA device with bfloat16; the device is {self.device}")
+        return self.amp == "on" or (self.amp == "auto" and able and not uniform)

@@ -94,7 +94,7 @@ def _static_step(
     block: Block, x: Tensor, place: Tensor, labels: Tensor | None, cache: Tensor, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     h = block.embed(x, labels) + place
-    seen = torch.arange(cache.shape[4]) <= at
+    seen = (torch.arange(cache.shape[4]) <= at).unsqueeze(0)  # (1, T)
     for j, layer in enumerate(block.layers):
         query, key, value = layer.attention.split(h)
         cache[j, 0].index_copy_(2, at, key)

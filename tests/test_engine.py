@@ -72,7 +72,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 # --- what builds ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_graph_of_the_demo_builds_in_every_precision(copy: Callable[..., Path], precision: str) -> None:
     opened = Bundle.open(copy("demo", precision))
     folder, record = build(opened, precision, replace(QUICK, window=(1, 4, 8)))
