@@ -34,9 +34,13 @@ cpp-dev: $(CPP_BUILD)/needs
 cpp-test: cpp-dev $(DEV)/done ## libtarflow's own tests, also under sanitizers, and its fuzz targets for 30 seconds
 	PYTHON=$(CURDIR)/$(DEV)/bin/python $(CPP)/tests/run.sh $(CMAKE_FLAGS)
 
-bench: $(DEV)/done cpp ## compare with the published method, and C++ with Python; write bench/RESULTS.md
-	$(DEV)/bin/python -m bench.compare
-	$(DEV)/bin/python -m bench.cpp
+bench: export TARFLOW_LIBRARY = $(CURDIR)/$(CPP_BUILD)/release/libtarflow.so
+bench: export PATH := $(CURDIR)/$(DEV)/bin:$(PATH)
+bench: $(DEV)/done cpp ## every way to draw, beside PyTorch, in one run; floors and growth; writes bench/RESULTS.md: an hour
+	python -m bench.compare
+	python -m bench.cpp
+	python -m bench.floor
+	python -m bench.growth
 
 demo: $(DEV)/done ## train the demo model and put its bundle into the package
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits

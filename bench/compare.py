@@ -1,173 +1,220 @@
-"""Sampling against the published method, same threads, one run, interleaved, medians: ``make bench``.
+"""Every way to draw the same samples, by turns in one run: PyTorch as published and compiled, and this runtime
+serially, in parallel, in int8 and from C++; medians, with error and certificate beside every time.
 
-Writes bench/RESULTS.md. Random weights: serial decoding does the same work whatever the weights are.
+    python -m bench.compare [demo] [photos] [large] [--quick]
+
+Writes its sections of bench/RESULTS.md. ``photos`` is trained by recipes/photos.sh, which takes a while; the weights of
+``large`` are random, so that nothing is said of parallel decoding there.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
+import subprocess
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 import numpy as np
-import onnxruntime
 import torch
+from numpy.typing import NDArray
 
-from tarflow.checkpoint import save
+from bench.results import RESULTS, machine, replace_section
+from tarflow.checkpoint import load, save
 from tarflow.config import Config
 from tarflow.export.pipeline import export
 from tarflow.model import TarFlow
-from tarflow.rivals import published
-from tarflow.runtime.bench import read_bandwidth, step_floor
+from tarflow.rivals import Compiled, published
+from tarflow.runtime.backend import Array
+from tarflow.runtime.bench import Contender, Draw, Result, of_flow, race, read_bandwidth
+from tarflow.runtime.calibrate import calibrate
+from tarflow.runtime.decode import TOLERANCES
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.plan import Plan, Row
+from tests.cpp_library import CppFlow
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
-HEADING = "## Serial sampling against the published method"
-CLASSES = 10
-AGREEMENT = 1e-3  # both sides must have computed the same samples, or the times mean nothing
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "tarflow" / "demo"
+PHOTOS = ROOT / "runs" / "photos" / "photos_model_2_384_4_4_0.10.safetensors"
+PUBLISHED, COMPILED, SERIAL = "PyTorch, published", "PyTorch, compiled", "serial"
+AGREEMENT = 1e-3  # of serial samples with the published method's, or the times mean nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model (two blocks, one of each direction), a batch, a guidance, and the ratio to reach."""
+    """A model, and the rows to measure: (batch, guidance, rounds)."""
 
     name: str
-    config: Config
-    batch: int
-    guidance: float
-    bar: float
-    repeats: int
+    text: str
+    checkpoint: Callable[[Path], Path]
+    rows: Sequence[tuple[int, float, int]]
+    trained: bool = True
+    batches: Sequence[int] = field(default=())  # that are calibrated
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    case: Case
-    published: float  # seconds, median
-    ours: float
-    ratio: float  # median of the ratios of neighbouring runs
-    error: float
-    floor: float  # seconds for all steps
+def cases(quick: bool) -> dict[str, Case]:
+    """The three models. ``quick`` leaves the smallest batch of each."""
+    rounds = {"demo": {1: 21, 8: 15, 32: 9, 64: 9}, "photos": {1: 5, 8: 3, 32: 2}}
+    rows = {
+        name: [(batch, g, n) for batch, n in sizes.items() for g in (0.0, 1.0) if not quick or batch == 1]
+        for name, sizes in rounds.items()
+    }
+    return {
+        "demo": Case(
+            "demo",
+            "The demo: width 128, 3 layers, T 16, 4 blocks",
+            lambda _: DEMO,
+            rows["demo"],
+            batches=(1, 8, 32, 64),
+        ),
+        "photos": Case(
+            "photos",
+            "Trained on photographs: width 384, 4 layers, T 256, 4 blocks",
+            trained_photos,
+            rows["photos"],
+            batches=(1, 8, 32),
+        ),
+        "large": Case(
+            "large",
+            "One block of `2-768-8-8`, random weights: width 768, 8 layers, T 1024",
+            random_block,
+            [(1, 0.0, 1), (1, 1.0, 1), (8, 0.0, 1)][: 1 if quick else 3],
+            trained=False,
+        ),
+    }
 
 
-def cases(quick: bool) -> list[Case]:
-    tiny = Config(image_size=16, channels=3, patch_size=2, width=64, blocks=2, layers=2, classes=CLASSES, noise_std=0.1)
-    middle = Config(
-        image_size=32, channels=3, patch_size=2, width=384, blocks=2, layers=4, classes=CLASSES, noise_std=0.1
-    )
-    found = [Case("width 64, 2 layers, T 64", tiny, 64, g, 2.3, 9) for g in (0.0, 1.0)]
-    for batch, repeats in ((1, 7), (8, 3), (32, 2)):
-        found += [Case("width 384, 4 layers, T 256", middle, batch, g, 4.0, repeats) for g in (0.0, 1.0)]
-    return found[:2] if quick else found
+def trained_photos(_: Path) -> Path:
+    """The checkpoint of recipes/photos.sh, trained now if it is not there."""
+    if not PHOTOS.exists():
+        subprocess.run([ROOT / "recipes" / "photos.sh", PHOTOS.parent], check=True, cwd=ROOT)
+    return PHOTOS
 
 
-def random_model(config: Config) -> TarFlow:
-    """Random, well-conditioned weights; the output layer too, which a fresh model has at zero."""
+def random_block(folder: Path) -> Path:
+    """One block, random and well-conditioned; the output layer too, which a fresh model has at zero."""
     torch.manual_seed(0)
-    model = TarFlow(config)
-    for block in model.blocks:
-        torch.nn.init.normal_(block.proj_out.weight, std=0.2 * config.width**-0.5)
-    return model.eval()
+    model = TarFlow(Config(64, 3, 2, 768, blocks=1, layers=8, classes=10, noise_std=0.05))
+    torch.nn.init.normal_(model.blocks[0].proj_out.weight, std=0.2 * 768**-0.5)
+    save(model.eval(), folder / "large.safetensors")
+    return folder / "large.safetensors"
 
 
-def run(case: Case, model: TarFlow, flow: Flow) -> Result:
-    labels = np.arange(case.batch) % CLASSES
-    noise = flow.noise(0, range(case.batch))
-    tensors = torch.from_numpy(noise), torch.from_numpy(labels)
-    guidance = Guidance(case.guidance)
-    times: list[tuple[float, float]] = []
-    for i in range(case.repeats + 1):
-        started = time.perf_counter()
-        theirs = published(model, *tensors, case.guidance)
-        between = time.perf_counter()
-        ours = flow.sample(noise=noise, labels=labels, guidance=guidance, denoise=False, batch_size=case.batch)
-        if i or case.repeats == 1:  # the first pair warms up
-            times.append((between - started, time.perf_counter() - between))
-    error = float(np.abs(model.unpatchify(theirs).numpy() - ours).max())
-    if not error < AGREEMENT:
-        raise SystemExit(
-            f"{case.name}, batch {case.batch}: the two sides differ by {error:.2g}; times would mean nothing"
-        )
-    steps = case.config.blocks * (case.config.tokens - 1)
-    return Result(
-        case,
-        published=median(t for t, _ in times),
-        ours=median(t for _, t in times),
-        ratio=median(a / b for a, b in times),
-        error=error,
-        floor=steps * step_floor(flow.bundle, read_bandwidth(torch.get_num_threads())),
-    )
+def torch_draw(model: TarFlow, decode: Callable[..., torch.Tensor]) -> Draw:
+    """A rival's decoding as a contender draws: numpy in, images out."""
+
+    def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
+        found = decode(torch.from_numpy(noise), torch.from_numpy(labels), guidance.scale)
+        images: Array = model.unpatchify(found).numpy()
+        return images
+
+    return draw
 
 
-def table(results: list[Result]) -> str:
-    rows = [
-        "| model | batch | guidance | published, s | ours, s | ratio | bar | max error | floor, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+def cpp_draw(folder: Path) -> Draw:
+    """libtarflow, serially."""
+    flow = CppFlow(folder)
+
+    def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
+        return flow.sample(noise=noise, labels=labels, guidance=guidance.scale, denoise=0.0, batch_size=len(noise))
+
+    return draw
+
+
+def whole_sequence(bundle: Path) -> Flow:
+    """A flow that decodes all positions at once: the fewest dependent passes, whatever they cost here."""
+    flow = Flow.open(bundle)
+    blocks, window = flow.config.blocks, flow.config.tokens - 1
+    ones = (1.0,) * blocks
+    row = Row(1 << 20, (window,) * blocks, (window,) * blocks, ones, ones, ones)
+    flow.plan = Plan(flow.bundle.hash, flow.backend.machine, 1, dict.fromkeys(TOLERANCES, (row,)))
+    return flow
+
+
+def contenders(case: Case, model: TarFlow, fp32: Path, int8: Path) -> list[Contender]:
+    """The published method first: all are compared with it."""
+    flow, small = Flow.open(fp32), Flow.open(int8)
+    compiled = Compiled(model)
+    found = [
+        Contender(PUBLISHED, torch_draw(model, lambda *inputs: published(model, *inputs))),
+        Contender(COMPILED, torch_draw(model, lambda *inputs: compiled(*inputs))),
+        of_flow(flow, SERIAL, "serial"),
+        Contender("serial, C++", cpp_draw(fp32)),
+        of_flow(small, "serial, int8", "serial"),
     ]
-    for r in results:
-        floor = f"{r.floor:.2f}" if r.case.batch == 1 else ""
-        rows.append(
-            f"| {r.case.name} | {r.case.batch} | {r.case.guidance:g} | {r.published:.2f} | {r.ours:.2f} "
-            f"| **{r.ratio:.1f}x** | {r.case.bar:g}x | {r.error:.1g} | {floor} |"
-        )
-    return "\n".join(rows)
+    if case.trained:
+        found += [
+            of_flow(flow, "exact", "exact"),
+            of_flow(flow, "fast", "fast"),
+            of_flow(small, "fast, int8", "fast"),
+            of_flow(whole_sequence(fp32), "fast, whole sequence", "fast"),
+        ]
+    return found
 
 
-def machine() -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    return (
-        f"{os.cpu_count()} cores ({model}), {torch.get_num_threads()} threads on both sides, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}."
-    )
+def measure(case: Case, work: Path) -> Iterator[list[Result]]:
+    """Export, calibrate, and let all contenders race, row by row."""
+    checkpoint = case.checkpoint(work)
+    model = load(checkpoint).eval()
+    bundles = [work / f"{case.name}-{engine}" for engine in ("fp32", "int8")]
+    for folder, engine in zip(bundles, ("fp32", "int8"), strict=True):
+        export(checkpoint, folder, engine, check=case.trained)
+        flow = Flow.open(folder)
+        if case.batches:
+            calibrate(flow, case.batches, watch=lambda stage: print(f"  {stage}", flush=True)).write(flow.bundle)
+    field_, judge = contenders(case, model, *bundles), Flow.open(bundles[0])
+    for batch, scale, rounds in case.rows:
+        results = race(field_, judge, batch, Guidance(scale), rounds)
+        serial = named(results, SERIAL)
+        if not serial.error < AGREEMENT:
+            raise SystemExit(f"{case.name}, batch {batch}: samples differ by {serial.error:.2g}; times mean nothing")
+        yield results
+
+
+def named(results: Sequence[Result], name: str) -> Result:
+    return next(result for result in results if result.name == name)
+
+
+def table(rows: Sequence[Sequence[Result]]) -> str:
+    lines = [
+        "| way | batch | guidance | seconds | published / it | serial / it | passes | max error | rms | certificate |",
+        "|---" * 10 + "|",
+    ]
+    for results in rows:
+        first, serial = named(results, PUBLISHED), named(results, SERIAL)
+        lines += [
+            f"| {r.name} | {r.batch} | {r.guidance:g} | {r.seconds:.3f} | **{r.faster_than(first):.2f}x** "
+            f"| {r.faster_than(serial):.2f}x | {', '.join(map(str, r.passes))} | {r.error:.1g} | {r.rms:.1g} "
+            f"| {r.certificate:.1g} |"
+            for r in results
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only the smallest model")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=["demo", "photos", "large"])
+    parser.add_argument("--quick", action="store_true", help="batch 1 alone, and write nothing")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    results: list[Result] = []
-    models: dict[str, tuple[TarFlow, Flow]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        for case in cases(arguments.quick):
-            if case.name not in models:
-                model, folder = random_model(case.config), Path(name) / str(len(models))
-                save(model, folder.with_suffix(".safetensors"))
-                export(folder.with_suffix(".safetensors"), folder, check=False)
-                models[case.name] = model, Flow.open(folder, threads=arguments.threads)
-            results.append(run(case, *models[case.name]))
-            print(table(results[-1:]).splitlines()[-1], flush=True)
-    report = "\n\n".join(
-        [
-            HEADING,
-            machine(),
-            table(results),
-            "Seconds to decode one batch through both blocks of a two-block model, without denoising; medians of "
-            "interleaved runs, the ratio is the median of neighbouring pairs. Published: eager PyTorch, cache by "
-            "concatenation, a second pass for guidance. The floor of batch 1 is one block's weights over the measured "
-            "memory bandwidth, for every step.",
-        ]
-    )
-    if not arguments.quick:
-        replace_section(RESULTS, report)
-    print(report)
-
-
-def replace_section(path: Path, section: str) -> None:
-    """Put ``section`` where its heading stands in the file, or at its end; other sections stay as they are."""
-    heading = section.splitlines()[0]
-    sections = ("\n" + path.read_text()).split("\n## ") if path.exists() else ["\n# Results"]
-    head, *others = sections
-    kept = [f"## {s}".strip() for s in others if f"## {s.splitlines()[0]}" != heading]
-    path.write_text("\n\n".join([head.strip(), section, *kept]) + "\n")
+    torch.set_num_threads(os.cpu_count() or 1)
+    known = cases(arguments.quick)
+    for name in arguments.cases:
+        case, rows = known[name], []
+        with tempfile.TemporaryDirectory() as work:
+            for results in measure(case, Path(work)):
+                rows.append(results)
+                print(table([results]).split("\n", 2)[2], flush=True)
+        words = (
+            "Seconds to decode one batch, denoising not included; rounds interleaved, times are medians, ratios "
+            "medians over rounds, passes by block. Published: eager PyTorch, cache by concatenation, a second pass for "
+            "guidance. Compiled: torch.compile, cache of full length. Errors are from the published method's samples; "
+            "the certificate is the round trip through the float32 graphs. Memory was read at "
+            f"{read_bandwidth(torch.get_num_threads()) / 1e9:.1f} GB/s."
+        )
+        if not arguments.quick:
+            replace_section(RESULTS, "\n\n".join([f"## {case.text}", machine(), table(rows), words]))
 
 
 if __name__ == "__main__":

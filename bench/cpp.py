@@ -7,18 +7,13 @@ Writes its section of bench/RESULTS.md.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-os.environ.setdefault(
-    "TARFLOW_LIBRARY", str(Path(__file__).parent.parent / "runtime" / "cpp" / "build" / "release" / "libtarflow.so")
-)
-
-from bench.compare import RESULTS, machine, replace_section
+from bench.results import RESULTS, machine, replace_section
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.flow import Flow, Guidance
 from tests.cpp_library import CppFlow

@@ -73,8 +73,8 @@ def bench(
         for row in () if json else found:
             print(
                 f"{row.name[:20]:<20} {row.batch:>5} {row.guidance:>6g} {row.seconds:>9.4f} "
-                f"{row.batch / row.seconds:>10.1f} {row.ratio:>6.2f}x {row.passes or '':>7} {row.error:>8.1g} "
-                f"{row.certificate:>11.1g}",
+                f"{row.batch / row.seconds:>10.1f} {row.faster_than(found[0]):>6.2f}x {sum(row.passes) or '':>7} "
+                f"{row.error:>8.1g} {row.certificate:>11.1g}",
                 flush=True,
             )
     bandwidth = read_bandwidth(threads or os.cpu_count() or 1)

@@ -24,7 +24,7 @@ class Contender:
 
     name: str
     draw: Draw
-    passes: Callable[[], int] = lambda: 0  # dependent passes of the last draw; 0: not counted
+    passes: Callable[[], tuple[int, ...]] = tuple  # dependent passes of each block in the last draw, where counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +35,27 @@ class Result:
     batch: int
     guidance: float
     seconds: float  # median
-    ratio: float  # the first one's seconds over these: median over interleaved rounds
     error: float  # largest difference from the first one's samples
     rms: float
     certificate: float  # largest round-trip error, by the first one's bundle
-    passes: int
+    passes: tuple[int, ...]  # of each block
+    rounds: tuple[float, ...]  # seconds of every round: the same place in two results is the same round
+
+    def faster_than(self, other: Result) -> float:
+        """The other's seconds over these: median over interleaved rounds."""
+        return median(theirs / own for theirs, own in zip(other.rounds, self.rounds, strict=True))
 
 
 def of_flow(flow: Flow, name: str, mode: str) -> Contender:
     """A flow decoding in one mode."""
-    spent = [0]
+    spent: list[tuple[int, ...]] = [()]
 
     def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
         samples = flow.sample(
             noise=noise, labels=labels, guidance=guidance, denoise=False, batch_size=len(noise), decode=mode
         )
         assert samples.report is not None
-        spent[0] = sum(samples.report.passes)
+        spent[0] = samples.report.passes
         return np.asarray(samples)
 
     return Contender(name, draw, lambda: spent[0])
@@ -78,11 +82,11 @@ def race(
             batch,
             guidance.scale,
             median(times),
-            median(first / own for first, own in zip(seconds[0], times, strict=True)),
             float(np.abs(found - images[0]).max()),
             float(np.sqrt(np.mean(np.square(found - images[0])))),
             float(judge.certify(found, noise, labels, guidance).max()),
             contender.passes(),
+            tuple(times),
         )
         for contender, times, found in zip(field, seconds, images, strict=True)
     ]

@@ -32,12 +32,12 @@ def test_rivals_draw_the_same_samples(monkeypatch: pytest.MonkeyPatch, guidance:
 def test_a_race_tells_time_error_and_certificate() -> None:
     flow = Flow.open(DEMO)
     serial, exact, fast = race([of_flow(flow, m, m) for m in ("serial", "exact", "fast")], flow, 2, Guidance(1.0), 2)
-    assert (serial.ratio, serial.error, serial.passes) == (1.0, 0.0, 60)
+    assert (serial.faster_than(serial), serial.error, serial.passes) == (1.0, 0.0, (15,) * 4)
     assert exact.error < 1e-4
     assert exact.certificate < 1e-3
     assert fast.error < 0.02
     assert fast.certificate < 0.1
-    assert fast.passes <= exact.passes
+    assert sum(fast.passes) <= sum(exact.passes)
     assert all(result.seconds > 0 for result in (serial, exact, fast))
 
 
