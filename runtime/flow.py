@@ -73,6 +73,15 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """What some samples look like after ``block``: ``images`` (N, channels, size, size), from sample ``first`` on."""
+
+    block: int
+    first: int
+    images: Array
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """How a batch of samples was drawn, and what was checked.
 
@@ -154,6 +163,7 @@ class Flow:
         decode: str | None = None,
         tolerance: float | None = None,
         progress: Callable[[Progress], None] | None = None,
+        preview: Callable[[Preview], None] | None = None,
     ) -> Samples:
         """Draw samples ``first_sample ... first_sample + n - 1`` of ``seed``, or invert ``noise`` (N, T, D).
 
@@ -162,8 +172,8 @@ class Flow:
         ``reproducible`` computes in aligned tiles of 16 rows, so that a sample is bitwise the same whatever n, batch
         size and thread count on one machine. ``decode`` is "serial", "exact" (in parallel, until a patch changes by no
         more than 1e-5) or "fast" (1e-3); ``tolerance`` is another limit. None means exact by the plan of
-        ``tarflow calibrate``, or serial where there is none. ``progress`` is told each finished position; an exception
-        it raises cancels.
+        ``tarflow calibrate``, or serial where there is none. ``progress`` is told each finished position,
+        ``preview`` is shown each batch after each block, blocks last to first; an exception of either cancels.
         Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
         """
         latents, count = self._noise(n, noise, seed, first_sample)
@@ -200,8 +210,9 @@ class Flow:
             tile_classes = np.full(stop - start, -1, np.int64)
             tile_classes[inside] = classes[output]
             branches = self.branches(guidance, tile_classes)
+            watch = None if preview is None else self._watch(preview, first_sample + output.start, inside)
 
-            x = self._decode(z, branches, ways, counter)
+            x = self._decode(z, branches, ways, counter, watch)
             if redraw_nonfinite:
                 redrawn += self._redraw(x, z, branches, ways, range(start, stop), inside, seed)
             if certificate is not None:
@@ -299,14 +310,31 @@ class Flow:
 
     # --- one tile, patches in and patches out -------------------------------------------------------------------
 
-    def _decode(self, z: Array, branches: Branches, ways: Sequence[Parallel | None], counter: _Counter) -> Array:
+    def _decode(
+        self,
+        z: Array,
+        branches: Branches,
+        ways: Sequence[Parallel | None],
+        counter: _Counter,
+        watch: Callable[[int, Array], None] | None = None,
+    ) -> Array:
         x = z * self.deviation
         for block in reversed(range(self.config.blocks)):
             decoding = self.backend.decoding(block, x, branches)
             x, passes = solve(decoding, self.config.tokens, ways[block], partial(counter.step, block))
             counter.passes[block] += passes
             decoding.close()
+            if watch is not None:
+                watch(block, x)
         return x
+
+    def _watch(self, preview: Callable[[Preview], None], first: int, inside: slice) -> Callable[[int, Array], None]:
+        """Shows ``preview`` the wanted rows of a tile, the first of which is sample ``first``."""
+
+        def watch(block: int, x: Array) -> None:
+            preview(Preview(block, first, unpatchify(x[inside], self.config.patch_size, self.config.channels)))
+
+        return watch
 
     def _encode(self, x: Array, branches: Branches) -> tuple[Array, Array]:
         log_det = np.zeros(len(x), np.float32)
