@@ -10,7 +10,23 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, build, calibrate, check, doctor, export, generate, inspect, likelihood, train, verify
+from . import (
+    bench,
+    bisect,
+    build,
+    calibrate,
+    check,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    likelihood,
+    package,
+    report,
+    train,
+    verify,
+)
 
 EXIT_INTERRUPTED = 130
 
@@ -30,10 +46,13 @@ app.command()(verify.verify)
 app.command()(bisect.bisect)
 app.command()(likelihood.likelihood)
 app.command()(likelihood.denoise)
+app.command()(evaluate.evaluate)
+app.command()(report.report)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(calibrate.calibrate)
+app.command()(package.package)
 
 
 def _version(wanted: bool) -> None:

@@ -26,6 +26,9 @@ COMMANDS = (
     "inspect",
     "doctor",
     "bench",
+    "evaluate",
+    "report",
+    "package",
 )
 
 
