@@ -2,7 +2,7 @@
 
     python recipes/features.py tarflow/features
 
-Writes digits.onnx, whose 64 features `tarflow evaluate` compares the demo's samples by, and digits.npz, the statistics of all
+Writes digits.onnx, whose 64 features `tarflow evaluate` compares the demo by, and digits.npz, the statistics of all
 1,797 digits under it. Same packages, same bytes: one thread, one seed, no data loader. Prints one JSON document.
 """
 
