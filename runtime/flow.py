@@ -246,6 +246,24 @@ class Flow:
         )
         return samples
 
+    def resolve(
+        self,
+        n: int,
+        *,
+        labels: ArrayLike | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        denoise: bool | float | None = None,
+    ) -> tuple[NDArray[np.int64], float | None]:
+        """What :meth:`sample` would draw, without drawing it: a class (n,) for each sample, below 0 for the null class,
+        and the strength of denoising, None for none. Raises InputError for what sample would refuse.
+        """
+        _, count = self._noise(n, None, seed, first_sample)
+        classes = self._labels(labels, count)
+        self._refuse_idle_guidance(guidance or Guidance(), classes)
+        return classes, self._strength(denoise)
+
     def noise(self, seed: int, samples: range, stream: int = noise_source.SAMPLING) -> Array:
         """Noise of the given sample indices: (N, T, D) standard normal float32. Needs no engine."""
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
