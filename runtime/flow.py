@@ -74,11 +74,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What some samples look like after ``block``: ``images`` (N, channels, size, size), from sample ``first`` on."""
+    """What some samples look like after ``block``, which took ``seconds``: ``images`` (N, channels, size, size), from
+    sample ``first`` on.
+    """
 
     block: int
     first: int
     images: Array
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,24 @@ class Flow:
         )
         return samples
 
+    def resolve(
+        self,
+        n: int,
+        *,
+        labels: ArrayLike | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        denoise: bool | float | None = None,
+    ) -> tuple[NDArray[np.int64], float | None]:
+        """What :meth:`sample` would draw, without drawing it: a class (n,) for each sample, below 0 for the null class,
+        and the strength of denoising, None for none. Raises InputError for what sample would refuse.
+        """
+        _, count = self._noise(n, None, seed, first_sample)
+        classes = self._labels(labels, count)
+        self._refuse_idle_guidance(guidance or Guidance(), classes)
+        return classes, self._strength(denoise)
+
     def noise(self, seed: int, samples: range, stream: int = noise_source.SAMPLING) -> Array:
         """Noise of the given sample indices: (N, T, D) standard normal float32. Needs no engine."""
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
@@ -316,23 +337,27 @@ class Flow:
         branches: Branches,
         ways: Sequence[Parallel | None],
         counter: _Counter,
-        watch: Callable[[int, Array], None] | None = None,
+        watch: Callable[[int, Array, float], None] | None = None,
     ) -> Array:
         x = z * self.deviation
         for block in reversed(range(self.config.blocks)):
+            clock = time.perf_counter()
             decoding = self.backend.decoding(block, x, branches)
             x, passes = solve(decoding, self.config.tokens, ways[block], partial(counter.step, block))
             counter.passes[block] += passes
             decoding.close()
             if watch is not None:
-                watch(block, x)
+                watch(block, x, time.perf_counter() - clock)
         return x
 
-    def _watch(self, preview: Callable[[Preview], None], first: int, inside: slice) -> Callable[[int, Array], None]:
+    def _watch(
+        self, preview: Callable[[Preview], None], first: int, inside: slice
+    ) -> Callable[[int, Array, float], None]:
         """Shows ``preview`` the wanted rows of a tile, the first of which is sample ``first``."""
 
-        def watch(block: int, x: Array) -> None:
-            preview(Preview(block, first, unpatchify(x[inside], self.config.patch_size, self.config.channels)))
+        def watch(block: int, x: Array, seconds: float) -> None:
+            images = unpatchify(x[inside], self.config.patch_size, self.config.channels)
+            preview(Preview(block, first, images, seconds))
 
         return watch
 

@@ -144,6 +144,8 @@ def test_preview_shows_every_tile_after_every_block_and_the_last_is_the_raw_samp
     assert [p.block for p in seen] == [3, 2, 1, 0] * 2
     assert [p.first for p in seen] == [14] * 4 + [16] * 4
     assert [len(p.images) for p in seen] == [2] * 4 + [3] * 4
+    assert drawn.report is not None
+    assert 0 < sum(p.seconds for p in seen) < drawn.report.seconds
     assert np.array_equal(np.concatenate([p.images for p in seen if p.block == 0]), drawn)
     denoised = flow.sample(5, labels=1, first_sample=14, guidance=GUIDED, reproducible=True, preview=seen.append)
     assert not np.array_equal(denoised, drawn)
