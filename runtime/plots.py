@@ -36,8 +36,10 @@ class Axis:
     def ticks(self, wanted: int = 8) -> list[tuple[float, str]]:
         """Round numbers inside, and how they are written."""
         if self.decades:
-            factors = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
-            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+            span = self.high - self.low
+            factors = tuple(range(1, 10)) if span < 0.8 else (1, 2, 5) if span < 2.5 else (1,)
+            every = math.ceil(span / wanted)
+            powers = range(math.floor(self.low), math.ceil(self.high) + 1, every)
             marks = [(power + math.log10(factor), f"{factor}e{power}") for power in powers for factor in factors]
             return [mark for mark in marks if self.low <= mark[0] <= self.high]
         rough = (self.high - self.low) / wanted
@@ -48,8 +50,11 @@ class Axis:
 
 
 def histogram(series: dict[str, Numbers], label: str, title: str, decades: bool = False) -> str:
-    """Histograms over each other, each of area 1; with ``decades`` of the values' decimal logarithms."""
+    """Histograms over each other, each of area 1; with ``decades`` of the values' decimal logarithms. Finite values."""
     shown = {name: np.log10(np.maximum(v, 1e-12)) if decades else v for name, v in series.items()}
+    shown = {name: v[np.isfinite(v)] for name, v in shown.items() if np.isfinite(v).any()}
+    if not shown:
+        return "<p>No finite value.</p>"
     everything = np.concatenate(list(shown.values()))
     low, high = float(everything.min()), float(everything.max())
     if decades:
@@ -67,7 +72,7 @@ def histogram(series: dict[str, Numbers], label: str, title: str, decades: bool 
             if h
         )
         parts.append(f'<path class="fill s{k}" d="{bars}"/>')
-    return _plot(220, title, [*_grid(across, up, label, "", False), *parts, *_legend(list(series))])
+    return _plot(220, title, [*_grid(across, up, label, "", False), *parts, *_legend(list(shown))])
 
 
 def quantiles(series: dict[str, Numbers], title: str) -> str:

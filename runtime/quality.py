@@ -63,7 +63,8 @@ def examine(
     """Draw one sample a label (below 0: the null class), and look at them and at ``data``: images in [-1, 1] units,
     with the training noise in them, and their labels.
 
-    Raises CheckFailed if no sample is finite, InputError as :meth:`Flow.sample` and :meth:`Flow.encode` do.
+    Raises CheckFailed if no sample is finite or none can be encoded, InputError as :meth:`Flow.sample` and
+    :meth:`Flow.encode` do.
     """
     n = len(labels)
     flow.sample(1, labels=labels[:1], guidance=guidance, seed=seed, certify=True)  # opens the graphs
@@ -75,7 +76,7 @@ def examine(
         raise CheckFailed(f"none of {n} samples is finite: lower the guidance, which is {guidance.scale:g}")
 
     noise = flow.noise(seed, range(n))
-    certificate = flow.certify(raw[finite], noise[finite], labels[finite], guidance)
+    certificate = np.nan_to_num(flow.certify(raw[finite], noise[finite], labels[finite], guidance), nan=np.inf)
     started = time.perf_counter()
     populations = [_population(flow, "samples", raw[finite], labels[finite])]
     encode_seconds = time.perf_counter() - started
@@ -99,7 +100,7 @@ def examine(
         images=images,
         labels=labels,
         stages=tuple(stages),
-        nonfinite=drawn.report.nonfinite,
+        nonfinite=tuple(np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()),
         certificate=certificate,
         block_seconds=tuple(watch.seconds),
         passes=drawn.report.passes,
@@ -110,17 +111,16 @@ def examine(
 
 
 class _Watch:
-    """Takes the time of each block, and keeps what the first samples look like after it."""
+    """Adds up the time of each block, and keeps what the first samples look like after it."""
 
     def __init__(self, blocks: int) -> None:
-        self.seconds, self.last = [0.0] * blocks, time.perf_counter()
+        self.seconds = [0.0] * blocks
         self.seen: dict[int, list[Array]] = {block: [] for block in reversed(range(blocks))}
 
     def __call__(self, now: Preview) -> None:
-        self.seconds[now.block] += time.perf_counter() - self.last
+        self.seconds[now.block] += now.seconds
         if now.first < SHOWN:
             self.seen[now.block].append(now.images[: SHOWN - now.first].copy())
-        self.last = time.perf_counter()
 
     def stages(self) -> list[tuple[str, Array]]:
         return [(f"block {block}", np.concatenate(images)) for block, images in self.seen.items()]
@@ -132,4 +132,8 @@ def _population(flow: Flow, name: str, images: Array, labels: NDArray[np.int64] 
         for start in range(0, len(images), _ENCODED)
     ]
     latent, log_det = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Population(name, latent, flow.bits_of(latent, log_det))
+    bits = flow.bits_of(latent, log_det)
+    sound = np.isfinite(bits) & np.isfinite(latent).all((1, 2))
+    if not sound.any():
+        raise CheckFailed(f"none of {len(images)} images ({name}) can be encoded: all overflow; guide less")
+    return Population(name, latent[sound], bits[sound])

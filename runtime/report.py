@@ -176,6 +176,9 @@ def _certificates(found: Findings) -> str:
         f"difference of any number of a sample: median {np.median(found.certificate):.1e}, at most "
         f"{found.certificate.max():.1e}."
     )
+    lost = int(np.isinf(found.certificate).sum())
+    if lost:
+        text += f" For {lost} it is infinite: encoding them overflowed."
     return _section("Round trip", text, f'<figure class="plot">{plot}</figure>')
 
 

@@ -129,7 +129,7 @@ def config_text(name: str, task: str, bundle: Bundle, serving: Serving) -> str:
         "task": task,
         "bundle_sha256": bundle.hash,
         "provider": serving.provider,
-        "threads": "" if serving.threads is None else str(serving.threads),
+        "threads": "share" if serving.threads is None else str(serving.threads),  # Triton drops empty strings
         "instances": str(serving.instances * max(1, len(serving.gpus))),
         "tarflow_version": version("tarflow"),
     }

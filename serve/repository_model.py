@@ -1,7 +1,9 @@
 """The model that Triton's Python backend runs: requests in, a Flow's results out. ``tarflow package`` copies it.
 
 Rows of all requests Triton hands over are computed together. Each row's result is a function of that row alone:
-everything runs in tiles of 16 rows, whoever shares them, and a request that cannot be answered fails alone.
+everything runs in tiles of 16 rows, whoever shares them. That neither place nor mates in a tile matter is measured when
+the model is loaded; on an engine where they do, each row has a tile of its own. A request that cannot be answered fails
+alone.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from tarflow.runtime.backend import pad_rows
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError, InputError, TarflowError
 from tarflow.runtime.flow import REPRODUCIBLE_TILE, Flow, Guidance
+from tarflow.runtime.image import unpatchify
+from tarflow.runtime.machine import cores
 
 Rows = dict[str, NDArray[Any]]  # tensors by name, first dimension samples
 
@@ -39,11 +43,14 @@ class TritonPythonModel:
                 f"'{bundle.folder}' is the bundle {bundle.hash[:16]}..., but config.pbtxt was written for "
                 f"{said['bundle_sha256'][:16]}...: run tarflow package again"
             )
-        threads = int(said["threads"] or max(1, len(os.sched_getaffinity(0)) // int(said["instances"])))
+        share = max(1, cores() // int(said["instances"]))
+        threads = share if said["threads"] == "share" else int(said["threads"])
+        self.shares = True
         self.flow = Flow.open(bundle, said["provider"], threads, spinning=False)
         self.run: Callable[[Rows, bool], Rows] = getattr(self, f"_{said['task']}")
         self.names = [tensor["name"] for tensor in json.loads(args["model_config"])["input"]]
         self.run(self._checked(self._example()), True)  # what cannot work here fails now, not at the first request
+        self.shares = self._rows_are_independent()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request, in order; an error of one is its own."""
@@ -67,44 +74,63 @@ class TritonPythonModel:
     # --- the three tasks: rows in, rows out ---------------------------------------------------------------------
 
     def _sample(self, rows: Rows, certified: bool) -> Rows:
-        count = len(rows["seed"])
-        noise = [
-            self.flow.noise(int(s), range(int(i), int(i) + 1)) for s, i in zip(rows["seed"], rows["index"], strict=True)
-        ]
-        z = np.concatenate(noise)
-        images = np.empty((count, *self.flow.config.image), np.float32)
-        certificate = np.zeros(count, np.float32)
-        for scale in np.unique(rows["guidance"]):
-            where = np.flatnonzero(rows["guidance"] == scale)
+        drawn_from = zip(rows["seed"].tolist(), rows["index"].tolist(), strict=True)
+        z = np.concatenate([self.flow.noise(seed, range(index, index + 1)) for seed, index in drawn_from])
+        images = np.empty((len(z), *self.flow.config.image), np.float32)
+        certificate = np.zeros((len(z), 1), np.float32)
+        for where in self._batches(rows["guidance"]):
             drawn = self.flow.sample(
                 noise=z[where],
                 labels=rows["label"][where],
-                guidance=Guidance(float(scale)),
+                guidance=Guidance(float(rows["guidance"][where[0]])),
                 reproducible=True,
                 certify=certified,
             )
             images[where] = drawn
             if drawn.report is not None and drawn.report.certificate is not None:
-                certificate[where] = drawn.report.certificate
-        return {"images": images, "certificate": certificate[:, None]}
+                certificate[where, 0] = drawn.report.certificate
+        return {"images": images, "certificate": certificate}
 
     def _encode(self, rows: Rows, _: bool) -> Rows:
-        parts = [self.flow.encode(tile["images"], tile["label"]) for tile in _tiles(rows)]
-        count = len(rows["label"])
-        latent, log_det = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
+        count, config = len(rows["label"]), self.flow.config
+        latent = np.empty((count, config.tokens, config.patch_dim), np.float32)
+        log_det = np.empty(count, np.float32)
+        for where in self._tiles(np.zeros(count)):
+            x, labels = (pad_rows(rows[name][where], REPRODUCIBLE_TILE) for name in ("images", "label"))
+            latent[where], log_det[where] = (found[: len(where)] for found in self.flow.encode(x, labels))
         bits = self.flow.bits_of(latent, log_det)
         return {"latent": latent, "log_det": log_det[:, None], "bits_per_dim": bits[:, None]}
 
     def _denoise(self, rows: Rows, _: bool) -> Rows:
         images = np.empty_like(rows["images"])
-        for strength in np.unique(rows["strength"]):
-            where = np.flatnonzero(rows["strength"] == strength)
-            parts = [
-                self.flow.denoise(tile["images"], tile["label"], float(strength))
-                for tile in _tiles({name: array[where] for name, array in rows.items()})
-            ]
-            images[where] = np.concatenate(parts)[: len(where)]
+        for where in self._tiles(rows["strength"]):
+            x, labels = (pad_rows(rows[name][where], REPRODUCIBLE_TILE) for name in ("images", "label"))
+            images[where] = self.flow.denoise(x, labels, float(rows["strength"][where[0]]))[: len(where)]
         return {"images": images}
+
+    def _batches(self, alike: NDArray[Any]) -> list[NDArray[np.intp]]:
+        """Which rows are computed together: those with the same number in ``alike``, or each by itself."""
+        if not self.shares:
+            return [np.array([row]) for row in range(len(alike))]
+        return [np.flatnonzero(alike == value) for value in np.unique(alike)]
+
+    def _tiles(self, alike: NDArray[Any]) -> list[NDArray[np.intp]]:
+        """Batches of at most 16 rows, for what Flow does not tile itself."""
+        starts = range(0, len(alike), REPRODUCIBLE_TILE)
+        return [where[i : i + REPRODUCIBLE_TILE] for where in self._batches(alike) for i in starts if i < len(where)]
+
+    def _rows_are_independent(self) -> bool:
+        """Whether rows have the same bits in any place of a tile, whoever is in the others, on this engine."""
+        one = self._checked(self._example())
+        rows = {name: np.repeat(array, REPRODUCIBLE_TILE, 0) for name, array in one.items()}
+        if "index" in rows:
+            rows["index"] = np.arange(REPRODUCIBLE_TILE)
+        else:
+            noise = self.flow.noise(0, range(REPRODUCIBLE_TILE))
+            rows["images"] = unpatchify(noise, self.flow.config.patch_size, self.flow.config.channels)
+        order = np.roll(np.arange(REPRODUCIBLE_TILE), 5)[:-3]  # other places, other mates
+        whole, moved = self.run(rows, True), self.run({name: array[order] for name, array in rows.items()}, True)
+        return all(np.array_equal(whole[name][order], moved[name]) for name in whole)
 
     # --- what a request says, checked by itself -----------------------------------------------------------------
 
@@ -140,16 +166,6 @@ class TritonPythonModel:
         kinds = {"seed": np.int64, "index": np.int64, "label": np.int64}
         rows = {name: np.zeros((1, *shapes.get(name, (1,))), kinds.get(name, np.float32)) for name in self.names}
         return rows | {"label": np.full((1, 1), min(self.flow.config.classes, 1) - 1, np.int64)}
-
-
-def _tiles(rows: Rows) -> list[Rows]:
-    """The rows in tiles of 16, the last one filled up: the same shapes, and so the same bits, in any company."""
-    count = len(rows["label"])
-    starts = range(0, count, REPRODUCIBLE_TILE)
-    return [
-        {name: pad_rows(array[start : start + REPRODUCIBLE_TILE], REPRODUCIBLE_TILE) for name, array in rows.items()}
-        for start in starts
-    ]
 
 
 def _response(request: Any, answer: Rows | TarflowError) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,14 +177,14 @@ def test_grey_images_are_repeated_for_a_network_of_colours_and_resized_for_a_fix
 
 def test_a_network_that_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "n.onnx"
-    with pytest.raises(InputError, match="2 inputs .*expected one, images"):
+    with pytest.raises(InputError, match=r"2 inputs .*expected one, images"):
         FeatureNetwork.open(network(path, inputs=2))
-    with pytest.raises(InputError, match="2 outputs .*--feature-output"):
+    with pytest.raises(InputError, match=r"2 outputs .*--feature-output"):
         FeatureNetwork.open(network(path, outputs=2))
     with pytest.raises(InputError, match="no output 'z'; it has y0, y1"):
         FeatureNetwork.open(path, output="z")
     np.testing.assert_allclose(FeatureNetwork.open(path, output="y1")(PIXELS), MEANS / 127.5 - 1, atol=1e-4)
-    with pytest.raises(InputError, match="of shape .*expected images"):
+    with pytest.raises(InputError, match=r"of shape .*expected images"):
         FeatureNetwork.open(network(path, ("N", 3, 4, 4, 4)))
     with pytest.raises(InputError, match="5 channels"):
         FeatureNetwork.open(network(path, ("N", 5, 8, 8)))
@@ -244,15 +245,18 @@ def test_evaluate_warns_of_too_few_samples_and_says_all_in_words(cli: Cli, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluate_says_what_is_missing_or_does_not_fit(cli: Cli, bundle: Any, tmp_path: Path) -> None:
+def test_evaluate_says_what_is_missing_or_does_not_fit(cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "faces")
+    manifest = json.loads((DEMO / "manifest.json").read_text()) | {"name": "faces"}
+    (tmp_path / "faces" / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "empty").mkdir()
     (tmp_path / "wrong").mkdir()
     Image.new("L", (9, 9)).save(tmp_path / "wrong" / "a.png")
     np.save(tmp_path / "rgb.npy", np.zeros((4, 3, 8, 8), np.uint8))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3), network=np.array("another"))
     (tmp_path / "no.onnx").write_text("text")
-    cases = [
-        ([bundle("uncond")], 2, "which features? Pass --features"),
+    cases: list[tuple[list[object], int, str]] = [
+        (["faces"], 2, "which features? Pass --features"),
         ([DEMO, "--against", "empty"], 2, "no images below 'empty'"),
         ([DEMO, "--against", "wrong"], 2, "9x9 pixels; this model takes 8x8"),
         ([DEMO, "--against", "rgb.npy"], 2, "expected (N, 1, 8, 8)"),

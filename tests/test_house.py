@@ -26,6 +26,7 @@ COMMANDS = (
     "inspect",
     "doctor",
     "bench",
+    "calibrate",
     "evaluate",
     "report",
     "package",

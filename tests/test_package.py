@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tarflow.runtime.bundle import Bundle
@@ -37,6 +36,15 @@ def flow() -> Flow:
 @pytest.fixture(scope="module")
 def model(repository: Path) -> Model:
     return Model(repository / "digits-sample")
+
+
+def renamed(folder: Path, **config: Any) -> Path:
+    """A copy of the demo that says it is another model."""
+    shutil.copytree(DEMO, folder)
+    manifest = json.loads((DEMO / "manifest.json").read_text())
+    manifest["name"], manifest["config"] = "other model", manifest["config"] | config
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def column(*values: float, kind: Any = np.int64) -> NDArray[Any]:
@@ -100,6 +108,17 @@ def test_a_sample_is_the_flows_own_bit_for_bit_whoever_shares_its_batch(
         np.testing.assert_array_equal(found["certificate"][:, 0], expected.report.certificate)
 
 
+def test_where_rows_of_a_tile_are_not_independent_each_has_a_tile_of_its_own(repository: Path, flow: Flow) -> None:
+    model = Model(repository / "digits-sample")
+    assert model.model.shares, "on a CPU they are"
+    model.model.shares = False
+    first, second = answered(model(request(7, range(2), label=4, guidance=1), request(8, range(5, 7), label=1)))
+    expected = flow.sample(2, labels=4, guidance=Guidance(1.0), seed=7, reproducible=True)
+    np.testing.assert_array_equal(first["images"], np.asarray(expected))
+    expected = flow.sample(2, labels=1, seed=8, first_sample=5, reproducible=True)
+    np.testing.assert_array_equal(second["images"], np.asarray(expected))
+
+
 def test_a_sample_without_label_and_guidance_is_drawn_from_the_null_class(model: Model, flow: Flow) -> None:
     (found,) = answered(model(request(0, range(2)), wanted=("images",)))
     assert found.keys() == {"images"}, "the certificate costs an encoding, so it is computed when asked for"
@@ -154,7 +173,7 @@ def test_encoding_and_denoising_are_the_flows_and_do_not_depend_on_company(repos
     np.testing.assert_array_equal(answered([fine])[0]["images"], full["images"])
 
 
-def test_a_model_refuses_another_bundle_and_a_damaged_one(tmp_path: Path, bundle: Callable[..., Path]) -> None:
+def test_a_model_refuses_another_bundle_and_a_damaged_one(tmp_path: Path) -> None:
     write_repository(Bundle.open(DEMO), tmp_path, Serving(), ("sample",))
     inside = tmp_path / "digits-sample" / "1" / "bundle"
     weights = bytearray((inside / "weights.safetensors").read_bytes())
@@ -163,7 +182,7 @@ def test_a_model_refuses_another_bundle_and_a_damaged_one(tmp_path: Path, bundle
     with pytest.raises(BundleError, match="damaged or was changed"):
         Model(tmp_path / "digits-sample")
     shutil.rmtree(inside)
-    shutil.copytree(bundle("uncond"), inside)
+    renamed(inside)
     with pytest.raises(BundleError, match=r"config\.pbtxt was written for"):
         Model(tmp_path / "digits-sample")
 
@@ -200,15 +219,21 @@ def test_copies_share_the_disk_and_a_link_leads_to_the_bundle(repository: Path, 
     np.testing.assert_array_equal(found["images"], np.asarray(flow.sample(2, labels=3, seed=1, reproducible=True)))
 
 
-def test_package_on_the_command_line(cli: Cli, bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_package_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
     done = cli("package", "--triton", "models", "--instances", 2, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["models"] == ["digits-sample", "digits-encode", "digits-denoise"]
-    assert sorted(p.name for p in (tmp_path / "models" / "digits-sample").rglob("*.p*")) == ["config.pbtxt", "model.py"]
-    done = cli("package", bundle("vp"), "--triton", "models", "--name", "a", "--models", "sample", cwd=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "models" / "digits-sample").glob("**/*.p[by]*")) == [
+        "config.pbtxt",
+        "model.py",
+    ]
+    uniform = renamed(tmp_path / "uniform", noise_std=None)
+    done = cli("package", uniform, "--triton", "models", "--name", "a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "a-sample in 'models'" in done.stdout
+    assert "a-sample, a-encode in 'models'" in done.stdout
     (tmp_path / "file").touch()
+    done = cli("package", uniform, "--triton", "m", cwd=tmp_path)
+    assert (done.returncode, "pass --name" in done.stderr) == (2, True), done.stderr
     for arguments, message in (
         ((), "Pass --triton DIR"),
         (("--triton", "models"), "exists; pass --force"),
@@ -222,4 +247,4 @@ def test_package_on_the_command_line(cli: Cli, bundle: Callable[..., Path], tmp_
         done = cli("package", DEMO, *arguments, cwd=tmp_path)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
         assert message in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "models"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "models", "uniform"]
