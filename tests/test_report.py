@@ -199,3 +199,13 @@ def test_samples_that_are_not_finite_are_named_and_a_failure_leaves_the_old_page
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
     done = cli("report", DEMO, "-o", "no/where.html", cwd=tmp_path)
     assert (done.returncode, "does not exist" in done.stderr) == (2, True)
+
+
+def test_colours_are_kept_and_what_is_no_number_is_black() -> None:
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
+    images[1, :, 5] = np.nan
+    (shown,) = Page(f"<div>{plots.picture(images, 'two')}</div>").pictures().values()
+    assert shown.shape == (64, 129, 4)
+    np.testing.assert_array_equal(shown[:, :64, :3], to_uint8(images[0]).transpose(1, 2, 0))
+    assert not shown[5, 65:, :3].any()
+    assert not shown[:, 64].any(), "nothing between them, on any background"
