@@ -24,6 +24,7 @@ from . import (
     likelihood,
     package,
     report,
+    serve,
     train,
     verify,
 )
@@ -53,6 +54,7 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(calibrate.calibrate)
 app.command()(package.package)
+app.command()(serve.serve)
 
 
 def _version(wanted: bool) -> None:
@@ -93,7 +95,13 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --low-memory", 3)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "train"}.get(error.name or "", "export")
+        extra = {
+            "sklearn": "train",
+            "fastapi": "serve",
+            "uvicorn": "serve",
+            "prometheus_client": "serve",
+            "starlette": "serve",
+        }.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -299,8 +299,7 @@ class Flow:
 
     def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
         """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training."""
-        bits = self.bits_per_dim(images, labels).astype(np.float64)
-        return ((math.log(128) - bits * math.log(2)) * math.prod(self.config.image)).astype(np.float32)
+        return self.nats_of(self.bits_per_dim(images, labels))
 
     def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
         """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`."""
@@ -311,6 +310,11 @@ class Flow:
         energy = 0.5 * np.square(latent, dtype=np.float64).mean((1, 2)) + 0.5 * math.log(2 * math.pi) + math.log(128)
         bits: Array = ((energy - log_det) / math.log(2)).astype(np.float32)
         return bits
+
+    def nats_of(self, bits: Array) -> Array:
+        """Log-likelihoods in nats, (N,), from bits per dimension; see :meth:`log_likelihood`."""
+        dimensions = math.prod(self.config.image)
+        return ((math.log(128) - bits.astype(np.float64) * math.log(2)) * dimensions).astype(np.float32)
 
     def dequantise(self, images: ArrayLike, seed: int = 0, first_sample: int = 0) -> Array:
         """8-bit images (N, channels, size, size) -> the continuous images the model was trained on, in [-1, 1] units.

@@ -25,7 +25,7 @@ from ..runtime.flow import REPRODUCIBLE_TILE, Flow, Guidance, Progress
 from .metrics import Metrics
 from .settings import Settings
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[Progress], None]  # raises Abandoned when nobody waits any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,11 @@ class Batcher:
         noise = self.flow.noise(0, range(REPRODUCIBLE_TILE))
         order = np.roll(np.arange(REPRODUCIBLE_TILE), 5)[:-3]  # other places, other mates
         labels = np.arange(REPRODUCIBLE_TILE) % self.flow.config.classes if self.flow.config.classes else None
-        how: dict[str, Any] = {"reproducible": True, "decode": self.settings.decode, "tolerance": self.settings.tolerance}
+        how: dict[str, Any] = {
+            "reproducible": True,
+            "decode": self.settings.decode,
+            "tolerance": self.settings.tolerance,
+        }
         whole = self.flow.sample(noise=noise, labels=labels, **how)
         moved = self.flow.sample(noise=noise[order], labels=None if labels is None else labels[order], **how)
         return np.array_equal(np.asarray(whole)[order], np.asarray(moved))

@@ -24,12 +24,13 @@ class Metrics:
         self.batched = Counter("tarflow_batched_requests", "Requests in those batches.", registry=registry)
         self.compute = Counter("tarflow_compute_seconds", "Time spent drawing.", registry=registry)
         self.abandoned = Counter(
-            "tarflow_abandoned_requests", "Requests whose client left or whose time ran out.", ["why"], registry=registry
+            "tarflow_abandoned_requests",
+            "Requests whose client left or whose time ran out.",
+            ["why"],
+            registry=registry,
         )
         self.queue = Gauge("tarflow_queue_requests", "Requests waiting now.", registry=registry)
-        self.batch_samples = Histogram(
-            "tarflow_batch_samples", "Samples in a batch.", buckets=_ROWS, registry=registry
-        )
+        self.batch_samples = Histogram("tarflow_batch_samples", "Samples in a batch.", buckets=_ROWS, registry=registry)
         self.block_seconds = Histogram(
             "tarflow_block_seconds",
             "Time to invert one flow block for one tile.",
@@ -37,11 +38,15 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.passes = Counter("tarflow_passes", "Dependent passes (sweeps) by flow block.", ["block"], registry=registry)
+        self.passes = Counter(
+            "tarflow_passes", "Dependent passes (sweeps) by flow block.", ["block"], registry=registry
+        )
         self.certificate = Histogram(
             "tarflow_certificate", "Round-trip errors of certified samples.", buckets=_ERRORS, registry=registry
         )
-        self.responses = Counter("tarflow_responses", "Answers by route and status.", ["route", "code"], registry=registry)
+        self.responses = Counter(
+            "tarflow_responses", "Answers by route and status.", ["route", "code"], registry=registry
+        )
         self.seconds = Histogram(
             "tarflow_request_seconds", "Time to answer, by route.", ["route"], buckets=_SECONDS, registry=registry
         )

@@ -8,6 +8,7 @@ import io
 import json
 import zipfile
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,7 +22,6 @@ from .service import Refusal, Service
 
 Format = Literal["png", "zip", "npy"]
 MEDIA: dict[Format, str] = {"png": "image/png", "zip": "application/zip", "npy": "application/x-npy"}
-_ANY: Format = "png"
 _LAST = 2**64 - 1
 _YEAR = 31_536_000  # seconds: what caches take for for ever
 
@@ -35,18 +35,30 @@ class Drawing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    n: int | None = Field(None, ge=1, description="How many. Default: as many as labels, or 1.")
-    labels: Label | list[Label] | None = Field(None, description="One class for all or one each; -1 or none: null class.")
-    seed: Whole = Field(0, description="Of the noise.")
-    first_sample: Whole = Field(0, description="Index of the first sample; sample k of a seed is always the same.")
-    guidance: Strength = Field(0.0, description="Scale of classifier-free guidance; 0 is none, 1 to 3 usual.")
-    guide: Literal["a", "b", "ab"] = Field("ab", description="What is guided: log_scale, shift or both.")
-    annealed: bool = Field(False, description="Let guidance grow along the sequence.")
-    attention_temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of the unconditional branch.")
-    denoise: bool | Strength | None = Field(None, description="Or a strength. Default: if the model has noise to remove.")
-    certify: bool = Field(False, description="Encode the samples again and report the largest round-trip error of each.")
-    format: Format | None = Field(None, description="Default: what Accept prefers, else png.")
-    zoom: int | None = Field(None, ge=1, le=32, description="Of pictures: each pixel repeated. Default: up to 48 pixels.")
+    n: int | None = Field(default=None, ge=1, description="How many. Default: as many as labels, or 1.")
+    labels: Label | list[Label] | None = Field(
+        default=None, description="One class for all or one each; -1 or none: null class."
+    )
+    seed: Whole = Field(default=0, description="Of the noise.")
+    first_sample: Whole = Field(
+        default=0, description="Index of the first sample; sample k of a seed is always the same."
+    )
+    guidance: Strength = Field(default=0.0, description="Scale of classifier-free guidance; 0 is none, 1 to 3 usual.")
+    guide: Literal["a", "b", "ab"] = Field(default="ab", description="What is guided: log_scale, shift or both.")
+    annealed: bool = Field(default=False, description="Let guidance grow along the sequence.")
+    attention_temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Of the unconditional branch."
+    )
+    denoise: bool | Strength | None = Field(
+        default=None, description="Or a strength. Default: if the model has noise to remove."
+    )
+    certify: bool = Field(
+        default=False, description="Encode the samples again and report the largest round-trip error of each."
+    )
+    format: Format | None = Field(default=None, description="Default: what Accept prefers, else png.")
+    zoom: int | None = Field(
+        default=None, ge=1, le=32, description="Of pictures: each pixel repeated. Default: up to 48 pixels."
+    )
 
 
 def draw_of(service: Service, drawing: Drawing) -> Draw:
@@ -78,7 +90,51 @@ def routes(service: Service) -> APIRouter:
         body = await asyncio.to_thread(_PACK[form], service, draw, drawn, drawing.zoom)
         return Response(body, media_type=MEDIA[form], headers=headers_of(draw, drawn))
 
+    @router.get("/samples/{seed}/{index}.png", response_class=Response)
+    async def one_sample(
+        request: Request,
+        seed: Annotated[int, Path(ge=0, le=_LAST)],
+        index: Annotated[int, Path(ge=0, le=_LAST)],
+        label: Annotated[
+            int | None, Query(ge=-1, lt=2**31, description="Its class; -1 or none: the null class.")
+        ] = None,
+        guidance: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0,
+        guide: Annotated[Literal["a", "b", "ab"], Query()] = "ab",
+        annealed: Annotated[bool, Query()] = False,
+        attention_temperature: Annotated[float, Query(gt=0, allow_inf_nan=False)] = 1.0,
+        denoise: Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="Strength; 0 for none.")] = None,
+        zoom: Annotated[int | None, Query(ge=1, le=32)] = None,
+    ) -> Response:
+        """One sample as PNG. It never changes, so caches may keep it for ever."""
+        drawing = Drawing(
+            n=1, labels=label, seed=seed, first_sample=index, guidance=guidance, guide=guide, annealed=annealed,
+            attention_temperature=attention_temperature, denoise=False if denoise == 0 else denoise, zoom=zoom,
+        )  # fmt: skip
+        draw = draw_of(service, drawing)
+        scope = "public" if service.settings.token is None else "private"
+        caching = {"ETag": _etag(service, draw, zoom), "Cache-Control": f"{scope}, max-age={_YEAR}, immutable"}
+        if _matches(request.headers.get("if-none-match", ""), caching["ETag"]):
+            return Response(status_code=304, headers=caching)
+        drawn = await service.draw(request, draw)
+        body = await asyncio.to_thread(_single, service, draw, drawn, zoom)
+        return Response(body, media_type="image/png", headers=headers_of(draw, drawn) | caching)
+
     return router
+
+
+def _etag(service: Service, draw: Draw, zoom: int | None) -> str:
+    """A name for the bytes: of all they are a function of, this engine and its rounding included."""
+    flow, settings = service.flow, service.settings
+    parts = (
+        version("tarflow"), flow.bundle.hash, flow.backend.description, flow.backend.machine, settings.decode,
+        settings.tolerance, draw.seed, draw.first_sample, draw.classes.tolist(), asdict(draw.style), zoom,
+    )  # fmt: skip
+    return f'"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"'
+
+
+def _matches(wanted: str, etag: str) -> bool:
+    """If-None-Match compares weakly, and may hold a list or a star."""
+    return any(tag.strip().removeprefix("W/") in (etag, "*") for tag in wanted.split(","))
 
 
 def accepted(accept: str) -> Format:
@@ -103,7 +159,8 @@ def accepted(accept: str) -> Format:
 def headers_of(draw: Draw, drawn: Drawn) -> dict[str, str]:
     """What a client that reads only the headers should know."""
     headers = {"X-Tarflow-Shape": ",".join(map(str, drawn.images.shape)), "X-Tarflow-Seed": str(draw.seed)}
-    headers["X-Tarflow-Nonfinite"] = ranges(drawn.nonfinite)
+    if drawn.nonfinite:
+        headers["X-Tarflow-Nonfinite"] = ranges(drawn.nonfinite)
     if draw.certify and drawn.certificate is not None:
         headers["X-Tarflow-Certificate"] = f"{drawn.certificate.max():.3g}"
     return headers
@@ -142,7 +199,12 @@ def _zip(service: Service, draw: Draw, drawn: Drawn, zoom: int | None) -> bytes:
                 "file": name, "index": index, "label": int(draw.classes[i]), "finite": index not in drawn.nonfinite,
                 "certificate": _certificate(draw, drawn, i),
             })  # fmt: skip
-        said = {"bundle_hash": service.flow.bundle.hash, "seed": draw.seed, "style": asdict(draw.style), "samples": samples}
+        said = {
+            "bundle_hash": service.flow.bundle.hash,
+            "seed": draw.seed,
+            "style": asdict(draw.style),
+            "samples": samples,
+        }
         archive.writestr(zipfile.ZipInfo("samples.json"), json.dumps(said, indent=1))
     return file.getvalue()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ..runtime.errors import TarflowError
@@ -18,12 +19,12 @@ from .settings import Settings
 T = TypeVar("T")
 
 
-class Refusal(Exception):
-    """An answer that is not a result: status, message, and headers if any."""
+class Refusal(HTTPException):
+    """An answer that is not a result."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers or {}
+        super().__init__(status, message, headers)
+        self.status, self.message = status, message
 
 
 class Service:
@@ -55,8 +56,10 @@ class Service:
         return drawn
 
     async def compute(self, request: Request, work: Callable[[Watch], T]) -> T:
-        """The result of ``work``, called alone in a drawing thread with a ``progress`` for ``Flow.sample``: it raises
-        when nobody waits any more. Queued, bounded and timed like :meth:`draw`. Raises Refusal.
+        """The result of ``work``, called alone in a drawing thread, and queued, bounded and timed like :meth:`draw`.
+
+        What it is given is what ``Flow.sample`` takes as progress: it raises when nobody waits any more.
+        Raises Refusal.
         """
         result: T = await self._wait(request, work)
         return result
@@ -93,3 +96,8 @@ class Service:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def validation_message(errors: Sequence[Any]) -> str:
+    """What pydantic found wrong, and where; never what was sent, which may be large or no JSON."""
+    return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors[:5])[:1000]
