@@ -10,7 +10,24 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, build, calibrate, check, doctor, export, generate, inspect, likelihood, train, verify
+from . import (
+    bench,
+    bisect,
+    build,
+    calibrate,
+    check,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    likelihood,
+    package,
+    report,
+    serve,
+    train,
+    verify,
+)
 
 EXIT_INTERRUPTED = 130
 
@@ -30,10 +47,14 @@ app.command()(verify.verify)
 app.command()(bisect.bisect)
 app.command()(likelihood.likelihood)
 app.command()(likelihood.denoise)
+app.command()(evaluate.evaluate)
+app.command()(report.report)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(calibrate.calibrate)
+app.command()(package.package)
+app.command()(serve.serve)
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +95,13 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --low-memory", 3)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "train"}.get(error.name or "", "export")
+        extra = {
+            "sklearn": "train",
+            "fastapi": "serve",
+            "uvicorn": "serve",
+            "prometheus_client": "serve",
+            "starlette": "serve",
+        }.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno == errno.ENOSPC:

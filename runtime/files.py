@@ -75,7 +75,12 @@ def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str = "m
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield partial
-            for file in partial.iterdir():
+            for file in partial.rglob("*"):
+                if file.is_symlink():
+                    continue
+                if file.is_dir():
+                    _sync(file)
+                    continue
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
                 file.chmod(0o666 & ~_UMASK)  # some writers make private files; a bundle is handed on

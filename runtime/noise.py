@@ -92,7 +92,7 @@ def normal(seed: int, samples: Iterable[int], shape: Sequence[int], stream: int 
     noise = np.empty(numbers.shape, np.float32)
     rows = max(1, 2 * _CHUNK // max(numbers.shape[1], 1))
     for row in range(0, len(numbers), rows):  # a few rows at a time: small float64 temporaries
-        noise[row : row + rows] = _inverse_normal(numbers[row : row + rows])
+        noise[row : row + rows] = normal_quantile(numbers[row : row + rows])
     return noise.reshape(len(numbers), *shape)
 
 
@@ -125,7 +125,7 @@ def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return exponent * _LN2 + (2.0 * s) * _polynomial(s * s, _LOG_SERIES)
 
 
-def _inverse_normal(u: NDArray[np.float64]) -> NDArray[np.float64]:
+def normal_quantile(u: NDArray[np.float64]) -> NDArray[np.float64]:
     """The standard normal quantile of u in (0, 1)."""
     q = u - 0.5
     out = q * _ratio(0.180625 - q * q, _CENTRE)

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"tarflow": ROOT / "tarflow", "export": ROOT / "export", "runtime": ROOT / "runtime", "cli": ROOT / "cli"}
+ROOMS = {
+    "tarflow": ROOT / "tarflow",
+    "export": ROOT / "export",
+    "runtime": ROOT / "runtime",
+    "serve": ROOT / "serve",
+    "cli": ROOT / "cli",
+}
 RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda"}
 COMMANDS = (
     "export",
@@ -27,6 +33,9 @@ COMMANDS = (
     "doctor",
     "bench",
     "calibrate",
+    "evaluate",
+    "report",
+    "package",
 )
 
 
@@ -71,6 +80,11 @@ def test_the_runtime_imports_relatively_and_knows_neither_model_nor_torch() -> N
             if level == 0:
                 top = module.split(".")[0]
                 assert top in standard or top in RUNTIME_MAY, f"{path.name} imports {module}"
+
+
+def test_serving_stands_on_the_runtime_alone() -> None:
+    for name, module in modules_of("serve"):
+        assert not module.startswith(("tarflow.cli", "tarflow.export", "torch", "onnx.")), f"{name} imports {module}"
 
 
 def test_export_does_not_know_the_command_line_and_only_cli_prints() -> None:

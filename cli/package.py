@@ -1,0 +1,73 @@
+"""``tarflow package``: a bundle in the form another server takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import default_bundle, emit
+from .options import BundleArgument, Json
+
+
+def package(
+    bundle: BundleArgument = None,
+    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository into this folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="How the models' names begin. Default: the bundle's name.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Which models: sample, encode, denoise. Default: all that this bundle can do.")
+    ] = None,
+    instances: Annotated[int, typer.Option(help="Instances of each model, on each device.")] = 1,
+    max_batch: Annotated[int, typer.Option(help="Rows computed at once, at most.")] = 64,
+    delay: Annotated[float, typer.Option(help="Seconds a request may wait for others to share its batch.")] = 0.005,
+    gpu: Annotated[str | None, typer.Option(help="GPUs, as in 0,1. Default: the CPU.")] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="Default: cpu; with --gpu auto: TensorRT engines, CUDA, what works there.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of an instance. Default: its share.")] = None,
+    link: Annotated[bool, typer.Option("--link/--copy", help="Link to the bundle instead of copying it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace models of these names.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model repository for Triton's Python backend: batching, instances, and this runtime inside.
+
+    Example: tarflow package tarflow-bundle --triton models --instances 2 --max-batch 64
+    """
+    from ..runtime.bundle import Bundle
+    from ..runtime.errors import InputError
+    from ..serve.repository import TASKS, Serving, write_repository
+
+    if triton is None:
+        raise InputError("a package for what? Pass --triton DIR, the folder of a Triton model repository")
+    if triton.exists() and not triton.is_dir():
+        raise InputError(f"'{triton}' is a file; expected a folder, or a name for one")
+    opened = Bundle.open(default_bundle(bundle))
+    gpus = _numbers(gpu)
+    serving = Serving(instances, max_batch, delay, gpus, provider or ("auto" if gpus else "cpu"), threads)
+    able = TASKS if opened.manifest.config.noise_std else TASKS[:2]
+    tasks = able if models is None else tuple(part.strip() for part in models.split(","))
+    written = write_repository(opened, triton, serving, tasks, name, link, force)
+    if json:
+        emit(
+            {
+                "bundle": str(opened.folder),
+                "bundle_hash": opened.hash,
+                "repository": str(triton),
+                "models": [path.name for path in written],
+                "linked": link,
+            }
+        )
+        return
+    how = f"linked to '{opened.folder}'" if link else "copied, hashes checked"
+    print(f"{', '.join(path.name for path in written)} in '{triton}'; the bundle is {how}")
+    print(f"run it: tritonserver --model-repository={triton.resolve()}, where Triton's Python has tarflow installed")
+
+
+def _numbers(gpu: str | None) -> tuple[int, ...]:
+    from ..runtime.errors import InputError
+
+    try:
+        return tuple(int(part) for part in gpu.split(",")) if gpu is not None else ()
+    except ValueError:
+        raise InputError(f"--gpu '{gpu}' is not understood; expected device numbers, as in 0,1") from None

@@ -1,0 +1,194 @@
+"""A feature network: any ONNX graph that takes images and gives vectors. Inception, CLIP, or something small.
+
+Images are always 8 bits first, as files of pictures hold them, so that samples just drawn and samples read back give
+the same features.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .backend import pad_rows
+from .errors import BundleError, InputError
+from .files import sha256
+
+RANGES = ("-1,1", "0,1", "0,255", "imagenet")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in 0..1
+_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+}
+_BATCH = 64
+_LARGEST = 4096  # pixels a side
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How 8-bit images (N, C, H, W) become a network's input.
+
+    ``size`` is the side they are resized to (bicubic, antialiased), None for their own; ``values`` one of RANGES.
+    """
+
+    size: int | None
+    values: str
+    channels: int
+    channels_last: bool
+    dtype: type[np.generic]
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
+        x = images if images.shape[1] == self.channels else np.repeat(images, self.channels, 1)
+        pixels: NDArray[Any] = x.astype(np.float32)
+        if self.size is not None and self.size != x.shape[-1]:
+            pixels = _resize(pixels, self.size)
+        if self.values == "imagenet":
+            mean, std = (np.array(row, np.float32)[:, None, None] for row in (_IMAGENET_MEAN, _IMAGENET_STD))
+            pixels = (pixels / 255 - mean) / std
+        else:
+            low, high = map(float, self.values.split(","))
+            pixels = pixels / 255 * (high - low) + low
+        if self.dtype == np.uint8:
+            pixels = np.rint(pixels.clip(0, 255))
+        return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1) if self.channels_last else pixels, self.dtype)
+
+
+class FeatureNetwork:
+    """An opened network; call it with 8-bit images (N, C, H, W) to get features (N, F) float32."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, output: str, batch: int, prepare: Preparation, identity: str
+    ) -> None:
+        self.session, self.output, self.batch, self.prepare = session, output, batch, prepare
+        self.identity = identity  # of file, layer and preparation: features compare only where it is the same
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        output: str | None = None,
+        size: int | None = None,
+        values: str | None = None,
+        threads: int | None = None,
+    ) -> FeatureNetwork:
+        """Open an ONNX file with one input, images, as (N, C, H, W) or (N, H, W, C).
+
+        ``output`` names the layer, if there are several; ``size`` the side images are resized to, if the graph does
+        not say; ``values`` the range it was trained on (RANGES; -1,1 by default, 0,255 for a graph of bytes). Raises
+        InputError for a network that cannot be used so, BundleError for a file that is no ONNX graph.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no feature network at '{path}'; expected an .onnx file")
+        session = _open_session(path, threads)
+        batch, prepare = _preparation(session, path, size, values)
+        layer = _output(session, path, output)
+        identity = f"{sha256(path)} {layer} {prepare.size or 'own size'} {prepare.values}"
+        return cls(session, layer, batch, prepare, identity)
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """8-bit images (N, C, H, W) -> features (N, F). Positions of a layer (N, F, h, w) are averaged.
+
+        Raises InputError for images the network cannot take.
+        """
+        channels = self.prepare.channels
+        if images.shape[1] not in (1, channels):
+            raise InputError(f"images have {images.shape[1]} channels; this feature network takes {channels}")
+        rows = [self._features(images[start : start + self.batch]) for start in range(0, len(images), self.batch)]
+        return np.concatenate(rows)
+
+    def _features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        feed = pad_rows(self.prepare(images), self.batch)
+        try:
+            (found,) = self.session.run([self.output], {self.session.get_inputs()[0].name: feed})
+        except Exception as error:  # onnxruntime's own exceptions have no public base
+            raise InputError(
+                f"the feature network does not take images of shape {feed.shape[1:]} ({str(error)[:160]}); "
+                "try --feature-size"
+            ) from None
+        features = np.asarray(found, np.float32)
+        if features.ndim < 2 or len(features) != len(feed):
+            raise InputError(
+                f"output '{self.output}' has shape {features.shape}; expected (N, F) or (N, F, h, w): another "
+                "--feature-output?"
+            )
+        rows: NDArray[np.float32] = features[: len(images)].reshape(len(images), features.shape[1], -1).mean(2)
+        return rows
+
+
+def _open_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no public base
+        raise BundleError(
+            f"'{path}' cannot be opened as an ONNX network ({str(error)[:160]}); export it with torch.onnx.export"
+        ) from None
+
+
+def _preparation(
+    session: onnxruntime.InferenceSession, path: Path, size: int | None, values: str | None
+) -> tuple[int, Preparation]:
+    """The batch the network takes, and how images are prepared for it."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        names = ", ".join(f"{i.name} {i.shape}" for i in inputs)
+        raise InputError(
+            f"'{path}' has {len(inputs)} inputs ({names}); expected one, images: export it with images alone"
+        )
+    (images,) = inputs
+    shape: Sequence[int | str | None] = images.shape
+    if len(shape) != 4 or images.type not in _TYPES:
+        raise InputError(
+            f"'{path}' takes {images.type} of shape {shape}; expected images, float or uint8: (N, C, H, W) or "
+            "(N, H, W, C)"
+        )
+    last = shape[1] not in (1, 3) and shape[3] in (1, 3)
+    channels, side = (shape[3], shape[1]) if last else (shape[1], shape[2])
+    if isinstance(channels, int) and channels not in (1, 3):
+        raise InputError(f"'{path}' takes images of {channels} channels; expected 1 or 3")
+    if isinstance(side, int) and size not in (None, side):
+        raise InputError(f"--feature-size is {size}, but '{path}' takes images of {side} pixels: drop the option")
+    if size is not None and not 1 <= size <= _LARGEST:
+        raise InputError(f"--feature-size is {size}; expected 1 to {_LARGEST} pixels")
+    dtype = _TYPES[images.type]
+    values = values or ("0,255" if dtype == np.uint8 else "-1,1")
+    if values not in RANGES:
+        raise InputError(f"--feature-range is '{values}'; expected one of {', '.join(RANGES)}")
+    prepare = Preparation(
+        size=side if isinstance(side, int) else size,
+        values=values,
+        channels=channels if isinstance(channels, int) else 3,
+        channels_last=last,
+        dtype=dtype,
+    )
+    return (shape[0] if isinstance(shape[0], int) and shape[0] > 0 else _BATCH), prepare
+
+
+def _output(session: onnxruntime.InferenceSession, path: Path, wanted: str | None) -> str:
+    names = {output.name: output.shape for output in session.get_outputs()}
+    if wanted is not None and wanted not in names:
+        raise InputError(f"'{path}' has no output '{wanted}'; it has {', '.join(names)}")
+    if wanted is None and len(names) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in names.items())
+        raise InputError(f"'{path}' has {len(names)} outputs ({listed}); choose one with --feature-output")
+    return wanted or next(iter(names))
+
+
+def _resize(pixels: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """(N, C, H, W) -> (N, C, size, size), channel by channel in float32, so that nothing is rounded in between."""
+    from PIL import Image
+
+    planes = pixels.reshape(-1, *pixels.shape[2:])
+    resized = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in planes]
+    return np.stack(resized).reshape(*pixels.shape[:2], size, size)

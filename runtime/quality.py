@@ -1,0 +1,139 @@
+"""What a bundle's samples are like: drawn, certified, timed and encoded again, and images of the user's beside them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backend import Array
+from .bundle import Bundle
+from .errors import CheckFailed
+from .flow import Flow, Guidance, Preview
+from .image import unpatchify
+
+SHOWN = 10  # samples followed from block to block
+_ENCODED = 1024  # images encoded at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """Images as the flow sees them: ``latent`` (N, T, D) and ``bits`` (N,) per dimension."""
+
+    name: str
+    latent: Array
+    bits: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What :func:`examine` found. All N samples are in ``images`` (N, channels, size, size) and ``labels`` (N,); rows
+    that are not finite are listed in ``nonfinite`` and in none of the statistics.
+
+    ``stages`` are the first few samples as (name, images): the noise, after each block, denoised. ``block_seconds``
+    and ``passes`` are of decoding all samples, by block in encoding order. Times in seconds.
+    """
+
+    bundle: Bundle
+    backend: str
+    decoding: str
+    seed: int
+    guidance: Guidance
+    images: Array
+    labels: NDArray[np.int64]
+    stages: tuple[tuple[str, Array], ...]
+    nonfinite: tuple[int, ...]
+    certificate: Array
+    block_seconds: tuple[float, ...]
+    passes: tuple[int, ...]
+    encode_seconds: float
+    denoise_seconds: float
+    populations: tuple[Population, ...]
+
+
+def examine(
+    flow: Flow,
+    labels: NDArray[np.int64],
+    guidance: Guidance,
+    seed: int,
+    data: tuple[Array, NDArray[np.int64] | None] | None = None,
+) -> Findings:
+    """Draw one sample a label (below 0: the null class), and look at them and at ``data``: images in [-1, 1] units,
+    with the training noise in them, and their labels.
+
+    Raises CheckFailed if no sample is finite or none can be encoded, InputError as :meth:`Flow.sample` and
+    :meth:`Flow.encode` do.
+    """
+    n = len(labels)
+    flow.sample(1, labels=labels[:1], guidance=guidance, seed=seed, certify=True)  # opens the graphs
+    watch = _Watch(flow.config.blocks)
+    raw = np.asarray(drawn := flow.sample(n, labels=labels, guidance=guidance, seed=seed, denoise=False, preview=watch))
+    assert drawn.report is not None
+    finite = np.flatnonzero(np.isfinite(raw).all((1, 2, 3)))
+    if not len(finite):
+        raise CheckFailed(f"none of {n} samples is finite: lower the guidance, which is {guidance.scale:g}")
+
+    noise = flow.noise(seed, range(n))
+    certificate = np.nan_to_num(flow.certify(raw[finite], noise[finite], labels[finite], guidance), nan=np.inf)
+    started = time.perf_counter()
+    populations = [_population(flow, "samples", raw[finite], labels[finite])]
+    encode_seconds = time.perf_counter() - started
+    if data is not None:
+        populations.append(_population(flow, "data", *data))
+
+    images, started = raw.copy(), time.perf_counter()
+    if flow.config.noise_std:
+        images[finite] = flow.denoise(raw[finite], labels[finite])
+    denoise_seconds = time.perf_counter() - started
+    z = noise[:SHOWN] * flow.deviation
+    stages = [("noise", unpatchify(z, flow.config.patch_size, flow.config.channels)), *watch.stages()]
+    if flow.config.noise_std:
+        stages.append(("denoised", images[:SHOWN]))
+    return Findings(
+        bundle=flow.bundle,
+        backend=flow.backend.description,
+        decoding=drawn.report.decoding,
+        seed=seed,
+        guidance=guidance,
+        images=images,
+        labels=labels,
+        stages=tuple(stages),
+        nonfinite=tuple(np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()),
+        certificate=certificate,
+        block_seconds=tuple(watch.seconds),
+        passes=drawn.report.passes,
+        encode_seconds=encode_seconds,
+        denoise_seconds=denoise_seconds if flow.config.noise_std else 0.0,
+        populations=tuple(populations),
+    )
+
+
+class _Watch:
+    """Adds up the time of each block, and keeps what the first samples look like after it."""
+
+    def __init__(self, blocks: int) -> None:
+        self.seconds = [0.0] * blocks
+        self.seen: dict[int, list[Array]] = {block: [] for block in reversed(range(blocks))}
+
+    def __call__(self, now: Preview) -> None:
+        self.seconds[now.block] += now.seconds
+        if now.first < SHOWN:
+            self.seen[now.block].append(now.images[: SHOWN - now.first].copy())
+
+    def stages(self) -> list[tuple[str, Array]]:
+        return [(f"block {block}", np.concatenate(images)) for block, images in self.seen.items()]
+
+
+def _population(flow: Flow, name: str, images: Array, labels: NDArray[np.int64] | None) -> Population:
+    parts = [
+        flow.encode(images[start : start + _ENCODED], None if labels is None else labels[start : start + _ENCODED])
+        for start in range(0, len(images), _ENCODED)
+    ]
+    latent, log_det = (np.concatenate(column) for column in zip(*parts, strict=True))
+    bits = flow.bits_of(latent, log_det)
+    sound = np.isfinite(bits) & np.isfinite(latent).all((1, 2))
+    if not sound.any():
+        raise CheckFailed(f"none of {len(images)} images ({name}) can be encoded: all overflow; guide less")
+    return Population(name, latent[sound], bits[sound])

@@ -1,0 +1,273 @@
+"""The Frechet distance and its error, feature networks of all shapes, and tarflow evaluate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from tarflow.cli.evaluate import DIGITS
+from tarflow.data import digits
+from tarflow.runtime.errors import BundleError, InputError
+from tarflow.runtime.features import FeatureNetwork
+from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.frechet import Statistics, distance, estimate, read_statistics, write_statistics
+from tarflow.runtime.image import to_uint8
+
+from .conftest import DEMO, Cli
+
+
+def dice(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# --- the distance ---------------------------------------------------------------------------------------------------
+
+
+def test_diagonal_gaussians_are_as_far_apart_as_their_closed_form_says() -> None:
+    m1, m2 = dice(1).normal(size=(2, 8))
+    s1, s2 = dice(2).uniform(0, 3, (2, 8))
+    found = distance(Statistics(m1, np.diag(s1**2), 100), Statistics(m2, np.diag(s2**2), 100))
+    assert found == pytest.approx(np.sum((m1 - m2) ** 2) + np.sum((s1 - s2) ** 2), rel=1e-12)
+
+
+def test_full_covariances_agree_with_another_route_to_the_square_root() -> None:
+    from scipy.linalg import sqrtm
+
+    a, b = dice(3).normal(size=(2, 12, 12))
+    first, second = a @ a.T, b @ b.T
+    expected = np.trace(first) + np.trace(second) - 2 * np.trace(sqrtm(first @ second)).real
+    zero = np.zeros(12)
+    found = distance(Statistics(zero, first, 9), Statistics(zero, second, 9))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found == pytest.approx(distance(Statistics(zero, second, 9), Statistics(zero, first, 9)), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_singular_covariance_is_no_obstacle(rank: int) -> None:
+    factor = dice(4).normal(size=(20, rank))
+    one = Statistics(np.zeros(20), factor @ factor.T, 9)
+    assert distance(one, one) < 1e-6 * max(1.0, np.trace(one.covariance))
+    scaled = Statistics(np.zeros(20), 4 * factor @ factor.T, 9)  # deviations doubled: their squared difference
+    assert distance(scaled, one) == pytest.approx(np.trace(one.covariance), rel=1e-6, abs=1e-12)
+
+
+def test_statistics_are_numpys_and_weights_are_repetitions() -> None:
+    x = (dice(5).normal(size=(5000, 6)) + 1000).astype(np.float32)  # more than one chunk, far from 0
+    found = Statistics.of(x)
+    np.testing.assert_allclose(found.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-9)
+    times = dice(6).integers(0, 3, len(x))
+    repeated, weighted = Statistics.of(np.repeat(x, times, 0)), Statistics.of(x, times)
+    np.testing.assert_allclose(weighted.covariance, repeated.covariance, rtol=1e-9, atol=1e-9)
+    assert weighted.count == repeated.count == times.sum()
+
+
+def test_the_bootstrap_knows_how_much_the_distance_varies_and_how_much_is_bias() -> None:
+    reference = Statistics(np.zeros(4), np.eye(4), 0)
+    draws = [estimate(dice(seed).normal(0.3, 1.2, (400, 4)), reference, 60, seed) for seed in range(30)]
+    found = np.array([d.distance for d in draws])
+    true = 4 * (0.3**2 + 0.2**2)
+    assert 0.75 < np.mean([d.standard_error for d in draws]) / found.std(ddof=1) < 1.35
+    assert abs(np.mean([d.distance - d.bias for d in draws]) - true) < abs(found.mean() - true) + 0.01
+    assert sum(d.interval[0] < true < d.interval[1] for d in draws) >= 24
+    again = estimate(dice(0).normal(0.3, 1.2, (400, 4)), reference, 60, 0)
+    assert again == draws[0], "the same numbers, the same error"
+
+
+def test_statistics_are_read_as_written_and_from_files_of_other_programs(tmp_path: Path) -> None:
+    statistics = Statistics.of(dice(7).normal(size=(50, 3)))
+    write_statistics(tmp_path / "ours.npz", statistics, "network")
+    found, network = read_statistics(tmp_path / "ours.npz")
+    assert network == "network"
+    assert found.count == 50
+    np.testing.assert_array_equal(found.covariance, statistics.covariance)
+    np.savez(tmp_path / "theirs.npz", mu=statistics.mean, sigma=statistics.covariance)
+    found, network = read_statistics(tmp_path / "theirs.npz")
+    assert (found.count, network) == (0, None)
+    assert distance(found, statistics) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros(3)}, "holds x; expected mu and sigma"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"sigma float64 \(2, 2\)"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "expected finite floats"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        read_statistics(tmp_path / "s.npz")
+    (tmp_path / "s.npz").write_bytes(b"no zip")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_statistics(tmp_path / "s.npz")
+
+
+# --- feature networks -----------------------------------------------------------------------------------------------
+
+
+def network(
+    path: Path,
+    shape: Sequence[int | str] = ("N", 3, "H", "W"),
+    kind: int = TensorProto.FLOAT,
+    inputs: int = 1,
+    outputs: int = 1,
+) -> Path:
+    """A network that averages all pixels of each channel: its features are the mean of what it was given."""
+    last = shape[-1] == 3
+    axes = numpy_helper.from_array(np.array([1, 2] if last else [2, 3], np.int64), "axes")
+    nodes = [
+        helper.make_node("Cast", ["x0"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats", "axes"], ["y0"], keepdims=0),
+        *(helper.make_node("Identity", ["y0"], [f"y{k}"]) for k in range(1, outputs)),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mean",
+        [helper.make_tensor_value_info(f"x{k}", kind, list(shape)) for k in range(inputs)],
+        [helper.make_tensor_value_info(f"y{k}", TensorProto.FLOAT, None) for k in range(outputs)],
+        [axes],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+PIXELS = dice(8).integers(0, 256, (70, 3, 6, 6)).astype(np.uint8)
+MEANS = PIXELS.reshape(70, 3, -1).mean(2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "values", "expected"),
+    [
+        (("N", 3, "H", "W"), TensorProto.FLOAT, None, MEANS / 127.5 - 1),
+        (("N", 3, 6, 6), TensorProto.FLOAT, "0,1", MEANS / 255),
+        ((4, "H", "W", 3), TensorProto.FLOAT, "0,255", MEANS),
+        (("N", "H", "W", 3), TensorProto.UINT8, None, MEANS),
+        (
+            ("N", 3, "H", "W"), TensorProto.FLOAT, "imagenet",
+            (MEANS / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
+        ),
+    ],
+)  # fmt: skip
+def test_images_reach_the_network_as_it_wants_them(
+    shape: Sequence[int | str], kind: int, values: str | None, expected: NDArray[Any], tmp_path: Path
+) -> None:
+    opened = FeatureNetwork.open(network(tmp_path / "n.onnx", shape, kind), values=values)
+    np.testing.assert_allclose(opened(PIXELS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_grey_images_are_repeated_for_a_network_of_colours_and_resized_for_a_fixed_one(tmp_path: Path) -> None:
+    opened = FeatureNetwork.open(network(tmp_path / "n.onnx", ("N", 3, 24, 24)))
+    found = opened(PIXELS[:, :1])
+    assert found.shape == (70, 3)
+    np.testing.assert_allclose(found[:, 0], MEANS[:, 0] / 127.5 - 1, atol=0.02)  # bicubic keeps the mean, nearly
+    np.testing.assert_array_equal(found[:, 0], found[:, 2])
+    assert opened.identity != FeatureNetwork.open(tmp_path / "n.onnx", values="0,1").identity
+
+
+def test_a_network_that_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "n.onnx"
+    with pytest.raises(InputError, match=r"2 inputs .*expected one, images"):
+        FeatureNetwork.open(network(path, inputs=2))
+    with pytest.raises(InputError, match=r"2 outputs .*--feature-output"):
+        FeatureNetwork.open(network(path, outputs=2))
+    with pytest.raises(InputError, match="no output 'z'; it has y0, y1"):
+        FeatureNetwork.open(path, output="z")
+    np.testing.assert_allclose(FeatureNetwork.open(path, output="y1")(PIXELS), MEANS / 127.5 - 1, atol=1e-4)
+    with pytest.raises(InputError, match=r"of shape .*expected images"):
+        FeatureNetwork.open(network(path, ("N", 3, 4, 4, 4)))
+    with pytest.raises(InputError, match="5 channels"):
+        FeatureNetwork.open(network(path, ("N", 5, 8, 8)))
+    with pytest.raises(InputError, match="takes images of 24 pixels: drop the option"):
+        FeatureNetwork.open(network(path, ("N", 3, 24, 24)), size=32)
+    with pytest.raises(InputError, match="expected one of -1,1, 0,1"):
+        FeatureNetwork.open(path, values="0,2")
+    path.write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="cannot be opened as an ONNX network"):
+        FeatureNetwork.open(path)
+
+
+def test_the_demos_network_tells_digits_apart_and_its_statistics_are_those_of_the_digits() -> None:
+    opened, data = FeatureNetwork.open(DIGITS), digits()
+    features = opened(np.concatenate([data.train.images, data.held_out.images]))
+    statistics, made_with = read_statistics(DIGITS.with_suffix(".npz"))
+    assert made_with == opened.identity
+    assert distance(Statistics.of(features), statistics) < 1e-3
+    assert DIGITS.stat().st_size < 300_000
+    train, held_out = features[: len(data.train)], features[len(data.train) :]
+    nearest = [int(np.square(train - row).sum(1).argmin()) for row in held_out]
+    assert data.train.labels is not None
+    assert np.mean(data.train.labels[nearest] == data.held_out.labels) > 0.97
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_draws_what_generate_draws_and_statistics_stand_for_their_images(cli: Cli, tmp_path: Path) -> None:
+    images = digits().held_out.images
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0]).save(tmp_path / "real" / f"{i:04}.png")
+    how = ("--n", 120, "--guidance", 1, "--seed", 3, "--resamples", 20, "--json")
+    first = cli("evaluate", DEMO, "--against", "real", "--save-stats", "real.npz", *how, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    found = json.loads(first.stdout)
+
+    drawn = Flow.open(DEMO).sample(120, labels=np.arange(120) % 10, guidance=Guidance(1.0), seed=3)
+    network = FeatureNetwork.open(DIGITS)
+    expected = estimate(network(to_uint8(drawn)), Statistics.of(network(images)), 20, 3)
+    assert found["distance"] == pytest.approx(expected.distance, rel=1e-3)
+    assert found["standard_error"] == pytest.approx(expected.standard_error, rel=1e-2)
+    assert (found["count"], found["reference_images"], found["dimension"]) == (120, 299, 64)
+
+    np.save(tmp_path / "drawn.npy", np.asarray(drawn))
+    second = cli("evaluate", DEMO, "--against", "real.npz", "--samples", "drawn.npy", *how, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert json.loads(second.stdout)["distance"] == pytest.approx(expected.distance, rel=1e-6)
+
+
+def test_evaluate_warns_of_too_few_samples_and_says_all_in_words(cli: Cli, tmp_path: Path) -> None:
+    done = cli("evaluate", DEMO, "--n", 40, "--resamples", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Frechet distance" in done.stdout
+    assert "1797 images" in done.stdout
+    assert "40 samples are no more than the 64 features" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_says_what_is_missing_or_does_not_fit(cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "faces")
+    manifest = json.loads((DEMO / "manifest.json").read_text()) | {"name": "faces"}
+    (tmp_path / "faces" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "wrong").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "wrong" / "a.png")
+    np.save(tmp_path / "rgb.npy", np.zeros((4, 3, 8, 8), np.uint8))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3), network=np.array("another"))
+    (tmp_path / "no.onnx").write_text("text")
+    cases: list[tuple[list[object], int, str]] = [
+        (["faces"], 2, "which features? Pass --features"),
+        ([DEMO, "--against", "empty"], 2, "no images below 'empty'"),
+        ([DEMO, "--against", "wrong"], 2, "9x9 pixels; this model takes 8x8"),
+        ([DEMO, "--against", "rgb.npy"], 2, "expected (N, 1, 8, 8)"),
+        ([DEMO, "--against", "nowhere"], 2, "nowhere"),
+        ([DEMO, "--against", "other.npz"], 2, "made with another network"),
+        ([DEMO, "--features", "no.onnx"], 4, "cannot be opened as an ONNX network"),
+        ([DEMO, "--features", DIGITS], 2, "against what?"),
+        ([DEMO, "--n", 1], 2, "--n is 1"),
+        ([DEMO, "--save-stats", "no/where.npz"], 2, "does not exist"),
+    ]
+    for arguments, code, message in cases:
+        done = cli("evaluate", *arguments, cwd=tmp_path)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        assert message in done.stderr
