@@ -69,7 +69,8 @@ def prepare(folder: Path, models: dict[str, Config]) -> None:
         with tempfile.TemporaryDirectory() as place:
             checkpoint = Path(place) / f"{name}.safetensors"
             save(random_model(config), checkpoint)
-            export(checkpoint, folder / name, "fp16", check=False, watch=lambda stage: tell(f"{name}: {stage}"))
+            tell(f"export {name}")
+            export(checkpoint, folder / name, "fp16", check=False, watch=tell)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -80,8 +81,8 @@ def section(
 ) -> str:
     """A section of the results: the machine, one table, and what its numbers mean."""
     config = bundle.manifest.config
-    columns = ("batch", "guidance", "", "seconds", "published / own", "compiled / own", "own / floor")
-    columns = (*columns, "error", "certificate", "passes")
+    columns = ["batch", "guidance", "", "seconds", "published / own", "compiled / own", "own / floor"]
+    columns += ["error", "certificate", "passes"]
     table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for cell in cells:
         for r in cell.rows:
@@ -93,13 +94,14 @@ def section(
         table.append(f"| {cell.batch} | {cell.guidance:g} | floor | {cell.floor:.4g} | | | | | | |")
     text = (
         f"{config.blocks} blocks of width {config.width} with {config.layers} layers, T = {config.tokens}, "
-        f"{bundle.manifest.precision} graphs, random weights. Published models of these shapes have eight such blocks, and "
-        "take as many times longer. Seconds to decode one batch, without denoising; medians of interleaved turns, ratios "
-        f"are medians of neighbours. ~: estimated from {choice.stretch} steps each at the beginning, in the middle and at "
-        "the end of a block. Error: largest difference from float32 PyTorch; none where a whole run would take over "
-        f"{choice.patience:g} s. Certificate: largest round-trip error. Passes: dependent passes of all blocks; on random "
-        "weights they say nothing about trained ones. Floor: what every serial step must read, one block's matrices and "
-        f"the keys and values of known positions, in half precision at the measured {speed / 1e9:.3g} GB/s."
+        f"{bundle.manifest.precision} graphs, random weights. Published models of these shapes have eight such blocks, "
+        "and take as many times longer. Seconds to decode one batch, without denoising; medians of interleaved turns, "
+        f"ratios are medians of neighbours. ~: estimated from {choice.stretch} steps each at the beginning, in the "
+        "middle and at the end of a block. Error: largest difference from float32 PyTorch; none where a whole run "
+        f"would take over {choice.patience:g} s. Certificate: largest round-trip error. Passes: dependent passes of "
+        "all blocks; on random weights they say nothing about trained ones. Floor: what every serial step must read, "
+        "one block's matrices and the keys and values of known positions, in half precision, at the measured "
+        f"{speed / 1e9:.3g} GB/s."
     )
     notes = list(dict.fromkeys([*notes, *(note for cell in cells for note in cell.notes)]))
     return "\n\n".join([f"## {name} on {where.split(',')[0]}", where, "\n".join(table), text, *bullets(notes)])
@@ -204,9 +206,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--batch", type=int, nargs="+", metavar="N", help="batch sizes; default 1 8 32")
     add("--repeats", type=int, metavar="N", help="turns; default 3, or 1 with --quick")
     add("--stretch", type=int, default=32, metavar="N", help="steps of the published method timed, thrice a block")
-    add(
-        "--patience", type=float, default=60.0, metavar="S", help="run it whole, for its error, if S seconds are enough"
-    )
+    add("--patience", type=float, default=60.0, metavar="S", help="run it whole, for its error, if that is enough")
     add("--no-compile", action="store_true", help="record PyTorch's own kernels instead of compiled ones")
     add("--no-tensorrt", action="store_true", help="leave TensorRT out where it is installed")
     add("--results", type=Path, metavar="FILE", help=f"default: {RESULTS.name} on a GPU, none otherwise")

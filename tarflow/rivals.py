@@ -157,7 +157,7 @@ class Captured:
         if state.x.device.type != "cuda":
             return step
         state.position.zero_()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and loads what cannot be loaded while recording

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,3 +116,19 @@ def test_without_a_gpu_or_wheels_it_says_so(tmp_path: Path) -> None:
             continue
         with pytest.raises(SystemExit, match=re.escape(message)):
             gpu.main(arguments)
+
+
+def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
+    name = "onnxruntime_gpu-9.0.dist-info"
+    files = {
+        "onnxruntime/__init__.py": "raise SystemExit('the wheel was imported')",
+        f"{name}/METADATA": "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 9.0\n",
+        f"{name}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}/RECORD": "",
+    }
+    with zipfile.ZipFile(tmp_path / "onnxruntime_gpu-9.0-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--wheels", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=gpu.ROOT)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "the wheel was imported")
