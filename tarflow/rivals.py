@@ -5,6 +5,8 @@ Both are our own words for them, on our own model's weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from .model import Block, TarFlow
 
 GrowingCache = list[tuple[Tensor, Tensor]]
+Caches = tuple[list[GrowingCache], list[GrowingCache]]  # a layer each, with labels and without
 
 
 @torch.inference_mode()
@@ -27,17 +30,39 @@ def published(model: TarFlow, noise: Tensor, labels: Tensor | None, guidance: fl
 
 def _published_block(block: Block, z: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
     x = block.order(z).clone()
-    positions = block.order(block.pos_embed, 0)
-    conditional: list[GrowingCache] = [[] for _ in block.layers]
-    unconditional: list[GrowingCache] = [[] for _ in block.layers]
-    for i in range(x.shape[1] - 1):
-        log_scale, shift = _growing_step(block, x[:, i : i + 1], positions[i], labels, conditional)
+    published_steps(block, x, labels, guidance, grown(block, len(x), 0, x), range(x.shape[1] - 1))
+    return block.order(x)
+
+
+@torch.inference_mode()
+def published_steps(
+    block: Block, x: Tensor, labels: Tensor | None, guidance: float, caches: Caches, positions: Iterable[int]
+) -> None:
+    """Some of a block's steps, in place on x (B, T, D) in block order; ``caches`` hold the positions before them."""
+    places = block.order(block.pos_embed, 0)
+    conditional, unconditional = caches
+    for i in positions:
+        log_scale, shift = _growing_step(block, x[:, i : i + 1], places[i], labels, conditional)
         if guidance > 0:
-            null_log_scale, null_shift = _growing_step(block, x[:, i : i + 1], positions[i], None, unconditional)
+            null_log_scale, null_shift = _growing_step(block, x[:, i : i + 1], places[i], None, unconditional)
             log_scale = log_scale + guidance * (log_scale - null_log_scale)
             shift = shift + guidance * (shift - null_shift)
         x[:, i + 1] = x[:, i + 1] * log_scale[:, 0].exp() + shift[:, 0]
-    return block.order(x)
+
+
+def grown(block: Block, batch: int, positions: int, like: Tensor) -> Caches:
+    """Caches as so many steps leave them, of random numbers: for steps that are to be timed, not believed."""
+    config = block.config
+
+    def entry() -> tuple[Tensor, Tensor]:
+        qkv = torch.randn(batch, 1, 3, config.heads, config.head_dim, dtype=like.dtype, device=like.device)
+        _, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+    def branch() -> list[GrowingCache]:
+        return [[entry() for _ in range(positions)] for _ in block.layers]
+
+    return branch(), branch()
 
 
 def _growing_step(
@@ -69,11 +94,11 @@ class Compiled:
         config, x = self.model.config, noise * self.model.prior.sqrt()
         rows = len(x) * (2 if guidance > 0 else 1)
         shape = (config.layers, 2, rows, config.width // config.head_dim, config.tokens, config.head_dim)
-        cache = torch.zeros(shape, dtype=x.dtype)
+        cache = torch.zeros(shape, dtype=x.dtype, device=x.device)
         doubled = labels
         if guidance > 0 and labels is not None:
             doubled = torch.cat([labels, torch.full_like(labels, -1)])
-        places = torch.arange(config.tokens)
+        places = torch.arange(config.tokens, device=x.device)
         for block, step in zip(reversed(self.model.blocks), reversed(self.steps), strict=True):
             z = block.order(x)
             x, positions = z.clone(), block.order(block.pos_embed, 0)
@@ -90,11 +115,103 @@ class Compiled:
         return x
 
 
+class Captured:
+    """The static-cache step with its state in place, recorded once a block as a CUDA graph: between steps the host
+    does nothing but start the next. The model may be half, the sequence stays float32. On a CPU the step is called.
+
+    ``compiled`` False records PyTorch's own kernels. Serves one batch size and guidance, those of the first call.
+    """
+
+    def __init__(self, model: TarFlow, compiled: bool = True) -> None:
+        self.model = model
+        self._step = torch.compile(_whole_step, dynamic=False) if compiled else _whole_step
+        self._state: _State | None = None
+        self._steps: dict[int, Callable[[], object]] = {}
+        self._places: dict[int, Tensor] = {}  # a recording knows addresses only: what lies there must stay
+
+    @torch.inference_mode()
+    def __call__(self, noise: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+        """Noise (B, T, D) float32 -> raw patches (B, T, D)."""
+        if self._state is None:
+            self._state = _State(self.model, noise, labels, guidance)
+        state, x = self._state, noise * self.model.prior.float().sqrt()
+        state.label(labels)
+        for k in reversed(range(len(self.model.blocks))):
+            block = self.model.blocks[k]
+            if k not in self._steps:
+                self._places[k] = block.order(block.pos_embed, 0).contiguous()
+                self._steps[k] = self._record(block, self._places[k], state, guidance)
+            ordered = block.order(x)
+            state.x.copy_(ordered)
+            state.z.copy_(ordered)
+            state.position.zero_()
+            for _ in range(x.shape[1] - 1):
+                self._steps[k]()
+            x = block.order(state.x).clone()
+        return x
+
+    def _record(self, block: Block, places: Tensor, state: _State, guidance: float) -> Callable[[], object]:
+        def step() -> None:
+            self._step(block, state.x, state.z, state.position, state.labels, places, state.cache, guidance)
+
+        if state.x.device.type != "cuda":
+            return step
+        state.position.zero_()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and loads what cannot be loaded while recording
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+
+class _State:
+    """What :class:`Captured` steps read and write, at fixed addresses."""
+
+    def __init__(self, model: TarFlow, noise: Tensor, labels: Tensor | None, guidance: float) -> None:
+        config, branches = model.config, 2 if guidance > 0 else 1
+        self.x, self.z = torch.empty_like(noise), torch.empty_like(noise)
+        self.position = torch.zeros(1, dtype=torch.int64, device=noise.device)
+        self.labels = None if labels is None else torch.full_like(labels, -1).repeat(branches)
+        shape = (config.layers, 2, len(noise) * branches, config.heads, config.tokens, config.head_dim)
+        self.cache = torch.zeros(shape, dtype=model.blocks[0].proj_in.weight.dtype, device=noise.device)
+
+    def label(self, labels: Tensor | None) -> None:
+        if self.labels is not None and labels is not None:
+            self.labels[: len(labels)] = labels
+
+
+def _whole_step(
+    block: Block,
+    x: Tensor,
+    z: Tensor,
+    position: Tensor,
+    labels: Tensor | None,
+    places: Tensor,
+    cache: Tensor,
+    guidance: float,
+) -> None:
+    batch, following = len(x), position + 1
+    patch = x.index_select(1, position).to(places.dtype)
+    if guidance > 0:
+        patch = patch.repeat(2, 1, 1)
+    outputs = _static_step(block, patch, places.index_select(0, position), labels, cache, position)
+    log_scale, shift = (part.float() for part in outputs)
+    if guidance > 0:
+        log_scale, shift = (part[:batch] * (1 + guidance) - part[batch:] * guidance for part in (log_scale, shift))
+    x.index_copy_(1, following, z.index_select(1, following) * log_scale.exp() + shift)
+    position.copy_(following)
+
+
 def _static_step(
     block: Block, x: Tensor, place: Tensor, labels: Tensor | None, cache: Tensor, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     h = block.embed(x, labels) + place
-    seen = (torch.arange(cache.shape[4]) <= at).unsqueeze(0)  # (1, T)
+    seen = (torch.arange(cache.shape[4], device=cache.device) <= at).unsqueeze(0)  # (1, T)
     for j, layer in enumerate(block.layers):
         query, key, value = layer.attention.split(h)
         cache[j, 0].index_copy_(2, at, key)
