@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .results import replace_section
+
 if TYPE_CHECKING:
     from tarflow.config import Config
     from tarflow.runtime.bundle import Bundle
@@ -108,10 +110,9 @@ def section(
 
 
 def put(path: Path, text: str) -> None:
-    """Put a section where its heading stands in the file, or at its end; other sections stay as they are."""
-    head, *others = (path.read_text() if path.exists() else "# On a GPU\n").split("\n## ")
-    kept = [f"## {other.strip()}" for other in others if f"## {other.splitlines()[0]}" != text.splitlines()[0]]
-    path.write_text("\n\n".join([head.replace(NOT_RUN, "").strip(), *kept, text]) + "\n")
+    """Write a section, and take back what was said while there was none."""
+    path.write_text(path.read_text().replace(NOT_RUN, "") if path.exists() else "# On a GPU\n")
+    replace_section(path, text)
 
 
 def ratio(value: float | None) -> str:

@@ -6,9 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-import onnxruntime
-import torch
-
 from tarflow.runtime.machine import processor
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -16,6 +13,9 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 def machine() -> str:
     """What the numbers of a section were measured on."""
+    import onnxruntime  # here: what only writes sections runs before they are installed
+    import torch
+
     return (
         f"{os.cpu_count()} cores ({processor()}), {torch.get_num_threads()} threads on both sides, Python "
         f"{platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}."
