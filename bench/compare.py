@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.results import RESULTS, machine, replace_section
+from bench.weights import random_model
 from tarflow.checkpoint import load, save
 from tarflow.config import Config
 from tarflow.export.pipeline import export
@@ -94,11 +95,9 @@ def trained_photos(_: Path) -> Path:
 
 
 def random_block(folder: Path) -> Path:
-    """One block, random and well-conditioned; the output layer too, which a fresh model has at zero."""
-    torch.manual_seed(0)
-    model = TarFlow(Config(64, 3, 2, 768, blocks=1, layers=8, classes=10, noise_std=0.05))
-    torch.nn.init.normal_(model.blocks[0].proj_out.weight, std=0.2 * 768**-0.5)
-    save(model.eval(), folder / "large.safetensors")
+    """One block with random weights."""
+    config = Config(64, 3, 2, 768, blocks=1, layers=8, classes=10, noise_std=0.05)
+    save(random_model(config), folder / "large.safetensors")
     return folder / "large.safetensors"
 
 

@@ -134,7 +134,7 @@ def row(run: Run, published: Run | None, compiled: Run | None) -> Row:
         over_compiled,
         run.error,
         run.certificate,
-        entrant.contender.passes(),
+        sum(entrant.contender.passes()),
     )
 
 

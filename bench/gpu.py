@@ -60,7 +60,7 @@ def prepare(folder: Path, models: dict[str, Config]) -> None:
             f"exporting needs {', '.join(missing)}, not to be found here: add wheels of them to --wheels, or export "
             "elsewhere, python -m bench.gpu --prepare DIR, and bring the folder: --bundles DIR"
         )
-    from bench.compare import random_model
+    from bench.weights import random_model
     from tarflow.checkpoint import save
     from tarflow.export.pipeline import export
 

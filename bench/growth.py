@@ -16,6 +16,7 @@ import torch
 
 from bench.compare import COMPILED, DEMO, PUBLISHED, SERIAL, torch_draw
 from bench.results import RESULTS, machine, replace_section
+from bench.weights import random_model
 from tarflow.checkpoint import load, save
 from tarflow.config import Config
 from tarflow.export.pipeline import export
@@ -44,10 +45,7 @@ def over_sequence(work: Path) -> list[tuple[int, list[Result]]]:
     """Batch 1 of a model of width 256, 2 layers, 2 blocks, random weights, by its number of patches."""
     found = []
     for size in SIZES:
-        torch.manual_seed(0)
-        model = TarFlow(Config(size, 3, 2, 256, blocks=2, layers=2, classes=10, noise_std=0.1)).eval()
-        for block in model.blocks:
-            torch.nn.init.normal_(block.proj_out.weight, std=0.2 / 16)
+        model = random_model(Config(size, 3, 2, 256, blocks=2, layers=2, classes=10, noise_std=0.1))
         save(model, work / f"{size}.safetensors")
         export(work / f"{size}.safetensors", work / str(size), check=False)
         flow = Flow.open(work / str(size))

@@ -36,6 +36,7 @@ COMMANDS = (
     "evaluate",
     "report",
     "package",
+    "serve",
 )
 
 
@@ -90,9 +91,14 @@ def test_serving_stands_on_the_runtime_alone() -> None:
 def test_export_does_not_know_the_command_line_and_only_cli_prints() -> None:
     for name, module in modules_of("export"):
         assert not module.startswith("tarflow.cli"), f"{name} imports {module}"
-    for room in ("export", "runtime"):
+    for room in ("export", "runtime", "serve"):
         for path in sorted(ROOMS[room].glob("*.py")):
             assert not re.search(r"^\s*print\(", path.read_text(), re.M), f"{path} prints"
+
+
+def test_serve_stands_on_the_runtime_alone() -> None:
+    for name, module in modules_of("serve"):
+        assert not module.startswith(("tarflow.cli", "tarflow.export", "torch", "onnx")), f"{name} imports {module}"
 
 
 def test_every_package_file_is_a_docstring_and_the_links_lead_home() -> None:
