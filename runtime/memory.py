@@ -15,6 +15,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PROGRAM = 256 << 20  # bytes: Python, numpy, ONNX Runtime and its scratch memory
 _LARGEST_CACHE = 4 << 30  # without a limit
 _LARGEST_ACTIVATIONS = 1 << 30
+_SPENT = 0.8  # of what is left: allocators round up
 _CACHE_COPIES = 2  # a cache grows by moving to another buffer
 
 
@@ -57,7 +58,7 @@ def spend(bundle: Bundle, limit: int | None, low_memory: bool = False) -> Budget
         held = _PROGRAM + (weights // config.blocks if one_block else weights)
         rest = limit - held
         if rest >= cache + activations:
-            spare = rest - cache - activations
+            spare = int(_SPENT * (rest - cache - activations))
             return Budget(cache + spare // 2, activations + spare // 2, one_block)
     raise InputError(
         f"memory of {size_text(limit)} is too little for this model: one block's weights, a cache for one image and "

@@ -7,6 +7,7 @@ graph keeps everything on the device.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -54,6 +55,14 @@ def load_onnxruntime() -> Any:
     if PROVIDERS["cuda"] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls(directory="")  # CUDA's libraries, where pip put them
     return onnxruntime
+
+
+@functools.cache
+def share_arena() -> None:
+    """One pool of scratch memory for the sessions that ask for it, instead of a peak for each. Once a process."""
+    ort = load_onnxruntime()
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, None)
 
 
 class OrtBackend:
@@ -179,6 +188,9 @@ class OrtBackend:
         if kind != "step":
             # Prepacking would copy the block's weights for every session. It pays only where a graph runs per step.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if kind in ("forward", "gradient"):  # large scratch, never two at a time in one flow
+            share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if self.bundle.manifest.precision == "int8":
             # A step multiplies in int8, activations rounded block by block: that is its speed. What judges it does not.
             level = "4" if kind in ("step", "resident") else "1"

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,25 @@ def test_low_memory_keeps_one_block_and_gives_the_same_samples(bundle: Callable[
     small = Flow.open(bundle("cond"), low_memory=True)
     assert np.array_equal(small.sample(5, labels=1), flow.sample(5, labels=1))
     assert len({key[0] for key in small.backend._sessions}) == 1  # type: ignore[attr-defined]
+
+
+def test_an_unguided_certificate_and_the_gradient_share_one_encoding(
+    bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = Flow.open(bundle("cond"))
+    expected = flow.sample(3, labels=1)
+    encoded: list[int] = []
+    forward = flow.backend.forward
+
+    def counting(block: int, *inputs: Any) -> tuple[Any, Any]:
+        encoded.append(block)
+        return forward(block, *inputs)
+
+    monkeypatch.setattr(flow.backend, "forward", counting)
+    assert np.array_equal(flow.sample(3, labels=1, certify=True), expected)
+    assert encoded == list(range(flow.config.blocks))
+    flow.sample(3, labels=1, certify=True, guidance=GUIDED)
+    assert len(encoded) == 3 * flow.config.blocks
 
 
 def test_a_label_below_zero_and_no_label_are_the_null_class(flow: Flow) -> None:

@@ -1,0 +1,75 @@
+"""A limit on memory chooses batches and sub-batches, and is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.weights import random_model
+from tarflow import checkpoint
+from tarflow.config import Config
+from tarflow.export.pipeline import export
+from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.errors import InputError
+from tarflow.runtime.flow import Flow
+from tarflow.runtime.memory import parse_memory, peak, spend
+
+from .conftest import DEMO, Cli
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("512MB", 512 * MIB), ("1.5g", 3 << 29), ("4096", 4096), (" 2 TiB ", 2 << 40), (None, None)],
+)
+def test_sizes_are_read(text: str | None, size: int | None) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GiB", "8 gigabytes", "GiB", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="8GiB"):
+        parse_memory(text)
+
+
+def test_a_limit_shrinks_batches_then_keeps_one_block_and_at_last_refuses(bundle: Callable[..., Path]) -> None:
+    opened = Bundle.open(DEMO)
+    usual, tight = spend(opened, None), spend(opened, 290 * MIB)
+    assert tight.cache < usual.cache
+    assert tight.activations < usual.activations
+    limits = [spend(opened, size * MIB).low_memory for size in (400, 270)]
+    assert limits == [False, True]
+    with pytest.raises(InputError, match=r"one image and its gradient take 2\d\d\.\d MiB"):
+        spend(opened, 200 * MIB)
+    assert spend(opened, 1 << 40, low_memory=True).low_memory
+
+
+def test_samples_do_not_depend_on_the_limit() -> None:
+    free, tight = Flow.open(DEMO), Flow.open(DEMO, memory=280 * MIB)
+    expected, found = (flow.sample(40, labels=3, certify=True) for flow in (free, tight))
+    assert np.abs(expected - found).max() < 1e-5
+    assert found.report is not None
+    assert 0 < found.report.peak_memory <= peak()
+
+
+def test_the_gradient_of_long_sequences_stays_below_the_limit(tmp_path: Path, cli: Cli) -> None:
+    config = Config(image_size=64, channels=1, patch_size=2, width=64, blocks=2, layers=2, classes=2, noise_std=0.1)
+    checkpoint.save(random_model(config), tmp_path / "long.safetensors")
+    export(tmp_path / "long.safetensors", tmp_path / "long", check=False)
+    np.save(tmp_path / "x.npy", np.zeros((32, *Bundle.open(tmp_path / "long").manifest.config.image), np.float32))
+
+    def peak_of(*options: str) -> int:
+        command = ("generate", tmp_path / "long", "--n", "32", "--labels", "0-1", "--json", "--no-certify")
+        done = cli(*command, "--decode", "fast", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return int(json.loads(done.stdout)["peak_memory"])
+
+    limit = 600 * MIB
+    assert peak_of("--memory", "600MiB") < limit < peak_of()
+    refused = cli("denoise", tmp_path / "long", tmp_path / "x.npy", "--memory", "100MiB")
+    assert (refused.returncode, "too little" in refused.stderr) == (2, True), refused.stderr
