@@ -32,6 +32,7 @@ class OpenOptions(ctypes.Structure):
         ("low_memory", c_int32),
         ("log", LOG),
         ("user", c_void_p),
+        ("cuda_graph", c_int32),
     ]
 
 
@@ -106,7 +107,7 @@ class CppFlow:
     def __init__(self, bundle: str | os.PathLike[str], **options: Any) -> None:
         self.library = load()
         self.handle = c_void_p()
-        given = OpenOptions(ctypes.sizeof(OpenOptions), b"cpu", onnxruntime_library().encode(), 0, 1, 0, LOG(), None)
+        given = OpenOptions(ctypes.sizeof(OpenOptions), b"cpu", onnxruntime_library().encode(), 0, 1, 0, LOG(), None, 1)
         for name, value in options.items():
             setattr(given, name, value)
         try:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -132,6 +133,59 @@ def test_a_timeout_cancels_the_work(start: Callable[..., Service]) -> None:
     service.draw(n=1)  # waits until the batch before it has ended
     assert time.monotonic() - started < 3  # the whole of it takes a minute
     assert service.metrics()["tarflow_abandoned_requests_total"] == 1
+
+
+def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) -> None:
+    service = start("--batch", 100_000, "--timeout-ms", 300_000)
+    for waiting in range(3):  # the first is computed, the others wait behind it
+        body = json.dumps({"n": 50_000, "seed": waiting, "guidance": 0}).encode()
+        connection = socket.create_connection(("127.0.0.1", service.port))
+        connection.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(0.2)
+        if waiting:
+            connection.close()
+        else:
+            computed = connection
+    started = time.monotonic()
+    computed.close()
+    service.draw(n=1)
+    assert time.monotonic() - started < 15  # the whole of it takes minutes
+    metrics = service.metrics()
+    assert metrics["tarflow_hung_up_requests_total"] == metrics['tarflow_responses_total{code="499"}'] == 3
+    assert metrics["tarflow_samples_total"] == 1
+
+
+def test_a_client_that_hangs_up_takes_nothing_from_who_shares_its_batch(start: Callable[..., Service]) -> None:
+    service = start("--batch", 256)
+    body = b'{"n": 16, "seed": 1}'
+    connections = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(4)]
+    for connection in connections:
+        connection.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    with ThreadPoolExecutor(4) as pool:
+        drawing = [pool.submit(service.draw, n=16, seed=1) for _ in range(4)]
+        for connection in connections:
+            connection.close()
+        drawn = [future.result() for future in drawing]
+    assert all(np.array_equal(images, drawn[0]) for images in drawn)
+
+
+def test_samples_that_are_not_finite_are_named(start: Callable[..., Service]) -> None:
+    service = start()
+    asked = {"labels": [8] * 32, "guidance": 60, "seed": 1}
+    status, headers, content = service.ask("/v1/samples", {**asked, "format": "raw"})
+    images = np.frombuffer(content, np.float32).reshape(32, -1)
+    broken = np.flatnonzero(~np.isfinite(images).all(1))
+    assert status == 200
+    assert len(broken) > 0
+    assert headers["X-Tarflow-Nonfinite"] == ",".join(map(str, broken))
+    status, headers, content = service.ask("/v1/samples", asked)
+    assert (status, headers["Content-Type"]) == (422, "application/json")
+    assert "are not finite and make no picture" in json.loads(content)["error"]
+    assert "X-Tarflow-Nonfinite" in headers
+    status, headers, _ = service.ask("/v1/samples", {"labels": [8], "seed": 1})
+    assert status == 200
+    assert "X-Tarflow-Nonfinite" not in headers
+    assert service.metrics()["tarflow_nonfinite_samples_total"] == 2 * len(broken)
 
 
 def test_sigterm_drains_and_stops(start: Callable[..., Service]) -> None:

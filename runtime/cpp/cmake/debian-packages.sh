@@ -8,7 +8,8 @@ for package in $needed; do
 done
 if [ -z "$missing" ]; then exit 0; fi
 if [ "$(id -u)" != 0 ]; then
-  echo "libtarflow needs packages that are not installed; type: sudo apt-get install$missing" >&2
+  echo "libtarflow is built with packages that are not installed here, and only root can install them; type:" >&2
+  echo "  sudo apt-get install --no-install-recommends$missing" >&2
   exit 1
 fi
 apt-get update -qq

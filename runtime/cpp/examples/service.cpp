@@ -5,20 +5,26 @@
 //   POST /v1/samples  {"labels": [3, 7], "seed": 1, "index": 0, "guidance": 1.0, "format": "png", "timeout_ms": 5000}
 //                     or {"n": 4, ...} without labels; format png or raw (float32).
 //                     Sample k is sample index + k of the seed, whoever shares its batch.
+//                     Samples that are not finite are named in X-Tarflow-Nonfinite; a picture of them is refused (422).
 //   GET /healthz, /readyz, /metrics
 //
-// Requests that wait are computed together, in whole tiles of 16 rows. Listens on 127.0.0.1. SIGTERM: drain, then stop.
+// Requests that wait are computed together, in whole tiles of 16 rows. Work that nobody waits for, because its time is
+// over or its clients have hung up, ends within a step. Listens on 127.0.0.1. SIGTERM: drain, then stop.
 #include <httplib.h>
 #include <png.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/eventfd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -48,12 +54,30 @@ struct Refusal {
   std::string message;
 };
 
+// Wakes a thread that waits in poll().
+class Bell {
+ public:
+  Bell() : file_(eventfd(0, EFD_CLOEXEC)) {
+    if (file_ < 0) throw Refusal{503, "too many files are open; raise ulimit -n, or lower --queue"};
+  }
+  ~Bell() { close(file_); }
+  Bell(const Bell&) = delete;
+  Bell& operator=(const Bell&) = delete;
+  void ring() const { eventfd_write(file_, 1); }
+  int file() const { return file_; }
+
+ private:
+  const int file_;
+};
+
 struct Job {
   std::vector<std::int64_t> labels;
   std::uint64_t seed = 0, index = 0;
   double guidance = 0;
   bool raw = false;
   Clock::time_point deadline;
+  int connection = -1;  // its client's socket
+  Bell bell;            // rings when it is done
   bool done = false, abandoned = false;  // guarded by the batcher's mutex; what follows is the asker's once done
   int status = TARFLOW_OK;
   std::string error;
@@ -61,7 +85,7 @@ struct Job {
 };
 
 struct Metrics {
-  std::atomic<std::uint64_t> samples{0}, batches{0}, batched{0}, cancelled{0}, microseconds{0};
+  std::atomic<std::uint64_t> samples{0}, batches{0}, batched{0}, timeouts{0}, hangups{0}, nonfinite{0}, microseconds{0};
   std::mutex mutex;
   std::map<int, std::uint64_t> answers;  // by HTTP code
 
@@ -89,21 +113,27 @@ class Batcher {
     worker_.join();
   }
 
-  // Waits for the samples, at most until the job's deadline; then the work is given up.
+  // Waits for the samples, until the job's deadline and as long as its client does; then the work is given up.
   void run(const std::shared_ptr<Job>& job) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (waiting_.size() >= settings_.queue)
-      throw Refusal{429, "the queue of " + std::to_string(settings_.queue) + " requests is full"};
-    waiting_.push_back(job);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (waiting_.size() >= settings_.queue)
+        throw Refusal{429, "the queue of " + std::to_string(settings_.queue) + " requests is full"};
+      waiting_.push_back(job);
+    }
     changed_.notify_all();
-    if (changed_.wait_until(lock, job->deadline, [&] { return job->done; })) {
+    const bool in_time = wait(*job);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (job->done) {
       if (job->status == TARFLOW_INPUT) throw Refusal{400, job->error};
       if (job->status != TARFLOW_OK) throw Refusal{500, job->error};
       return;
     }
     job->abandoned = true;
     waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), job), waiting_.end());
-    ++metrics_.cancelled;
+    if (nobody_waits()) flow_.cancel();  // between two calls of the batch it does nothing: draw() asks as well
+    ++(in_time ? metrics_.hangups : metrics_.timeouts);
+    if (in_time) throw Refusal{499, "the client hung up; the work was given up"};  // for the metrics: nobody reads it
     throw Refusal{504, "not ready within the timeout; the work was given up"};
   }
 
@@ -113,6 +143,16 @@ class Batcher {
   }
 
  private:
+  // Until the bell rings or the client hangs up; false when the time is over.
+  static bool wait(const Job& job) {
+    pollfd watched[] = {{job.bell.file(), POLLIN, 0}, {job.connection, POLLRDHUP, 0}};
+    for (;;) {
+      const auto left = std::chrono::ceil<std::chrono::milliseconds>(job.deadline - Clock::now()).count();
+      if (left <= 0) return false;
+      if (poll(watched, 2, static_cast<int>(left)) > 0) return true;
+    }
+  }
+
   void work() {
     for (;;) {
       {
@@ -141,11 +181,11 @@ class Batcher {
         job->status = status;
         job->error = error;
         job->done = true;
+        job->bell.ring();
       }
       ++metrics_.batches;
       metrics_.batched += running_.size();
       running_.clear();
-      changed_.notify_all();
     }
   }
 
@@ -180,7 +220,9 @@ class Batcher {
     how.guidance = running_[0]->guidance;
     how.user = this;
     how.progress = [](void* batcher, std::int64_t, std::int64_t, int, int) {
-      return static_cast<Batcher*>(batcher)->nobody_waits() ? 1 : 0;  // asked every step, so that no moment is missed
+      auto* to = static_cast<Batcher*>(batcher);
+      const std::lock_guard<std::mutex> lock(to->mutex_);
+      return to->nobody_waits() ? 1 : 0;  // asked every step, so that no moment is missed
     };
     const std::vector<float> images = flow_.decode(noise, labels, how);
     auto from = images.begin();
@@ -191,9 +233,10 @@ class Batcher {
     }
   }
 
-  bool nobody_waits() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return std::all_of(running_.begin(), running_.end(), [](const auto& job) { return job->abandoned; });
+  // For what is computed now; `mutex_` is held.
+  bool nobody_waits() const {
+    return !running_.empty() &&
+           std::all_of(running_.begin(), running_.end(), [](const auto& job) { return job->abandoned; });
   }
 
   tarflow::Flow& flow_;
@@ -206,6 +249,21 @@ class Batcher {
   bool stopping_ = false;
   std::thread worker_;  // last: it uses the rest
 };
+
+// The socket of a request, which httplib does not tell: the one whose other end is the client's. -1 if it is gone.
+int connection_of(const httplib::Request& request) {
+  std::error_code error;
+  for (std::filesystem::directory_iterator at("/proc/self/fd", error), end; !error && at != end; at.increment(error)) {
+    const int file = std::atoi(at->path().filename().c_str());
+    sockaddr_in peer{}, own{};  // the service listens on 127.0.0.1 alone
+    socklen_t peer_size = sizeof peer, own_size = sizeof own;
+    if (getpeername(file, reinterpret_cast<sockaddr*>(&peer), &peer_size) == 0 && peer.sin_family == AF_INET &&
+        getsockname(file, reinterpret_cast<sockaddr*>(&own), &own_size) == 0 &&
+        ntohs(peer.sin_port) == request.remote_port && ntohs(own.sin_port) == request.local_port)
+      return file;
+  }
+  return -1;
+}
 
 template <class T>
 T field(const Json& body, const char* name, T missing, double least, double most) {
@@ -274,7 +332,7 @@ std::string png(const std::vector<float>& images, std::size_t n, const tarflow_s
     const float* image = images.data() + i * static_cast<std::size_t>(shape.image_numbers);
     for (std::size_t at = 0; at < pixels * channels; ++at) {
       const std::size_t channel = at / pixels, y = at % pixels / side, x = at % side;
-      const float value = std::min(255.0F, std::max(0.0F, (image[at] + 1) * 127.5F + 0.5F));  // NaN becomes 0
+      const float value = std::min(255.0F, std::max(0.0F, (image[at] + 1) * 127.5F + 0.5F));
       bytes[((y * width) + i * side + x) * channels + channel] = static_cast<png_byte>(value);
     }
   }
@@ -293,6 +351,24 @@ std::string png(const std::vector<float>& images, std::size_t n, const tarflow_s
   throw Refusal{500, header.message};
 }
 
+// Samples of a finished job that are not finite, as a list of their indices; "" if there are none.
+std::string nonfinite(const Job& job, const tarflow_shape& shape, Metrics& metrics) {
+  const auto numbers = static_cast<std::ptrdiff_t>(shape.image_numbers);
+  std::uint64_t broken = 0;
+  std::string indices;
+  for (std::size_t i = 0; i < job.labels.size(); ++i) {
+    const auto image = job.images.begin() + static_cast<std::ptrdiff_t>(i) * numbers;
+    if (std::all_of(image, image + numbers, [](float number) { return std::isfinite(number); })) continue;
+    if (++broken <= 100) indices += (broken > 1 ? "," : "") + std::to_string(job.index + i);
+  }
+  if (broken == 0) return "";
+  if (broken > 100) indices += ",...";
+  metrics.nonfinite += broken;
+  std::cerr << "service: " + std::to_string(broken) + " of " + std::to_string(job.labels.size()) + " samples of seed " +
+                   std::to_string(job.seed) + " are not finite (" + indices + ")\n";
+  return indices;
+}
+
 std::string metrics_page(Metrics& metrics, std::size_t waiting) {
   std::ostringstream page;
   const auto counter = [&](const char* name, const char* help, double value, const char* type = "counter") {
@@ -304,7 +380,9 @@ std::string metrics_page(Metrics& metrics, std::size_t waiting) {
   counter("batches_total", "Batches computed.", double(metrics.batches));
   counter("batched_requests_total", "Requests in those batches.", double(metrics.batched));
   counter("compute_seconds_total", "Time spent computing.", double(metrics.microseconds) / 1e6);
-  counter("abandoned_requests_total", "Requests that ran into their timeout.", double(metrics.cancelled));
+  counter("nonfinite_samples_total", "Samples among them that were not finite.", double(metrics.nonfinite));
+  counter("abandoned_requests_total", "Requests that ran into their timeout.", double(metrics.timeouts));
+  counter("hung_up_requests_total", "Requests whose client left before the answer.", double(metrics.hangups));
   counter("queue_requests", "Requests waiting now.", double(waiting), "gauge");
   page << "# HELP tarflow_responses_total Answers to POST /v1/samples.\n# TYPE tarflow_responses_total counter\n";
   const std::lock_guard<std::mutex> lock(metrics.mutex);
@@ -422,12 +500,20 @@ int main(int argc, char** argv) {
     server.Post("/v1/samples", [&](const httplib::Request& request, httplib::Response& response) {
       try {
         const auto job = read_job(request.body, settings, flow.shape());
+        job->connection = connection_of(request);
         batcher.run(job);
         const std::size_t n = job->labels.size();
         const std::string shape = std::to_string(n) + "," + std::to_string(flow.shape().channels) + "," +
                                   std::to_string(flow.shape().image_size) + "," +
                                   std::to_string(flow.shape().image_size);
         response.set_header("X-Tarflow-Shape", shape);
+        const std::string broken = nonfinite(*job, flow.shape(), metrics);
+        if (!broken.empty()) {
+          response.set_header("X-Tarflow-Nonfinite", broken);
+          if (!job->raw)
+            throw Refusal{422, "samples " + broken + " are not finite and make no picture; use weaker guidance, other "
+                                   "samples of the seed, or format raw, which keeps them"};
+        }
         if (job->raw) {
           response.set_content(reinterpret_cast<const char*>(job->images.data()), job->images.size() * sizeof(float),
                                "application/octet-stream");

@@ -85,6 +85,7 @@ typedef struct tarflow_open_options {
   int32_t low_memory;      /* keep the graphs of one block alone in memory */
   tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */
   void *user;              /* passed to `log` */
+  int32_t cuda_graph;      /* TensorRT: record a step once and replay it; 0: launch every kernel of every step */
 } tarflow_open_options;
 
 typedef struct tarflow_shape {
@@ -117,7 +118,7 @@ typedef struct tarflow_sample_options {
 } tarflow_sample_options;
 
 static inline tarflow_open_options tarflow_open_defaults(void) {
-  tarflow_open_options options = {sizeof options, "cpu", NULL, 0, 1, 0, NULL, NULL};
+  tarflow_open_options options = {sizeof options, "cpu", NULL, 0, 1, 0, NULL, NULL, 1};
   return options;
 }
 

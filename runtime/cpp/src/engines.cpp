@@ -1,6 +1,7 @@
 #include "engines.hpp"
 
 #include <algorithm>
+#include <sstream>
 
 #include "json_reader.hpp"
 
@@ -57,6 +58,29 @@ std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, c
   return "";
 }
 
+std::string Record::rebuild(const std::string& folder, const Here& here) const {
+  const auto joined = [](const auto& parts) {
+    std::ostringstream text;
+    for (std::size_t i = 0; i < parts.size(); ++i) text << (i > 0 ? "," : "") << parts[i];
+    return text.str();
+  };
+  std::string command = "tarflow build '" + folder + "'";
+  for (const char* known : {"fp32", "fp16", "bf16"}) {  // no other text of a file's goes into what people type
+    if (precision == known) command += " --engine " + precision;
+  }
+  const auto steps = profiles.find("step");
+  if (steps != profiles.end() && !steps->second.empty()) {
+    command += " --batch " + joined(steps->second.front().batch);
+    if (steps->second.back().window[2] > 1) command += " --window " + joined(steps->second.back().window);
+  }
+  const bool served = std::find(capabilities.begin(), capabilities.end(), here.capability) != capabilities.end();
+  const bool plain = std::all_of(capabilities.begin(), capabilities.end(), [](const std::string& capability) {
+    return capability.find_first_not_of("0123456789.") == std::string::npos;
+  });
+  if (gpu.empty() && served && plain) command += " --device " + joined(capabilities);
+  return command + (version_compatible ? " --version-compatible" : "");
+}
+
 Record read_record(std::string_view content, const std::string& source) {
   const JsonReader reader(source, "remove its folder and build again: tarflow build BUNDLE");
   const Json document = reader.parse(content);
@@ -70,6 +94,7 @@ Record read_record(std::string_view content, const std::string& source) {
                 reader.text(document, "version"),
                 "",
                 {},
+                reader.truth(document, "version_compatible"),
                 reader.truth(document, "strip_weights"),
                 {},
                 {}};

@@ -29,7 +29,7 @@ struct Here {
 struct Record {
   std::string bundle, precision, package, version, gpu;  // `gpu` empty: any of these capabilities
   std::vector<std::string> capabilities;
-  bool strip_weights;
+  bool version_compatible, strip_weights;
   std::map<std::string, std::vector<Profile>> profiles;  // by kind
   std::map<std::string, EngineEntry> engines;            // by file name
 
@@ -38,6 +38,9 @@ struct Record {
 
   // Why these engines cannot run here; empty if they can.
   std::string misfit(const std::string& bundle_hash, std::size_t blocks, const Here& here) const;
+
+  // The command that builds the like of them on the machine it runs on: everything the record knows of the first one.
+  std::string rebuild(const std::string& folder, const Here& here) const;
 };
 
 // Throws Error(TARFLOW_BUNDLE).

@@ -47,6 +47,7 @@ class Flow {
  private:
   struct Run;   // one call of sample(): what was asked for, checked
   struct Tile;  // one batch of it
+  using States = std::vector<std::vector<float>>;
 
   Run plan(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options) const;
   void draw(Run& run, std::uint64_t start, std::int64_t rows, float* images);
@@ -54,8 +55,9 @@ class Flow {
   void warn_of_nonfinite(const Run& run, const float* images) const;
   void redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branches& branches, std::vector<float>& x);
   void encode_patches(std::vector<float>& x, const Branches& branches, std::vector<float>& log_det);
-  void denoise_patches(std::vector<float>& x, const Branches& plain, double strength);
-  void round_trip(const std::vector<float>& x, const std::vector<float>& z, const Branches& branches, float* errors);
+  States encode_states(const std::vector<float>& x, const Branches& branches);
+  void denoise_patches(std::vector<float>& x, const Branches& plain, double strength, States states);
+  void round_trip(const std::vector<float>& found, const std::vector<float>& z, float* errors) const;
   double checked_strength(double strength) const;
   std::vector<std::int64_t> classes(std::int64_t n, const std::int64_t* labels) const;
   void check_images(std::int64_t n, const float* images) const;

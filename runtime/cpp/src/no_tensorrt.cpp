@@ -3,7 +3,7 @@
 
 namespace tarflow::internal {
 
-std::unique_ptr<Backend> open_tensorrt(const Bundle&, bool) {
+std::unique_ptr<Backend> open_tensorrt(const Bundle&, bool, bool) {
   throw machine_error(
       "this libtarflow was built without TensorRT; build it with -DTENSORRT_ROOT=... where the CUDA toolkit is "
       "installed, or use provider cuda or cpu");

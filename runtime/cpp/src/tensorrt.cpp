@@ -3,7 +3,6 @@
 
 #include <NvInferRuntime.h>
 #include <NvInferVersion.h>
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -11,8 +10,9 @@
 #include <iterator>
 #include <map>
 
-#include "engines.hpp"
-#include "error.hpp"
+#include "built.hpp"
+#include "cuda.hpp"
+#include "turn.hpp"
 
 static_assert(NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1015, "a cache in place needs TensorRT 10.15 or newer");
 
@@ -23,42 +23,6 @@ namespace fs = std::filesystem;
 using nvinfer1::Dims;
 
 constexpr std::int64_t kStepsInFlight = 4;  // launched before the host waits: how late a cancellation may come
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next call that succeeds would tell it again
-  if (status == cudaErrorMemoryAllocation)
-    throw machine_error("out of GPU memory; use a smaller batch size, or low_memory");
-  throw machine_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorString(status));
-}
-
-class DeviceMemory {
- public:
-  explicit DeviceMemory(std::size_t size) : size(size) {
-    check(cudaMalloc(&address, std::max<std::size_t>(size, 1)), "allocate memory");
-  }
-  ~DeviceMemory() { cudaFree(address); }
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(const DeviceMemory&) = delete;
-  void* address = nullptr;
-  const std::size_t size;
-};
-
-// A caller's turn on the backend, on the device it was opened on; the thread then gets back its own.
-class Turn {
- public:
-  Turn(std::mutex& mutex, int device) : lock_(mutex) {
-    check(cudaGetDevice(&before_), "name the device");
-    check(cudaSetDevice(device), "choose the device");
-  }
-  ~Turn() { cudaSetDevice(before_); }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  const std::lock_guard<std::mutex> lock_;
-  int before_ = 0;
-};
 
 // Keeps TensorRT's errors, to be told in one exception instead of on stderr.
 class Logger final : public nvinfer1::ILogger {
@@ -84,23 +48,12 @@ class Logger final : public nvinfer1::ILogger {
   std::string said_;
 };
 
-struct Found {
-  fs::path folder;
-  Record record;
-};
-
 // One input or output of an engine: where it lies, and its shape (inputs).
 struct Tensor {
   std::string name;
   void* address;
   std::vector<std::int64_t> shape;
 };
-
-int current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "name the device");
-  return device;
-}
 
 Here this_machine() {
   int devices = 0;
@@ -119,38 +72,18 @@ Here this_machine() {
       properties.name, std::to_string(properties.major) + "." + std::to_string(properties.minor)};
 }
 
-Found choose(const Bundle& bundle, const Here& here) {
-  std::vector<fs::path> folders;
-  std::error_code error;
-  for (const fs::path& entry : entries_of(bundle.path("engines"), error)) {
-    if (fs::is_regular_file(entry / "engines.json", error)) folders.push_back(entry);
-  }
-  std::sort(folders.begin(), folders.end());
-  const std::string cure = "build engines on this machine: tarflow build '" + bundle.folder + "'";
-  if (folders.empty()) throw bundle_error("'" + bundle.folder + "' has no TensorRT engines; " + cure);
-  std::string reasons;
-  for (const fs::path& folder : folders) {
-    std::ifstream file(folder / "engines.json", std::ios::binary);
-    const std::string content{std::istreambuf_iterator<char>(file), {}};
-    Record record = read_record(content, (folder / "engines.json").string());
-    const std::string wrong = record.misfit(bundle.hash, bundle.manifest.blocks.size(), here);
-    if (wrong.empty()) return {folder, std::move(record)};
-    reasons += "\n  " + folder.filename().string() + ": " + wrong;
-  }
-  throw bundle_error("no engines of '" + bundle.folder + "' run on this machine:" + reasons + "\n" + cure);
-}
-
 bool is_cache(const std::string& name) { return name.rfind("key_", 0) == 0 || name.rfind("value_", 0) == 0; }
 
 class TensorRtBackend final : public Backend {
  public:
-  TensorRtBackend(const Bundle& bundle, bool low_memory)
+  TensorRtBackend(const Bundle& bundle, bool low_memory, bool cuda_graph)
       : bundle_(bundle),
         shape_(bundle.manifest.shape),
         low_memory_(low_memory),
+        cuda_graph_(cuda_graph),
         here_(this_machine()),
         device_(current_device()),
-        found_(choose(bundle, here_)) {
+        built_(choose_built(bundle, here_)) {
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     if (!runtime_) throw machine_error("TensorRT does not start: " + logger_.take());
     runtime_->setEngineHostCodeAllowed(false);
@@ -158,7 +91,7 @@ class TensorRtBackend final : public Backend {
   }
 
   ~TensorRtBackend() override {
-    int before = 0;
+    int before = 0;  // nothing may be thrown here
     cudaGetDevice(&before);
     cudaSetDevice(device_);
     cudaStreamSynchronize(stream_);
@@ -169,16 +102,16 @@ class TensorRtBackend final : public Backend {
     cudaSetDevice(before);
   }
 
-  void prepare(Call&) const override {}
+  void prepare(Call& call) const override { turns_.prepare(call); }
 
   std::string description() const override {
-    return "TensorRT " + here_.version + " " + found_.record.precision + ", " + here_.gpu;
+    return "TensorRT " + here_.version + " " + built_.record.precision + ", " + here_.gpu;
   }
 
   void invert(Call& call, std::size_t block, const float* z, const Branches& branches, float* x,
               const OnStep& on_step) override {
-    const Turn turn(mutex_, device_);
-    if (call.cancelled()) throw Cancelled();
+    const Turn turn(turns_, call);
+    const OnDevice device(device_);
     const auto [number, profile] = choose_profile("step", branches.count);
     for (std::int64_t start = 0, most = profile.batch[2]; start < branches.batch; start += most) {
       const std::int64_t rows = std::min(most, branches.batch - start);
@@ -193,8 +126,8 @@ class TensorRtBackend final : public Backend {
 
   void forward(Call& call, std::size_t block, const float* x, const Branches& branches, float* z,
                float* log_det) override {
-    const Turn turn(mutex_, device_);
-    if (call.cancelled()) throw Cancelled();
+    const Turn turn(turns_, call);
+    const OnDevice device(device_);
     const auto [number, profile] = choose_profile("forward", branches.count);
     for (std::int64_t start = 0; start < branches.batch; start += profile.batch[2]) {
       if (call.cancelled()) throw Cancelled();
@@ -213,8 +146,8 @@ class TensorRtBackend final : public Backend {
   }
 
   void gradient(Call& call, std::size_t block, const float* x, const Branches& branches, float* grad) override {
-    const Turn turn(mutex_, device_);
-    if (call.cancelled()) throw Cancelled();
+    const Turn turn(turns_, call);
+    const OnDevice device(device_);
     const auto [number, profile] = choose_profile("gradient", 1);
     for (std::int64_t start = 0; start < branches.batch; start += profile.batch[2]) {
       if (call.cancelled()) throw Cancelled();
@@ -248,7 +181,7 @@ class TensorRtBackend final : public Backend {
       std::copy_n(row, patch_dim, known.data() + b * shape_.numbers());
     }
     nvinfer1::ICudaEngine& engine = *load(block, "step").engine;
-    const std::int64_t item = found_.record.precision == "fp32" ? 4 : 2, zero = 0;
+    const std::int64_t item = built_.record.precision == "fp32" ? 4 : 2, zero = 0;
     std::vector<Tensor> inputs = {upload("x", known, {batch, 1, tokens, patch_dim}),
                                   upload("position", &zero, sizeof zero, {1}),
                                   upload("z", latents, {batch, tokens, patch_dim}),
@@ -289,8 +222,8 @@ class TensorRtBackend final : public Backend {
     std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(nullptr, cudaGraphExecDestroy);
     try {
       for (std::int64_t step = 0; step + 1 < tokens; ++step) {  // the host counts: a device drops what is out of bounds
-        if (step == 0) {
-          launch();  // may still load kernels, which cannot be captured
+        if (step == 0 || !cuda_graph_) {
+          launch();  // the first may still load kernels, which cannot be captured
         } else {
           if (!graph) graph.reset(capture(launch));
           check(cudaGraphLaunch(graph.get(), stream_), "replay a step");
@@ -362,14 +295,14 @@ class TensorRtBackend final : public Backend {
     }
     const auto known = loaded_.find({block, kind});
     if (known != loaded_.end()) return known->second;
-    const std::string name = found_.record.file(block, kind), path = (found_.folder / name).string();
+    const std::string name = built_.record.file(block, kind), path = (fs::path(built_.folder) / name).string();
     std::error_code error;
     if (fs::is_symlink(path, error) || !fs::is_regular_file(path, error))
       throw bundle_error("'" + path + "' is missing or no regular file; " + rebuild());
     std::ifstream file(path, std::ios::binary);
     const std::string content{std::istreambuf_iterator<char>(file), {}};
     if (sha256(content) !=
-        found_.record.engines.at(name).sha256) {  // of the bytes that are loaded, not of a second reading
+        built_.record.engines.at(name).sha256) {  // of the bytes that are loaded, not of a second reading
       throw bundle_error("'" + path +
                          "' was changed after it was built: its SHA-256 is not the record's. It was not loaded; " +
                          rebuild());
@@ -377,8 +310,8 @@ class TensorRtBackend final : public Backend {
     Loaded loaded;
     loaded.engine.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
     if (!loaded.engine) failed(block, kind, "does not load");
-    const auto type = found_.record.precision == "fp32"   ? nvinfer1::DataType::kFLOAT
-                      : found_.record.precision == "fp16" ? nvinfer1::DataType::kHALF
+    const auto type = built_.record.precision == "fp32"   ? nvinfer1::DataType::kFLOAT
+                      : built_.record.precision == "fp16" ? nvinfer1::DataType::kHALF
                                                           : nvinfer1::DataType::kBF16;
     if (kind == "step" && loaded.engine->getTensorDataType("key_0") != type)
       failed(block, kind, "keeps its cache in another precision than recorded");
@@ -396,10 +329,12 @@ class TensorRtBackend final : public Backend {
                        ". TensorRT says: " + logger_.take() + "; " + rebuild());
   }
 
-  std::string rebuild() const { return "build engines on this machine: tarflow build '" + bundle_.folder + "'"; }
+  std::string rebuild() const {
+    return "build engines on this machine: " + built_.record.rebuild(bundle_.folder, here_);
+  }
 
   std::pair<int, Profile> choose_profile(const std::string& kind, std::int64_t branches) const {
-    const std::vector<Profile>& profiles = found_.record.profiles.at(kind);
+    const std::vector<Profile>& profiles = built_.record.profiles.at(kind);
     for (std::size_t i = 0; i < profiles.size(); ++i) {
       if (profiles[i].branches == branches && profiles[i].window[0] == 1) return {static_cast<int>(i), profiles[i]};
     }
@@ -468,12 +403,12 @@ class TensorRtBackend final : public Backend {
 
   const Bundle& bundle_;
   const ModelShape& shape_;
-  const bool low_memory_;
+  const bool low_memory_, cuda_graph_;
   const Here here_;
   const int device_;
-  const Found found_;
+  const Built built_;
   Logger logger_;
-  std::mutex mutex_;  // everything runs on one stream, for one caller at a time
+  mutable Turns turns_;  // everything runs on one stream, for one caller at a time
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<DeviceMemory> scratch_;
@@ -483,8 +418,8 @@ class TensorRtBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, bool low_memory) {
-  return std::make_unique<TensorRtBackend>(bundle, low_memory);
+std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, bool low_memory, bool cuda_graph) {
+  return std::make_unique<TensorRtBackend>(bundle, low_memory, cuda_graph);
 }
 
 }  // namespace tarflow::internal

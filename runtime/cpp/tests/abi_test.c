@@ -3,7 +3,7 @@
 
 #define CHECK(what) _Static_assert(what, #what)
 CHECK(TARFLOW_ABI == 1);
-CHECK(sizeof(void *) != 8 || sizeof(tarflow_open_options) == 56);
+CHECK(sizeof(void *) != 8 || sizeof(tarflow_open_options) == 64);
 CHECK(sizeof(void *) != 8 || sizeof(tarflow_shape) == 88);
 CHECK(sizeof(void *) != 8 || sizeof(tarflow_sample_options) == 104);
 CHECK(offsetof(tarflow_sample_options, guidance) == 24 || sizeof(void *) != 8);

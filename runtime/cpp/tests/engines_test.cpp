@@ -1,9 +1,12 @@
 #include "engines.hpp"
 
+#include "built.hpp"
 #include "error.hpp"
 #include "support.hpp"
 
 using support::Json;
+using tarflow::internal::Bundle;
+using tarflow::internal::choose_built;
 using tarflow::internal::Here;
 using tarflow::internal::read_record;
 using tarflow::internal::Record;
@@ -23,6 +26,7 @@ Json document() {
           {"precision", "fp16"},
           {"package", "tensorrt"},
           {"version", "11.4.0.12"},
+          {"version_compatible", false},
           {"strip_weights", false},
           {"target", {{"gpu", "NVIDIA H200"}, {"capabilities", {"9.0"}}}},
           {"profiles", {{"step", {profile}}, {"forward", {profile}}, {"gradient", {profile}}}},
@@ -44,6 +48,61 @@ TEST_CASE("engines that fit are told from those that do not, with the reason") {
             .find("for NVIDIA H200, here is NVIDIA L4 (8.9)") != std::string::npos);
   CHECK(record.misfit(bundle, 1, {"tensorrt", "11.4.0", "NVIDIA H100", "9.0"}).find("here is NVIDIA H100") !=
         std::string::npos);
+}
+
+TEST_CASE("the command that builds again repeats what the record knows") {
+  const Here here{"tensorrt", "11.4.0", "NVIDIA L4", "8.9"};
+  const auto command = [&](const Json& record) {
+    return read_record(record.dump(), "engines.json").rebuild("my bundle", here);
+  };
+  Json record = document();
+  CHECK(command(record) == "tarflow build 'my bundle' --engine fp16 --batch 1,2,4");
+  record["profiles"]["step"].push_back({{"branches", 1}, {"batch", {1, 2, 4}}, {"window", {2, 4, 8}}});
+  record["target"] = {{"gpu", nullptr}, {"capabilities", {"8.9", "9.0"}}};
+  record["version_compatible"] = true;
+  CHECK(command(record) ==
+        "tarflow build 'my bundle' --engine fp16 --batch 1,2,4 --window 2,4,8 --device 8.9,9.0 --version-compatible");
+  record["precision"] = "; rm -r /";
+  record["target"]["capabilities"] = {"8.9", "$(reboot)"};
+  CHECK(command(record) ==
+        "tarflow build 'my bundle' --batch 1,2,4 --window 2,4,8 --version-compatible");
+}
+
+TEST_CASE("one damaged record keeps no good engines from running, and is named if there are none") {
+  namespace fs = std::filesystem;
+  const support::Copy copy;
+  const Bundle bundle(copy.folder.string());
+  const Here here{"tensorrt", "11.4.0", "NVIDIA H200", "9.0"};
+  Json good = document();
+  good["bundle"] = bundle.hash;
+  good["engines"] = Json::object();
+  for (std::size_t block = 0; block < bundle.manifest.blocks.size(); ++block) {
+    for (const char* kind : {"step", "forward", "gradient"}) {
+      good["engines"][std::to_string(block) + kind + ".engine"] = {
+          {"block", block}, {"kind", kind}, {"sha256", std::string(64, 'b')}, {"size", 5}};
+    }
+  }
+  const auto put = [&](const char* name, const std::string& content) {
+    fs::create_directories(copy.folder / "engines" / name);
+    support::write(copy.folder / "engines" / name / "engines.json", content);
+  };
+  CHECK_THROWS_WITH_AS(choose_built(bundle, here), doctest::Contains("has no TensorRT engines"),
+                       tarflow::internal::Error);
+  put("a", "{\"format\": ");
+  put("b", std::string(1000, '['));
+  fs::create_directories(copy.folder / "engines" / "c" / "engines.json");
+  put("d", good.dump());
+  CHECK(fs::path(choose_built(bundle, here).folder).filename() == "d");
+  try {
+    choose_built(bundle, {"tensorrt", "11.5.0", "NVIDIA H200", "9.0"});
+    FAIL("engines of another version were chosen");
+  } catch (const tarflow::internal::Error& error) {
+    const std::string said = error.what();
+    for (const char* words : {"a: ", "cannot be parsed", "b: ", "levels deep", "c: ", "no record", "d: they need tensorrt",
+                              "' --engine fp16 --batch 1,2,4"}) {
+      CHECK_MESSAGE(said.find(words) != std::string::npos, said);
+    }
+  }
 }
 
 TEST_CASE("a record that is not one is refused") {
