@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from . import bench, bisect, build, calibrate, check, doctor, export, generate, inspect, likelihood, train, verify
+from .options import RayCommand
 
 EXIT_INTERRUPTED = 130
 
@@ -24,7 +25,7 @@ app = typer.Typer(
 app.command()(export.export)
 app.command()(build.build)
 app.command()(check.check_engine)
-app.command()(generate.generate)
+app.command(cls=RayCommand)(generate.generate)
 app.command()(train.train)
 app.command()(verify.verify)
 app.command()(bisect.bisect)
@@ -74,7 +75,7 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --low-memory", 3)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "train"}.get(error.name or "", "export")
+        extra = {"sklearn": "train", "ray": "ray"}.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno == errno.ENOSPC:
