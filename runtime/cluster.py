@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -38,11 +39,12 @@ def connected(address: str) -> Iterator[None]:
         quiet |= {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": _OBJECTS}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise MachineError(
             f"no Ray cluster at '{address}' ({str(error).splitlines()[0][:160]}); start one with: ray start --head, "
-            "or pass --ray alone to start one here for this command"
+            "or pass --ray alone, without RAY_ADDRESS set, to have one here for this command"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in the place of ours
@@ -50,6 +52,13 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at an address with a port: Ray itself asks again for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @dataclass(frozen=True, slots=True)

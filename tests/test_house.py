@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"tarflow": ROOT / "tarflow", "export": ROOT / "export", "runtime": ROOT / "runtime", "cli": ROOT / "cli"}
-RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda"}
+RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda", "ray"}
 COMMANDS = (
     "export",
     "build",
