@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, build, calibrate, check, doctor, export, generate, inspect, likelihood, train, verify
+from . import (
+    bench,
+    bisect,
+    build,
+    calibrate,
+    check,
+    doctor,
+    export,
+    generate,
+    inspect,
+    likelihood,
+    serve,
+    train,
+    verify,
+)
 from .options import RayCommand
 
 EXIT_INTERRUPTED = 130
@@ -35,6 +49,7 @@ app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(calibrate.calibrate)
+app.command(cls=RayCommand)(serve.serve)
 
 
 def _version(wanted: bool) -> None:
@@ -75,7 +90,14 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --low-memory", 3)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "train", "ray": "ray"}.get(error.name or "", "export")
+        extra = {
+            "sklearn": "train",
+            "ray": "ray",
+            "fastapi": "serve",
+            "uvicorn": "serve",
+            "prometheus_client": "serve",
+            "starlette": "serve",
+        }.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno == errno.ENOSPC:

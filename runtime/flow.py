@@ -73,6 +73,18 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """What some samples look like after ``block``, which took ``seconds``: ``images`` (N, channels, size, size), from
+    sample ``first`` on.
+    """
+
+    block: int
+    first: int
+    images: Array
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """How a batch of samples was drawn, and what was checked.
 
@@ -154,6 +166,7 @@ class Flow:
         decode: str | None = None,
         tolerance: float | None = None,
         progress: Callable[[Progress], None] | None = None,
+        preview: Callable[[Preview], None] | None = None,
     ) -> Samples:
         """Draw samples ``first_sample ... first_sample + n - 1`` of ``seed``, or invert ``noise`` (N, T, D).
 
@@ -162,8 +175,8 @@ class Flow:
         ``reproducible`` computes in aligned tiles of 16 rows, so that a sample is bitwise the same whatever n, batch
         size and thread count on one machine. ``decode`` is "serial", "exact" (in parallel, until a patch changes by no
         more than 1e-5) or "fast" (1e-3); ``tolerance`` is another limit. None means exact by the plan of
-        ``tarflow calibrate``, or serial where there is none. ``progress`` is told each finished position; an exception
-        it raises cancels.
+        ``tarflow calibrate``, or serial where there is none. ``progress`` is told each finished position,
+        ``preview`` is shown each batch after each block, blocks last to first; an exception of either cancels.
         Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
         """
         latents, count = self._noise(n, noise, seed, first_sample)
@@ -200,8 +213,9 @@ class Flow:
             tile_classes = np.full(stop - start, -1, np.int64)
             tile_classes[inside] = classes[output]
             branches = self.branches(guidance, tile_classes)
+            watch = None if preview is None else self._watch(preview, first_sample + output.start, inside)
 
-            x = self._decode(z, branches, ways, counter)
+            x = self._decode(z, branches, ways, counter, watch)
             if redraw_nonfinite:
                 redrawn += self._redraw(x, z, branches, ways, range(start, stop), inside, seed)
             if certificate is not None:
@@ -231,6 +245,24 @@ class Flow:
             denoise_seconds=denoise_seconds,
         )
         return samples
+
+    def resolve(
+        self,
+        n: int,
+        *,
+        labels: ArrayLike | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        denoise: bool | float | None = None,
+    ) -> tuple[NDArray[np.int64], float | None]:
+        """What :meth:`sample` would draw, without drawing it: a class (n,) for each sample, below 0 for the null class,
+        and the strength of denoising, None for none. Raises InputError for what sample would refuse.
+        """
+        _, count = self._noise(n, None, seed, first_sample)
+        classes = self._labels(labels, count)
+        self._refuse_idle_guidance(guidance or Guidance(), classes)
+        return classes, self._strength(denoise)
 
     def noise(self, seed: int, samples: range, stream: int = noise_source.SAMPLING) -> Array:
         """Noise of the given sample indices: (N, T, D) standard normal float32. Needs no engine."""
@@ -267,8 +299,7 @@ class Flow:
 
     def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
         """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training."""
-        bits = self.bits_per_dim(images, labels).astype(np.float64)
-        return ((math.log(128) - bits * math.log(2)) * math.prod(self.config.image)).astype(np.float32)
+        return self.nats_of(self.bits_per_dim(images, labels))
 
     def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
         """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`."""
@@ -279,6 +310,11 @@ class Flow:
         energy = 0.5 * np.square(latent, dtype=np.float64).mean((1, 2)) + 0.5 * math.log(2 * math.pi) + math.log(128)
         bits: Array = ((energy - log_det) / math.log(2)).astype(np.float32)
         return bits
+
+    def nats_of(self, bits: Array) -> Array:
+        """Log-likelihoods in nats, (N,), from bits per dimension; see :meth:`log_likelihood`."""
+        dimensions = math.prod(self.config.image)
+        return ((math.log(128) - bits.astype(np.float64) * math.log(2)) * dimensions).astype(np.float32)
 
     def dequantise(self, images: ArrayLike, seed: int = 0, first_sample: int = 0) -> Array:
         """8-bit images (N, channels, size, size) -> the continuous images the model was trained on, in [-1, 1] units.
@@ -299,14 +335,35 @@ class Flow:
 
     # --- one tile, patches in and patches out -------------------------------------------------------------------
 
-    def _decode(self, z: Array, branches: Branches, ways: Sequence[Parallel | None], counter: _Counter) -> Array:
+    def _decode(
+        self,
+        z: Array,
+        branches: Branches,
+        ways: Sequence[Parallel | None],
+        counter: _Counter,
+        watch: Callable[[int, Array, float], None] | None = None,
+    ) -> Array:
         x = z * self.deviation
         for block in reversed(range(self.config.blocks)):
+            clock = time.perf_counter()
             decoding = self.backend.decoding(block, x, branches)
             x, passes = solve(decoding, self.config.tokens, ways[block], partial(counter.step, block))
             counter.passes[block] += passes
             decoding.close()
+            if watch is not None:
+                watch(block, x, time.perf_counter() - clock)
         return x
+
+    def _watch(
+        self, preview: Callable[[Preview], None], first: int, inside: slice
+    ) -> Callable[[int, Array, float], None]:
+        """Shows ``preview`` the wanted rows of a tile, the first of which is sample ``first``."""
+
+        def watch(block: int, x: Array, seconds: float) -> None:
+            images = unpatchify(x[inside], self.config.patch_size, self.config.channels)
+            preview(Preview(block, first, images, seconds))
+
+        return watch
 
     def _encode(self, x: Array, branches: Branches) -> tuple[Array, Array]:
         log_det = np.zeros(len(x), np.float32)

@@ -53,8 +53,8 @@ def grid(images: NDArray[Any], columns: int | None = None, gap: int = 2) -> NDAr
     return canvas
 
 
-def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Mapping[str, str], zoom: int = 1) -> None:
-    """Write (rows, columns, C) uint8 as PNG, with text chunks, replacing ``path`` whole or not at all.
+def png(picture: NDArray[np.uint8], text: Mapping[str, str], zoom: int = 1) -> bytes:
+    """(rows, columns, C) uint8 as a PNG file, with text chunks.
 
     C is 1, 3 or 4; other channel counts show their first channel. ``zoom`` repeats each pixel.
     """
@@ -67,8 +67,16 @@ def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Ma
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Mapping[str, str], zoom: int = 1) -> None:
+    """Write what :func:`png` makes, replacing ``path`` whole or not at all."""
+    content = png(picture, text, zoom)
     with replacing(path) as file:
-        Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
+        file.write(content)
 
 
 def encode_png(picture: NDArray[np.uint8]) -> bytes:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError, MachineError
-from tarflow.runtime.flow import Flow, Guidance, Progress
+from tarflow.runtime.flow import Flow, Guidance, Preview, Progress
+from tarflow.runtime.image import patchify
 
 from .conftest import Golden, largest
 
@@ -131,6 +134,47 @@ def test_progress_counts_every_step_and_can_cancel(flow: Flow) -> None:
 
     with pytest.raises(Stop):
         flow.sample(2, labels=1, progress=stop)
+
+
+def test_preview_shows_every_tile_after_every_block_and_the_last_is_the_raw_sample(flow: Flow) -> None:
+    seen: list[Preview] = []
+    drawn = flow.sample(
+        5, labels=1, first_sample=14, guidance=GUIDED, reproducible=True, denoise=False, preview=seen.append
+    )
+    assert [p.block for p in seen] == [3, 2, 1, 0] * 2
+    assert [p.first for p in seen] == [14] * 4 + [16] * 4
+    assert [len(p.images) for p in seen] == [2] * 4 + [3] * 4
+    assert drawn.report is not None
+    assert 0 < sum(p.seconds for p in seen) < drawn.report.seconds
+    assert np.array_equal(np.concatenate([p.images for p in seen if p.block == 0]), drawn)
+    denoised = flow.sample(5, labels=1, first_sample=14, guidance=GUIDED, reproducible=True, preview=seen.append)
+    assert not np.array_equal(denoised, drawn)
+    assert np.array_equal(seen[-1].images, seen[7].images), "what is shown is never denoised"
+
+
+def test_a_preview_inverts_the_blocks_one_by_one(flow: Flow) -> None:
+    """Encoding what is seen after a block with that block alone gives what was seen before it."""
+    seen: list[Preview] = []
+    flow.sample(3, labels=2, preview=seen.append)
+    plain = Branches.plain(np.full(3, 2), flow.config.tokens)
+    for before, after in pairwise(seen):
+        found, _ = flow.backend.forward(after.block, patchify(after.images, flow.config.patch_size), plain)
+        assert largest(found, patchify(before.images, flow.config.patch_size)) < 1e-4
+
+
+def test_a_preview_can_cancel(flow: Flow) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(preview: Preview) -> None:
+        blocks.append(preview.block)
+        if preview.block == 2:
+            raise Stop
+
+    blocks: list[int] = []
+    with pytest.raises(Stop):
+        flow.sample(2, labels=1, preview=stop)
+    assert blocks == [3, 2]
 
 
 def test_likelihood_is_the_formula_of_the_paper(golden: Callable[[str], Golden], flow: Flow) -> None:

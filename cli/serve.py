@@ -1,0 +1,88 @@
+"""``tarflow serve``: samples and likelihoods over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import default_bundle
+from .options import BundleArgument, Decode, LowMemory, Provider, Threads, Tolerance
+
+TOKEN = "TARFLOW_TOKEN"
+
+
+def serve(
+    bundle: BundleArgument = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and says which.")] = 8080,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; one more is answered 429.")] = 64,
+    batch: Annotated[int, typer.Option(help="Samples drawn together at most.")] = 64,
+    delay_ms: Annotated[float, typer.Option(help="How long a request waits for others to fill its tile.")] = 5.0,
+    timeout: Annotated[float, typer.Option(help="Seconds a request may take, waiting included; then 504.")] = 60.0,
+    max_n: Annotated[int, typer.Option(help="Samples or images in one request.")] = 256,
+    max_body: Annotated[int, typer.Option(help="MiB of a request's body.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(help="Batches computed at a time. Default: 2 on a CPU of 2 cores or more, else 1.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the bearer token requests must carry. Or set {TOKEN}.")
+    ] = None,
+    certify: Annotated[bool, typer.Option("--certify", help="Encode every sample again, for the metrics.")] = False,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds between readiness going off and the last connection taken.")
+    ] = 1.0,
+    decode: Decode = None,
+    tolerance: Tolerance = None,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    low_memory: LowMemory = False,
+) -> None:
+    """Serve a bundle over HTTP: the Open Inference Protocol, /v1/samples, a page, metrics. docs/SERVE.md has it all.
+
+    Example: tarflow serve --port 8080
+    """
+    from ..runtime.flow import Flow
+    from ..runtime.machine import cores
+    from ..serve.app import create_app
+    from ..serve.server import listen
+    from ..serve.server import serve as run
+    from ..serve.settings import Settings
+
+    if workers is None:
+        workers = 2 if provider == "cpu" and cores() > 1 else 1
+    if threads is None and provider == "cpu":
+        threads = max(1, cores() // max(workers, 1))
+    settings = Settings(
+        queue=queue,
+        batch=batch,
+        delay=delay_ms / 1000,
+        workers=workers,
+        timeout=timeout,
+        largest_n=max_n,
+        largest_body=max_body << 20,
+        token=_token(token_file),
+        decode=decode,
+        tolerance=tolerance,
+        certify=certify,
+    )
+    listener = listen(host, port, stall=timeout)
+    flow = Flow.open(default_bundle(bundle), provider, threads, low_memory=low_memory)
+    address = listener.getsockname()
+    where = f"[{address[0]}]" if ":" in address[0] else address[0]
+    line = f"listening on http://{where}:{address[1]} with {flow.backend.description}"
+    run(create_app(flow, settings), listener, grace, lambda: print(line, flush=True))
+
+
+def _token(file: Path | None) -> str | None:
+    """The token that is asked for, from a file or the environment; never an argument, which others can see."""
+    from ..runtime.errors import InputError
+
+    if file is None:
+        return os.environ.get(TOKEN) or None
+    try:
+        return file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--token-file '{file}' cannot be read ({error}); expected a file with one line") from None

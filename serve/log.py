@@ -1,0 +1,27 @@
+"""One JSON object a line on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+
+def log(event: str, level: str = "info", **fields: Any) -> None:
+    """Write a line: when, what, and the fields."""
+    now = time.time()
+    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+    sys.stderr.write(json.dumps({"time": stamp, "level": level, "event": event, **fields}, default=str) + "\n")
+    sys.stderr.flush()
+
+
+class Lines(logging.Handler):
+    """What libraries log, in the same lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: dict[str, Any] = {"message": record.getMessage()[:500]}
+        if record.exc_info and record.exc_info[1] is not None:
+            fields["error"] = repr(record.exc_info[1])[:500]
+        log(record.name, record.levelname.lower(), **fields)

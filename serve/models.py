@@ -1,0 +1,222 @@
+"""The three models of the inference protocol over one flow: sample, encode, denoise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from ..runtime.errors import InputError
+from ..runtime.flow import Progress
+from .batcher import Draw, Drawn, Watch
+from .protocol import TYPES, Asked
+from .samples import Drawing, draw_of, ranges
+from .service import Refusal, Service, validation_message
+
+VERSION = "1"
+_ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits
+Tensors = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in a model's metadata; -1 in a shape is any size. An optional one may be left out."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        described: dict[str, Any] = {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+        return described | ({"parameters": {"optional": True}} if self.optional else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What goes in and comes out; ``parameters`` may be said in the request as well as in tensors of one number."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    parameters: tuple[str, ...]
+
+    def check(self, asked: Asked) -> None:
+        """Raise Refusal for tensors, parameters and outputs this model does not have, or of another type or shape."""
+        known = {tensor.name: tensor for tensor in self.inputs}
+        for name, array in asked.tensors.items():
+            if name not in known:
+                raise Refusal(400, f"model {self.name} has no input '{name}'; expected {', '.join(known)}")
+            spec = known[name]
+            if _datatype(array) != spec.datatype or not _fits(array.shape, spec.shape):
+                raise Refusal(
+                    400, f"input '{name}' is {_datatype(array)} {list(array.shape)}; expected {spec.datatype} "
+                    f"{list(spec.shape)}, where -1 is any size",
+                )  # fmt: skip
+            if name in asked.parameters:
+                raise Refusal(400, f"'{name}' is given as a tensor and as a parameter; drop one of the two")
+        for tensor in self.inputs:
+            if not tensor.optional and tensor.name not in asked.tensors:
+                raise Refusal(400, f"model {self.name} needs input '{tensor.name}'")
+        for name in asked.parameters:
+            if name not in self.parameters:
+                raise Refusal(400, f"parameter '{name}' is unknown; expected {', '.join(self.parameters)}")
+        have = [tensor.name for tensor in self.outputs]
+        for name in asked.outputs or ():
+            if name not in have:
+                raise Refusal(400, f"model {self.name} has no output '{name}'; expected {', '.join(have)}")
+
+    def wanted(self, asked: Asked) -> dict[str, bool]:
+        """Outputs to return, and whether each goes binary. Unasked: all but the certificate, which costs a pass."""
+        if asked.outputs is not None:
+            return dict(asked.outputs)
+        return {tensor.name: asked.binary for tensor in self.outputs if tensor.name != "certificate"}
+
+
+def models_of(service: Service) -> dict[str, Model]:
+    """The models, with the shapes of this service's bundle."""
+    config = service.flow.config
+    images = (-1, *config.image)
+    labels = Tensor("labels", "INT64", (-1,), optional=True)
+    seeds = (Tensor("seed", "UINT64", (1,), optional=True), Tensor("first_sample", "UINT64", (1,), optional=True))
+    sample = Model(
+        "sample",
+        (
+            labels,
+            Tensor("n", "INT64", (1,), optional=True),
+            *seeds,
+            *(Tensor(name, "FP32", (1,), optional=True) for name in ("guidance", "attention_temperature", "denoise")),
+            Tensor("annealed", "BOOL", (1,), optional=True),
+        ),
+        (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,)), Tensor("certificate", "FP32", (-1,))),
+        ("n", "seed", "first_sample", "guidance", "guide", "annealed", "attention_temperature", "denoise"),
+    )
+    encode = Model(
+        "encode",
+        (
+            Tensor("images", "FP32", images, optional=True),
+            Tensor("pixels", "UINT8", images, optional=True),
+            labels,
+            *seeds,
+        ),
+        (
+            Tensor("latent", "FP32", (-1, config.tokens, config.patch_dim)),
+            *(Tensor(name, "FP32", (-1,)) for name in ("log_det", "bits_per_dim", "log_likelihood")),
+        ),
+        ("seed", "first_sample"),
+    )
+    denoise = Model(
+        "denoise",
+        (Tensor("images", "FP32", images), labels, Tensor("strength", "FP32", (1,), optional=True)),
+        (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,))),
+        ("strength",),
+    )
+    return {model.name: model for model in (sample, encode, denoise)}
+
+
+def draw_asked(service: Service, model: Model, asked: Asked) -> Draw:
+    """What a request to the model ``sample`` wants drawn. Raises Refusal and InputError."""
+    said: dict[str, Any] = {name: asked.parameters[name] for name in asked.parameters}
+    for name, tensor in asked.tensors.items():
+        said[name] = tensor.tolist() if name == "labels" else tensor[0].item()
+    if said.get("labels") == []:
+        raise Refusal(400, "labels is empty; expected one label a sample")
+    if isinstance(said.get("labels"), list) and len(said["labels"]) == 1 and "n" in said:
+        said["labels"] = said["labels"][0]
+    try:
+        drawing = Drawing(certify="certificate" in model.wanted(asked), **said)
+    except ValidationError as error:
+        raise Refusal(400, validation_message(error.errors())) from None
+    return draw_of(service, drawing)
+
+
+def drawn_tensors(draw: Draw, drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
+    """Output tensors of ``sample``, and parameters of the answer."""
+    finite = np.asarray(np.isfinite(drawn.images).all((1, 2, 3)))
+    tensors: Tensors = {"images": drawn.images, "finite": finite}
+    if drawn.certificate is not None:
+        tensors["certificate"] = drawn.certificate
+    return tensors, {"nonfinite": ranges(drawn.nonfinite), "seed": draw.seed, "first_sample": draw.first_sample}
+
+
+def encoding(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
+    """The work of ``encode``, inputs checked. Raises Refusal and InputError."""
+    flow, tensors = service.flow, asked.tensors
+    if ("images" in tensors) == ("pixels" in tensors):
+        raise Refusal(400, "expected either images, FP32 in [-1, 1], or pixels, UINT8, which are dequantised by seed")
+    images, labels = _images(service, tensors, "images" if "images" in tensors else "pixels")
+    seed, first = (_number(asked, name, 0) for name in ("seed", "first_sample"))
+    if "images" in tensors and (seed or first):
+        raise Refusal(400, "seed and first_sample choose the noise that pixels are dequantised with; images take none")
+    flow.resolve(len(images), labels=labels, seed=seed, first_sample=first)
+
+    def work(watch: Watch) -> Tensors:
+        parts = []
+        for start in range(0, len(images), _ROWS):
+            watch(Progress(start, len(images), -1, 0))
+            rows = slice(start, start + _ROWS)
+            part = images[rows]
+            if part.dtype == np.uint8:
+                part = flow.dequantise(part, seed, first + start)
+            parts.append(flow.encode(part, None if labels is None else labels[rows]))
+        latent, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
+        bits = flow.bits_of(latent, log_det)
+        return {"latent": latent, "log_det": log_det, "bits_per_dim": bits, "log_likelihood": flow.nats_of(bits)}
+
+    return work
+
+
+def denoising(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
+    """The work of ``denoise``, inputs checked. Raises Refusal and InputError."""
+    flow = service.flow
+    images, labels = _images(service, asked.tensors, "images")
+    strength = _number(asked, "strength", 1.0)
+    flow.resolve(len(images), labels=labels, denoise=float(strength))
+
+    def work(watch: Watch) -> Tensors:
+        parts = []
+        for start in range(0, len(images), _ROWS):
+            watch(Progress(start, len(images), -1, 0))
+            rows = slice(start, start + _ROWS)
+            parts.append(flow.denoise(images[rows], None if labels is None else labels[rows], strength))
+        denoised = np.concatenate(parts)
+        return {"images": denoised, "finite": np.asarray(np.isfinite(denoised).all((1, 2, 3)))}
+
+    return work
+
+
+def _images(
+    service: Service, tensors: Mapping[str, NDArray[Any]], name: str
+) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+    """Images, finite and not too many, and a label for each; one label stands for all."""
+    images, labels = tensors[name], tensors.get("labels")
+    most = service.settings.largest_n
+    if not 0 < len(images) <= most:
+        raise Refusal(400, f"input '{name}' holds {len(images)} images; expected 1 to {most}")
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        raise Refusal(400, f"input '{name}' is not finite")
+    if labels is not None and len(labels) not in (1, len(images)):
+        raise Refusal(400, f"{len(labels)} labels for {len(images)} images; expected one, or one each")
+    return images, None if labels is None else np.broadcast_to(labels, len(images))
+
+
+def _number(asked: Asked, name: str, default: Any) -> Any:
+    """A tensor of one number, or a parameter, of the default's type."""
+    if name in asked.tensors:
+        return asked.tensors[name][0].item()
+    value = asked.parameters.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, type(default))):
+        raise InputError(f"parameter '{name}' is no {'integer' if isinstance(default, int) else 'number'}")
+    return value
+
+
+def _fits(shape: tuple[int, ...], spec: tuple[int, ...]) -> bool:
+    return len(shape) == len(spec) and all(want in (-1, have) for have, want in zip(shape, spec, strict=True))
+
+
+def _datatype(array: NDArray[Any]) -> str:
+    return next(word for word, known in TYPES.items() if known == array.dtype)

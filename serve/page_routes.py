@@ -1,0 +1,282 @@
+"""The page at ``/`` and what it asks for: a drawing watched block by block, the likelihood of a picture."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from ..runtime.flow import Flow, Guidance, Progress
+from .picture import LARGEST_BYTES, MEDIA_TYPES, open_picture, sheet
+from .score import DRAWS, score
+from .service import Refusal, Service
+from .watch import Wish, draw
+
+PAGE = Path(__file__).parent / "page"
+MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class Model(BaseModel):
+    """What the page, or anyone, must know of the model before asking for something."""
+
+    name: str
+    size: int = Field(description="Height and width of an image.")
+    channels: int
+    blocks: int
+    classes: int = Field(description="0: unconditional.")
+    precision: str
+    backend: str
+    bundle_hash: str
+    certificate_limit: float | None = Field(description="Round-trip error the bundle was verified to stay below.")
+    largest_n: int = Field(description="Images one request may draw.")
+    largest_bytes: int = Field(description="Bytes a picture may have.")
+
+
+class Likelihood(BaseModel):
+    """How likely a picture is, and under which class most."""
+
+    bits_per_dim: float = Field(description="Of p(x), with classes their even mixture: mean of the draws.")
+    bits_spread: float = Field(description="Standard deviation of the draws.")
+    draws: int = Field(description="Draws of the dequantisation noise.")
+    log_likelihoods: list[float] | None = Field(description="log p(x | class), nats, over [-1, 1] pixels.")
+    probabilities: list[float] | None = Field(description="p(class | x) under an even prior; null without classes.")
+    notes: list[str] = Field(description="What was done to the picture to make it fit the model.")
+    size: int
+    picture: str = Field(description="What the model saw: PNG in base64.")
+
+
+class Failure(BaseModel):
+    """Why there is no result."""
+
+    error: str
+
+
+def routes(service: Service) -> APIRouter:
+    """The page's files, and what the page asks for. Raises Refusal for what is not answered."""
+    router = APIRouter(tags=["page"])
+    _add_files(router)
+    _add_model(router, service)
+    _add_stream(router, service)
+    _add_likelihood(router, service)
+    return router
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Failure, "description": _REFUSALS[status]} for status in statuses}
+
+
+_REFUSALS = {
+    400: "It cannot be what was meant.",
+    401: "A bearer token is needed.",
+    413: "The picture is too large.",
+    415: "Not a picture.",
+    429: "The queue is full; Retry-After says when to ask again.",
+    503: "The service is starting or stopping.",
+    504: "No result in time.",
+}
+
+
+# --- the page itself ------------------------------------------------------------------------------------------------
+
+
+def _add_files(router: APIRouter) -> None:
+    """Read once: nothing a request says becomes a path."""
+    for path in sorted(PAGE.iterdir()):
+        answer = _file(path.read_bytes(), MEDIA[path.suffix])
+        address = "/" if path.name == "index.html" else f"/page/{path.name}"
+        router.add_api_route(address, answer, methods=["GET", "HEAD"], include_in_schema=False)
+
+
+def _file(content: bytes, media_type: str) -> Callable[[Request], Response]:
+    headers = HEADERS | {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
+
+    def answer(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
+
+    return answer
+
+
+def _add_model(router: APIRouter, service: Service) -> None:
+    @router.get("/v1/model", summary="The model in numbers", responses=_refusals(401))
+    def model() -> Model:
+        flow = service.flow
+        manifest, config = flow.bundle.manifest, flow.config
+        return Model(
+            name=manifest.name,
+            size=config.image_size,
+            channels=config.channels,
+            blocks=config.blocks,
+            classes=config.classes,
+            precision=manifest.precision,
+            backend=flow.backend.description,
+            bundle_hash=flow.bundle.hash,
+            certificate_limit=manifest.parity.get("tolerance", {}).get("certificate"),
+            largest_n=service.settings.largest_n,
+            largest_bytes=min(LARGEST_BYTES, service.settings.largest_body),
+        )
+
+
+# --- a drawing that is watched --------------------------------------------------------------------------------------
+
+
+def _add_stream(router: APIRouter, service: Service) -> None:
+    @router.get(
+        "/v1/samples/stream",
+        summary="Samples, shown after each block",
+        response_class=StreamingResponse,
+        responses=_refusals(400, 401, 429, 503, 504)
+        | {200: {"description": _EVENTS, "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
+    async def stream(
+        request: Request,
+        n: Annotated[int, Query(ge=1, description="Samples.")] = 8,
+        labels: Annotated[
+            str | None,
+            Query(
+                pattern=r"^(-1|[0-9]{1,6})(,(-1|[0-9]{1,6}))*$",
+                max_length=8192,
+                description="Classes, dealt out by sample index: 3, or 0,1,2. -1 is the null class.",
+            ),
+        ] = None,
+        guidance: Annotated[float, Query(ge=0, le=1e6, description="Strength of guidance; 0 is none.")] = 0.0,
+        seed: Annotated[int, Query(ge=0, lt=2**64)] = 0,
+        first_sample: Annotated[int, Query(ge=0, lt=2**63, description="Index of the first sample.")] = 0,
+    ) -> StreamingResponse:
+        wish = _wish(service, n, labels, Guidance(guidance), seed, first_sample)
+        told: asyncio.Queue[bytes | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(name: str, data: dict[str, Any]) -> None:  # from the thread that draws
+            loop.call_soon_threadsafe(told.put_nowait, _event(name, data))
+
+        def work(progress: Callable[[Progress], None]) -> None:
+            report = draw(service.flow, wish, tell, progress)
+            service.metrics.drawn(report, 1, [n], report.seconds)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            told.put_nowait(None)
+            if not task.cancelled():
+                task.exception()  # seen, even if nobody reads on
+
+        drawing = asyncio.create_task(service.compute(request, work))
+        drawing.add_done_callback(ended)
+        events = _events(told, drawing)
+        try:
+            first = await anext(events)  # a refusal before it is an answer of its own
+        except BaseException:
+            drawing.cancel()
+            raise
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_body(first, events, drawing), media_type="text/event-stream", headers=headers)
+
+
+_EVENTS = """Server-sent events with JSON data.
+
+- `start`: the noise, the `states` to come, and `of`, the number of block events.
+- `block`: images `first` to `first + count - 1` as they are after `block`, which took `seconds`.
+- `done`: the images; `certificate` by sample, null where it is not finite; times; `links` to each sample.
+- `error`: a `message`; nothing follows.
+
+A `picture` is a PNG in base64, `columns` images a row, without gaps."""
+
+
+def _wish(service: Service, n: int, labels: str | None, guidance: Guidance, seed: int, first_sample: int) -> Wish:
+    """Raises Refusal and InputError for what cannot be drawn."""
+    settings = service.settings
+    if n > settings.largest_n:
+        raise Refusal(400, f"n is {n}; expected 1 to {settings.largest_n}: draw more by first_sample")
+    dealt = None
+    if labels is not None:
+        choices = [int(label) for label in labels.split(",")]
+        dealt = tuple(choices[i % len(choices)] for i in range(first_sample, first_sample + n))
+    service.flow.resolve(n, labels=dealt, guidance=guidance, seed=seed, first_sample=first_sample)
+    return Wish(n, seed, first_sample, dealt, guidance, settings.decode, settings.tolerance)
+
+
+async def _events(told: asyncio.Queue[bytes | None], drawing: asyncio.Task[None]) -> AsyncIterator[bytes]:
+    """What is told, in order; then what the drawing raised, if it did."""
+    while (event := await told.get()) is not None:
+        yield event
+    await drawing
+
+
+async def _body(first: bytes, events: AsyncIterator[bytes], drawing: asyncio.Task[None]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for event in events:
+            yield event
+    except Refusal as refusal:
+        yield _event("error", {"status": refusal.status, "message": refusal.message})
+    finally:
+        drawing.cancel()  # nobody reads any more
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
+
+
+# --- the likelihood of a picture ------------------------------------------------------------------------------------
+
+
+def _add_likelihood(router: APIRouter, service: Service) -> None:
+    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES}
+
+    @router.post(
+        "/v1/likelihood",
+        summary="Bits per dimension and class probabilities of a picture",
+        responses=_refusals(400, 401, 413, 415, 429, 503, 504),
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
+    async def likelihood(
+        request: Request,
+        seed: Annotated[int, Query(ge=0, lt=2**64, description="Of the dequantisation noise.")] = 0,
+    ) -> Likelihood:
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind not in MEDIA_TYPES:
+            raise Refusal(415, f"the content type is '{kind[:80]}'; expected {' or '.join(MEDIA_TYPES)}")
+        data = await _read(request, min(LARGEST_BYTES, service.settings.largest_body))
+        return await service.compute(request, partial(_likelihood, service.flow, data, seed))
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The body, unless it is larger than ``most`` bytes."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > most:
+            raise Refusal(413, f"the picture is larger than {most >> 10} KiB, which is the most this server takes")
+    return bytes(data)
+
+
+def _likelihood(flow: Flow, data: bytes, seed: int, progress: Callable[[Progress], None]) -> Likelihood:
+    picture = open_picture(data, flow.config.channels, flow.config.image_size)
+    found = score(flow, picture.pixels, seed, progress)
+    return Likelihood(
+        bits_per_dim=found.bits_per_dim.mean(),
+        bits_spread=found.bits_per_dim.std(ddof=1),
+        draws=DRAWS,
+        log_likelihoods=None if found.log_likelihoods is None else found.log_likelihoods.tolist(),
+        probabilities=None if found.probabilities is None else found.probabilities.tolist(),
+        notes=list(picture.notes),
+        size=flow.config.image_size,
+        picture=sheet(picture.pixels[None] / 127.5 - 1),
+    )

@@ -1,0 +1,103 @@
+"""The service: one flow, its queue, and how a request gets its answer, its time limit or its refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from ..runtime.errors import TarflowError
+from ..runtime.flow import Flow
+from .batcher import Abandoned, Batcher, Draw, Drawn, Full, Job, Watch
+from .metrics import Metrics
+from .settings import Settings
+
+T = TypeVar("T")
+
+
+class Refusal(HTTPException):
+    """An answer that is not a result."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status, message, headers)
+        self.status, self.message = status, message
+
+
+class Service:
+    """What routes stand on. ``draining`` turns readiness off; work goes on until the server stops."""
+
+    def __init__(self, flow: Flow, settings: Settings) -> None:
+        self.flow, self.settings = flow, settings
+        self.metrics = Metrics()
+        self.batcher: Batcher | None = None
+        self.draining = False
+
+    @property
+    def ready(self) -> bool:
+        return self.batcher is not None and not self.draining
+
+    async def start(self) -> None:
+        batcher = Batcher(self.flow, self.settings, self.metrics)
+        await batcher.start()
+        self.batcher = batcher
+
+    async def stop(self) -> None:
+        self.draining = True
+        if self.batcher is not None:
+            await self.batcher.stop()
+
+    async def draw(self, request: Request, draw: Draw) -> Drawn:
+        """Samples, drawn together with those of other requests. Raises Refusal."""
+        drawn: Drawn = await self._wait(request, draw)
+        return drawn
+
+    async def compute(self, request: Request, work: Callable[[Watch], T]) -> T:
+        """The result of ``work``, called alone in a drawing thread, and queued, bounded and timed like :meth:`draw`.
+
+        What it is given is what ``Flow.sample`` takes as progress: it raises when nobody waits any more.
+        Raises Refusal.
+        """
+        result: T = await self._wait(request, work)
+        return result
+
+    async def _wait(self, request: Request, work: Draw | Callable[[Watch], T]) -> T:
+        if self.batcher is None:
+            raise Refusal(503, "the service is still starting; ask again in a moment", {"Retry-After": "1"})
+        job = Job(work)
+        try:
+            self.batcher.put(job)
+        except Full as full:
+            after = str(max(1, min(60, math.ceil(full.seconds))))
+            message = f"{self.settings.queue} requests wait already; ask again in {after} s"
+            raise Refusal(429, message, {"Retry-After": after}) from None
+        leaving = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({job.done, leaving}, timeout=self.settings.timeout, return_when="FIRST_COMPLETED")
+            if job.done.done():
+                result: T = job.done.result()
+                return result
+            self.metrics.abandoned.labels("left" if leaving.done() else "timeout").inc()
+            if leaving.done():
+                raise Refusal(499, "the client left")
+            raise Refusal(504, f"no result within {self.settings.timeout:g} s; ask for less, or at a quieter time")
+        except Abandoned:
+            raise Refusal(503, "the service is stopping", {"Retry-After": "5"}) from None
+        except TarflowError as error:
+            raise Refusal(400 if error.exit_code == 2 else 503, str(error)) from None
+        finally:
+            leaving.cancel()
+            self.batcher.abandon(job)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def validation_message(errors: Sequence[Any]) -> str:
+    """What pydantic found wrong, and where; never what was sent, which may be large or no JSON."""
+    return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors[:5])[:1000]
