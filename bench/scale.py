@@ -25,7 +25,7 @@ import numpy as np
 
 from tarflow.runtime.crew import Local, Solo, Task, carry_out
 from tarflow.runtime.flow import Flow
-from tarflow.runtime.image import encode_png, to_uint8
+from tarflow.runtime.image import png, to_uint8
 from tarflow.runtime.job import Job
 from tarflow.runtime.shards import Record, claimed, finished, write_index
 
@@ -183,7 +183,7 @@ def writing(folder: Path) -> None:
         smooth = np.repeat(np.repeat(images[:, :, ::8, ::8], 8, 2), 8, 3) + images * 0.05  # photographs are in between
         for name, these in (("noise", images), ("smooth", smooth)):
             started = time.perf_counter()
-            files = [encode_png(image.transpose(1, 2, 0)) for image in to_uint8(these)]
+            files = [png(image.transpose(1, 2, 0), {}) for image in to_uint8(these)]
             seconds = time.perf_counter() - started
             each = sum(map(len, files)) / len(files)
             print(f"PNG {size}x{size}x3, {name}: {64 / seconds:.0f} a second and core, {each / 1e3:.1f} kB each")

@@ -24,6 +24,7 @@ from .job import Shard
 from .machine import cores
 
 _OBJECTS = 80 << 20  # bytes of Ray's object store, of which shards and records need next to nothing
+_STARTS = 3  # attempts
 _PATIENCE = 30.0  # seconds until a user hears why nothing happens
 GPU_PROVIDERS = ("cuda", "tensorrt", "ort-tensorrt")
 
@@ -39,12 +40,15 @@ def connected(address: str) -> Iterator[None]:
         quiet |= {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": _OBJECTS}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _knock(address)
-        ray.init(address=address, **quiet)
+        if address == "local":
+            _start(quiet)
+        else:
+            _knock(address)
+            ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise MachineError(
-            f"no Ray cluster at '{address}' ({str(error).splitlines()[0][:160]}); start one with: ray start --head, "
-            "or pass --ray alone, without RAY_ADDRESS set, to have one here for this command"
+            f"no Ray cluster at '{address}' ({_first_line(error)}); start one with: ray start --head, or pass --ray "
+            "alone, without RAY_ADDRESS set, to have one here for this command"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in the place of ours
@@ -52,6 +56,25 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start Ray here. It gives its own processes half a minute, which on a busy machine is not always enough."""
+    for start in range(_STARTS):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises nothing narrower when its processes are late
+            ray.shutdown()
+            if start + 1 == _STARTS:
+                raise MachineError(
+                    f"Ray did not start here ({_first_line(error)}); try again when the machine is less busy, or draw "
+                    "without --ray: --workers N uses processes"
+                ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _knock(address: str) -> None:

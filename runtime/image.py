@@ -79,15 +79,6 @@ def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Ma
         file.write(content)
 
 
-def encode_png(picture: NDArray[np.uint8]) -> bytes:
-    """(rows, columns, C) uint8 as a PNG file, C being 1 or 3; nothing but pixels, so equal pictures are equal files."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(file, format="PNG")
-    return file.getvalue()
-
-
 def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tuple[NDArray[np.uint8], list[str]]:
     """Every image below ``folder``, in name order -> (N, channels, size, size) uint8, and their relative names.
 

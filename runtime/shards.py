@@ -26,7 +26,7 @@ import numpy as np
 from .errors import BundleError, InputError, MachineError
 from .files import disk_errors, replacing, replacing_folder, sha256
 from .flow import Flow, Progress, Samples
-from .image import encode_png, to_uint8
+from .image import png, to_uint8
 from .job import SCHEMA, Job, Shard, document
 from .machine import processor
 
@@ -153,7 +153,7 @@ def _write_tar(file: BinaryIO, job: Job, shard: Shard, samples: Samples) -> None
 def _pictures(shard: Shard, samples: Samples) -> Iterator[tuple[str, bytes]]:
     """Names by sample index and PNG files; 19 digits, so that they sort."""
     for i, image in enumerate(to_uint8(samples)):
-        yield f"{shard.first + i:019}.png", encode_png(image.transpose(1, 2, 0))
+        yield f"{shard.first + i:019}.png", png(image.transpose(1, 2, 0), {})
 
 
 def _measure(path: Path) -> tuple[str, int]:
