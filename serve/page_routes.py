@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from ..runtime.flow import Flow, Guidance, Progress
+from .metrics import Metrics
 from .picture import LARGEST_BYTES, MEDIA_TYPES, open_picture, sheet
 from .score import DRAWS, score
 from .service import Refusal, Service
@@ -62,12 +63,6 @@ class Likelihood(BaseModel):
     picture: str = Field(description="What the model saw: PNG in base64.")
 
 
-class Failure(BaseModel):
-    """Why there is no result."""
-
-    error: str
-
-
 def routes(service: Service) -> APIRouter:
     """The page's files, and what the page asks for. Raises Refusal for what is not answered."""
     router = APIRouter(tags=["page"])
@@ -76,21 +71,6 @@ def routes(service: Service) -> APIRouter:
     _add_stream(router, service)
     _add_likelihood(router, service)
     return router
-
-
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Failure, "description": _REFUSALS[status]} for status in statuses}
-
-
-_REFUSALS = {
-    400: "It cannot be what was meant.",
-    401: "A bearer token is needed.",
-    413: "The picture is too large.",
-    415: "Not a picture.",
-    429: "The queue is full; Retry-After says when to ask again.",
-    503: "The service is starting or stopping.",
-    504: "No result in time.",
-}
 
 
 # --- the page itself ------------------------------------------------------------------------------------------------
@@ -116,8 +96,9 @@ def _file(content: bytes, media_type: str) -> Callable[[Request], Response]:
 
 
 def _add_model(router: APIRouter, service: Service) -> None:
-    @router.get("/v1/model", summary="The model in numbers", responses=_refusals(401))
+    @router.get("/v1/model")
     def model() -> Model:
+        """The model in numbers, and what this service takes at most."""
         flow = service.flow
         manifest, config = flow.bundle.manifest, flow.config
         return Model(
@@ -141,10 +122,8 @@ def _add_model(router: APIRouter, service: Service) -> None:
 def _add_stream(router: APIRouter, service: Service) -> None:
     @router.get(
         "/v1/samples/stream",
-        summary="Samples, shown after each block",
         response_class=StreamingResponse,
-        responses=_refusals(400, 401, 429, 503, 504)
-        | {200: {"description": _EVENTS, "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"description": _EVENTS, "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
     )
     async def stream(
         request: Request,
@@ -161,6 +140,7 @@ def _add_stream(router: APIRouter, service: Service) -> None:
         seed: Annotated[int, Query(ge=0, lt=2**64)] = 0,
         first_sample: Annotated[int, Query(ge=0, lt=2**63, description="Index of the first sample.")] = 0,
     ) -> StreamingResponse:
+        """Samples as server-sent events: the noise, the images after each block, the images that were asked for."""
         wish = _wish(service, n, labels, Guidance(guidance), seed, first_sample)
         told: asyncio.Queue[bytes | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -186,7 +166,8 @@ def _add_stream(router: APIRouter, service: Service) -> None:
             drawing.cancel()
             raise
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_body(first, events, drawing), media_type="text/event-stream", headers=headers)
+        body = _body(first, events, drawing, service.metrics)
+        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
 
 _EVENTS = """Server-sent events with JSON data.
@@ -219,7 +200,9 @@ async def _events(told: asyncio.Queue[bytes | None], drawing: asyncio.Task[None]
     await drawing
 
 
-async def _body(first: bytes, events: AsyncIterator[bytes], drawing: asyncio.Task[None]) -> AsyncIterator[bytes]:
+async def _body(
+    first: bytes, events: AsyncIterator[bytes], drawing: asyncio.Task[None], metrics: Metrics
+) -> AsyncIterator[bytes]:
     try:
         yield first
         async for event in events:
@@ -227,7 +210,8 @@ async def _body(first: bytes, events: AsyncIterator[bytes], drawing: asyncio.Tas
     except Refusal as refusal:
         yield _event("error", {"status": refusal.status, "message": refusal.message})
     finally:
-        drawing.cancel()  # nobody reads any more
+        if drawing.cancel():  # it was not done, and nobody reads any more
+            metrics.abandoned.labels("left").inc()
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
@@ -240,16 +224,12 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 def _add_likelihood(router: APIRouter, service: Service) -> None:
     content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES}
 
-    @router.post(
-        "/v1/likelihood",
-        summary="Bits per dimension and class probabilities of a picture",
-        responses=_refusals(400, 401, 413, 415, 429, 503, 504),
-        openapi_extra={"requestBody": {"required": True, "content": content}},
-    )
+    @router.post("/v1/likelihood", openapi_extra={"requestBody": {"required": True, "content": content}})
     async def likelihood(
         request: Request,
         seed: Annotated[int, Query(ge=0, lt=2**64, description="Of the dequantisation noise.")] = 0,
     ) -> Likelihood:
+        """Bits per dimension of a picture, and its class by Bayes' rule over exact likelihoods."""
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind not in MEDIA_TYPES:
             raise Refusal(415, f"the content type is '{kind[:80]}'; expected {' or '.join(MEDIA_TYPES)}")

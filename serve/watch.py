@@ -33,7 +33,7 @@ class Wish:
         """Where sample ``i`` of these can be had alone, for good."""
         query = [] if self.labels is None or self.labels[i] < 0 else [f"label={self.labels[i]}"]
         if self.guidance.scale:
-            query.append(f"guidance={self.guidance.scale:g}")
+            query.append(f"guidance={self.guidance.scale!r}")
         return f"v1/samples/{self.seed}/{self.first_sample + i}.png" + ("?" if query else "") + "&".join(query)
 
 

@@ -29,7 +29,7 @@ export class Board {
   async start({ n, seed, first_sample, labels, states, columns, picture }) {
     Object.assign(this, { n, seed, labels, states, columns, first: first_sample });
     this.last = states.length - 1;
-    this.chosen = null;
+    this.chosen = 0;
     this.finished = null;
     this.reached = new Array(n).fill(0);
     this.seconds = new Array(states.length).fill(0);
@@ -55,13 +55,13 @@ export class Board {
     await this.#put(this.last, 0, this.n, this.columns, data.picture);
     this.#times();
     for (const [i, cell] of this.cells.entries()) {
-      cell.classList.toggle("broken", data.certificate[i] === null);
+      cell.classList.toggle("broken", data.nonfinite.includes(this.first + i));
       if (this.film) this.errors[i].textContent = error(data.certificate[i]);
       if (this.film) this.errors[i].classList.toggle("suspect", this.certificates.isSuspect(data.certificate[i]));
       cell.setAttribute("aria-label", this.#name(i) + `, round-trip error ${error(data.certificate[i])}`);
     }
     at("draw-status").textContent = summary(data);
-    this.choose(0);
+    this.choose(this.chosen);
   }
 
   /** Show the images as they were after a state, or as far as they have come. */
@@ -70,13 +70,18 @@ export class Board {
     for (let i = 0; i < this.n; i++) this.#paint(i);
   }
 
+  /** Choose an image: its states are on the scrubber at once, the rest is told when the drawing is done. */
   choose(image) {
-    if (!this.finished) return;
-    this.cells[this.chosen ?? 0].tabIndex = -1;
-    this.cells[this.chosen ?? 0].removeAttribute("aria-current");
+    this.cells[this.chosen].tabIndex = -1;
+    this.cells[this.chosen].removeAttribute("aria-current");
     this.chosen = image;
     this.cells[image].tabIndex = 0;
     this.cells[image].setAttribute("aria-current", "true");
+    for (let state = 0; state <= this.last; state++) this.#stopPicture(state);
+    if (this.finished) this.#tell(image);
+  }
+
+  #tell(image) {
     at("sample").hidden = false;
     at("sample-name").textContent = this.#name();
     at("sample-picture").setAttribute("aria-label", this.#name());
@@ -85,7 +90,6 @@ export class Board {
     at("sample-copy").textContent = "Copy link";
     const facts = [["Seed", this.seed], ["Round-trip error", error(this.finished.certificate[image])]];
     at("sample-facts").replaceChildren(...facts.flatMap(([term, value]) => [element("dt", term), element("dd", value)]));
-    for (let state = 0; state <= this.last; state++) this.#stopPicture(state);
     this.certificates.show(this.finished.certificate, image, (picked) => this.choose(picked));
   }
 
@@ -181,7 +185,7 @@ export class Board {
   }
 
   #stopPicture(state) {
-    if (!this.film) this.#copyTo(this.stops[state].querySelector("canvas"), state, this.chosen ?? 0);
+    if (!this.film) this.#copyTo(this.stops[state].querySelector("canvas"), state, this.chosen);
   }
 
   #canvas(columns = 1, rows = 1) {
@@ -211,9 +215,9 @@ export class Board {
   #walk(event) {
     const columns = this.film ? this.n : this.columns;
     const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -this.n, End: this.n }[event.key];
-    if (!by || !this.finished) return;
+    if (!by) return;
     event.preventDefault();
-    const from = this.chosen ?? 0;
+    const from = this.chosen;
     const inside = from + by >= 0 && from + by < this.n;
     const to = inside ? from + by : Math.abs(by) === this.n ? (by < 0 ? 0 : this.n - 1) : from;
     this.choose(to);

@@ -10,14 +10,17 @@ export function duration(seconds) {
 
 export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-/** The line under a finished drawing. */
+const rate = (value) => (value < 10 ? value.toPrecision(2) : Math.round(value));
+
+const NAMED = 8; // broken images: more make no better sentence
+
+/** The line above a finished drawing. */
 export function summary({ certificate, nonfinite, seconds }) {
-  const worst = certificate.reduce((most, value) => (value === null || value > most ? value : most), 0);
-  const told = [
-    `${plural(certificate.length, "image")} in ${duration(seconds)}, ${(certificate.length / seconds).toPrecision(2)} a second`,
-    nonfinite.length ? `${plural(nonfinite.length, "image")} overflowed: ${nonfinite.join(", ")}` : `largest round-trip error ${error(worst)}`,
-  ];
-  return `${told.join("; ")}.`;
+  const count = certificate.length;
+  const told = `${plural(count, "image")} in ${duration(seconds)}, ${rate(count / seconds)} a second`;
+  if (!nonfinite.length) return `${told}; largest round-trip error ${error(Math.max(...certificate))}.`;
+  const names = nonfinite.slice(0, NAMED).join(", ") + (nonfinite.length > NAMED ? ", …" : "");
+  return `${told}; ${plural(nonfinite.length, "image")} overflowed (${names}): try less guidance.`;
 }
 
 const timers = new WeakMap();

@@ -1,0 +1,632 @@
+"""The page in a real browser: images arrive block by block, a picture is scored, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import re
+import shutil
+import socket
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+
+from tarflow.runtime.flow import Flow, Guidance, Preview, Samples
+from tarflow.runtime.image import grid, png, to_uint8
+from tarflow.serve.app import create_app
+from tarflow.serve.batcher import Job
+from tarflow.serve.service import Service
+from tarflow.serve.settings import Settings
+
+from .conftest import DEMO, largest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TOKEN = "an-open-secret"
+expect.set_options(timeout=20_000)
+
+
+class PacedFlow(Flow):
+    """A flow whose previews can be held, so that a test sees what is there between two blocks."""
+
+    pace: threading.Semaphore | None = None
+    shown: int = 0
+
+    def sample(self, *arguments: Any, preview: Callable[[Preview], None] | None = None, **how: Any) -> Samples:
+        def held(seen: Preview) -> None:
+            assert preview is not None
+            preview(seen)
+            self.shown += 1
+            if self.pace is not None:
+                assert self.pace.acquire(timeout=30)
+
+        return super().sample(*arguments, preview=preview and held, **how)
+
+
+class Server(uvicorn.Server):
+    """A real server in a thread."""
+
+    loop: asyncio.AbstractEventLoop
+    service: Service
+    url: str
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+
+@contextlib.contextmanager
+def serving(flow: Flow, **settings: Any) -> Iterator[Server]:
+    app = create_app(flow, Settings(**settings))
+    server = Server(uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=3))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server.service = app.state.service
+        server.url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            wait_until(lambda: server.started or not thread.is_alive())
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
+
+
+def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
+    turn = threading.Event()
+    for _ in range(int(seconds * 100)):
+        if true():
+            return
+        turn.wait(0.01)
+    raise AssertionError("it did not happen")
+
+
+@pytest.fixture(scope="module")
+def flow() -> PacedFlow:
+    opened = PacedFlow.open(DEMO, spinning=False)
+    assert isinstance(opened, PacedFlow)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def server(flow: PacedFlow) -> Iterator[Server]:
+    with serving(flow) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """A page, and everything it asked for and complained of. ``refused`` are statuses that a test provokes."""
+
+    def __init__(self, browser: Browser, **context: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}} | context)
+        self.context.set_default_timeout(20_000)
+        self.page: Page = self.context.new_page()
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        self.refused: tuple[str, ...] = ()
+        self.context.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def open(self, address: str) -> Page:
+        self.page.goto(address)
+        expect(self.page.locator("#model span").first).to_be_visible()
+        return self.page
+
+    def check(self, url: str) -> None:
+        self.context.close()
+        assert not [asked for asked in self.asked if not asked.startswith((url, "data:", f"blob:{url}"))]
+        assert not [said for said in self.complaints if not any(word in said for word in self.refused)]
+
+
+@pytest.fixture
+def visit(browser: Browser, server: Server) -> Iterator[Visit]:
+    """A visit during which the page may ask for nothing but the server, and complain of nothing."""
+    visiting = Visit(browser)
+    yield visiting
+    visiting.check(server.url)
+
+
+@pytest.fixture
+def paced(flow: PacedFlow) -> Iterator[PacedFlow]:
+    """The flow stops after every block, until ``pace.release()``."""
+    flow.pace, flow.shown = threading.Semaphore(0), 0
+    yield flow
+    flow.pace.release(1000)
+    flow.pace = None
+
+
+def pixels(canvas: Locator) -> np.ndarray:
+    """(H, W) uint8: what a canvas shows, in grey."""
+    data = canvas.evaluate(
+        "c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).filter((_, i) => i % 4 === 0)"
+    )
+    side = canvas.evaluate("c => c.width")
+    return np.array(data, np.uint8).reshape(-1, side)
+
+
+def expected(flow: Flow, n: int, seed: int = 0) -> np.ndarray:
+    labels = np.arange(n) % 10
+    return to_uint8(flow.sample(n, labels=labels, guidance=Guidance(1.0), seed=seed, reproducible=True))[:, 0]
+
+
+def picture(label: int = 3, size: int = 8) -> bytes:
+    """A digit the model knows well, as a PNG file."""
+    digit = Flow.open(DEMO, spinning=False).sample(1, labels=label, guidance=Guidance(1.0), reproducible=True)
+    return png(grid(digit, gap=0), {}, size // 8)
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def test_images_arrive_block_by_block_and_are_the_bits_the_flow_draws(
+    visit: Visit, server: Server, paced: PacedFlow
+) -> None:
+    page = visit.open(server.url)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    rows = [page.locator("#board > *").nth(9 * state + 1) for state in range(5)]  # a title and 8 images each
+    seen = []
+    for block in (3, 2, 1, 0):
+        expect(page.get_by_role("status").first).to_have_text(f"Block {block} inverted…")
+        filled = page.locator("#board canvas.filled")
+        expect(filled).to_have_count(8 * (5 - block))  # noise, and the blocks so far
+        seen.append(pixels(rows[4 - block]))
+        assert paced.pace is not None
+        paced.pace.release()
+    expect(page.get_by_role("status").first).to_contain_text("8 images in")
+    assert all(largest(one, other) > 0 for one, other in pairwise(seen))
+    for cell, image in zip(page.locator(".cell").all(), expected(paced, 8), strict=True):
+        assert np.array_equal(pixels(cell.locator("canvas")), image)
+    errors = [float(text) for text in page.locator(".certificate").all_inner_texts()]
+    assert len(errors) == 8
+    assert 0 < max(errors) < 1e-4
+    assert page.locator("#board .time").nth(1).inner_text().strip().endswith("s")
+
+
+def test_64_images_at_once_can_be_looked_at_after_any_block_and_one_by_one(
+    visit: Visit, server: Server, flow: PacedFlow
+) -> None:
+    page = visit.open(f"{server.url}?n=64&seed=7")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text("64 images in")
+    wanted = expected(flow, 64, seed=7)
+    cells = page.locator(".cell")
+    expect(cells).to_have_count(64)
+    assert np.array_equal(pixels(cells.nth(63).locator("canvas")), wanted[63])
+    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight"), "64 images fit the window"
+
+    page.get_by_role("radio", name="noise", exact=True).check(force=True)
+    noise = flow.noise(7, range(63, 64)) * flow.deviation
+    shown = pixels(cells.nth(63).locator("canvas"))
+    assert np.array_equal(shown[:2, :2].ravel(), to_uint8(noise[0, 0]))  # the first patch
+    cells.nth(42).click()
+    expect(page.get_by_role("heading", name="Image 42, class 2")).to_be_visible()
+    assert np.array_equal(pixels(page.locator("#sample-picture")), wanted[42])
+    assert page.locator("#certificates circle").count() == 64
+
+
+def test_the_permalink_of_a_sample_is_the_sample(visit: Visit, server: Server, flow: PacedFlow) -> None:
+    page = visit.open(f"{server.url}?n=16&seed=5")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator(".cell").nth(13).click()
+    link = page.get_by_role("link", name="Permalink")
+    href = link.get_attribute("href")
+    assert href is not None
+    answer = httpx.get(server.url + href)
+    assert answer.headers["content-type"] == "image/png"
+    image = np.asarray(Image.open(io.BytesIO(answer.content)).convert("L"))
+    zoom = len(image) // 8
+    assert np.array_equal(image[::zoom, ::zoom], expected(flow, 16, seed=5)[13])
+
+
+def test_a_drawing_can_be_stopped_and_a_closed_page_cancels_its_work(
+    browser: Browser, server: Server, paced: PacedFlow
+) -> None:
+    visiting = Visit(browser)
+    page = visiting.open(f"{server.url}?n=64")
+    pace = paced.pace
+    assert pace is not None
+    answered = server.service.metrics.responses.labels("/v1/samples/stream", "200")._value
+    for leave in (lambda: page.keyboard.press("Escape"), visiting.context.close):
+        shown, before = paced.shown, answered.get()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        wait_until(lambda shown=shown: paced.shown > shown)  # type: ignore[misc]
+        leave()
+        wait_until(lambda before=before: answered.get() > before)  # type: ignore[misc]
+        pace.release()  # out of the block it is in
+        wait_until(lambda: server.service.batcher is not None and server.service.batcher._idle == 1)
+        assert paced.shown == shown + 1, "it was drawn on for nobody"
+    assert not visiting.complaints
+
+
+def test_class_guidance_seed_and_number_are_what_is_drawn(visit: Visit, server: Server, flow: PacedFlow) -> None:
+    page = visit.open(server.url)
+    page.get_by_role("radio", name="4", exact=True).check(force=True)
+    page.get_by_label("Guidance", exact=True).fill("0.5")
+    page.get_by_label("Seed").fill("11")
+    page.get_by_label("Images", exact=True).fill("2")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text("2 images in")
+    wanted = to_uint8(flow.sample(2, labels=4, guidance=Guidance(0.5), seed=11, reproducible=True))[:, 0]
+    assert np.array_equal(pixels(page.locator(".cell canvas").nth(1)), wanted[1])
+    assert "class=4" in page.url, "the address remembers what was drawn"
+    page.reload()
+    expect(page.get_by_role("radio", name="4", exact=True)).to_be_checked()
+    page.get_by_role("radio", name="no class").check(force=True)
+    expect(page.get_by_label("Guidance", exact=True)).to_be_disabled()
+
+
+def test_an_unconditional_model_offers_no_class(browser: Browser, bundle: Callable[..., Path]) -> None:
+    with serving(Flow.open(bundle("uncond"), spinning=False)) as server:
+        visiting = Visit(browser)
+        page = visiting.open(server.url)
+        expect(page.locator("#classes")).to_be_hidden()
+        expect(page.get_by_label("Guidance", exact=True)).to_be_hidden()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.get_by_role("status").first).to_contain_text("8 images in")
+        page.get_by_role("tab", name="Likelihood").click()
+        page.locator("#file").set_input_files({"name": "any.png", "mimeType": "image/png", "buffer": picture()})
+        expect(page.locator("#bits")).to_be_visible()
+        expect(page.locator("#posterior")).to_be_hidden()
+        visiting.check(server.url)
+
+
+# --- likelihood -----------------------------------------------------------------------------------------------------
+
+
+def drop(page: Page, name: str, kind: str, content: bytes) -> None:
+    data = page.evaluate_handle(
+        """([name, type, bytes]) => {
+            const dropped = new DataTransfer();
+            dropped.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, { type }));
+            return dropped;
+        }""",
+        [name, kind, base64.b64encode(content).decode()],
+    )
+    page.dispatch_event("#drop", "drop", {"dataTransfer": data})
+
+
+def test_a_dropped_image_gets_its_bits_per_dimension_and_its_class(visit: Visit, server: Server) -> None:
+    page = visit.open(server.url)
+    page.get_by_role("tab", name="Likelihood").click()
+    drop(page, "three.png", "image/png", picture(3, 16))
+    expect(page.locator("#likelihood-status")).to_contain_text("most probably class 3")
+    expect(page.locator("#notes")).to_have_text("the picture is 16x16 pixels: resized to 8x8")
+    expect(page.locator("#bars li.best b")).to_have_text("3")
+    expect(page.locator("#bars li")).to_have_count(10)
+    assert 3 < float(page.locator("#bits").inner_text()) < 9
+    drop(page, "notes.txt", "text/plain", b"no picture")
+    expect(page.get_by_role("alert").last).to_contain_text("expected image/png or image/jpeg")
+    visit.refused = ("415",)
+
+
+def test_a_drawn_image_can_be_scored(visit: Visit, server: Server) -> None:
+    page = visit.open(server.url)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator(".cell").nth(6).click()
+    page.get_by_role("button", name="Likelihood").click()
+    expect(page.get_by_role("tab", name="Likelihood")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#likelihood-status")).to_contain_text("Image 6, class 6: ")
+    expect(page.locator("#verdict")).to_contain_text("6, with")
+    expect(page.locator("#notes")).to_be_empty()
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_cannot_be_are_refused_here_and_by_the_server(visit: Visit, server: Server) -> None:
+    page = visit.open(server.url)
+    alert, draw = page.get_by_role("alert").first, page.get_by_role("button", name="Draw", exact=True)
+    for field, value, message in (
+        ("Seed", "-1", "Seed must be a whole number from 0"),
+        ("Seed", "1.5", "Seed must be a whole number"),
+        ("Images", "257", "Images must be a whole number from 1 to 256."),
+        ("Images", "", "Images must be"),
+        ("Guidance", "-2", "Guidance must be a number from 0"),
+    ):
+        before = page.get_by_label(field, exact=True).input_value()
+        page.get_by_label(field, exact=True).fill(value)
+        draw.click()
+        expect(alert).to_contain_text(message)
+        expect(page.get_by_label(field, exact=True)).to_be_focused()
+        page.get_by_label(field, exact=True).fill(before)
+    assert not [asked for asked in visit.asked if "stream" in asked]
+    page.evaluate("document.getElementById('n').max = 1000")
+    page.get_by_label("Images", exact=True).fill("300")
+    draw.click()
+    expect(alert).to_contain_text("n is 300; expected 1 to 256")
+    visit.refused = ("400",)
+
+
+def test_a_full_queue_says_when_to_ask_again(browser: Browser, flow: PacedFlow) -> None:
+    with serving(flow, queue=1) as server:
+        held = threading.Event()
+
+        async def occupy() -> None:
+            assert server.service.batcher is not None
+            server.service.batcher.put(Job(lambda progress: held.wait(30)))
+
+        batcher = server.service.batcher
+        assert batcher is not None
+        for waiting in (0, 1):  # one that is computed, one that waits
+            asyncio.run_coroutine_threadsafe(occupy(), server.loop).result(10)
+            wait_until(lambda w=waiting: len(batcher.waiting) == w)  # type: ignore[misc]
+        visiting = Visit(browser)
+        visiting.refused = ("429",)
+        page = visiting.open(server.url)
+        draw = page.get_by_role("button", name="Draw", exact=True)
+        draw.click()
+        alert = page.get_by_role("alert").first
+        expect(alert).to_contain_text(re.compile(r"requests wait already.*Try again in \d+ s\."))
+        held.set()
+        expect(alert).to_contain_text("Try again now.")
+        draw.click()
+        expect(page.get_by_role("status").first).to_contain_text("8 images in")
+        expect(alert).to_be_hidden()
+        visiting.check(server.url)
+
+
+def test_a_server_that_stops_is_said_before_and_during_a_drawing(browser: Browser, paced: PacedFlow) -> None:
+    visiting = Visit(browser)
+    visiting.refused = ("ERR_", "503")
+    with serving(paced) as server:
+        page = visiting.open(server.url)
+        draw, alert = page.get_by_role("button", name="Draw", exact=True), page.get_by_role("alert").first
+        draw.click()
+        expect(page.get_by_role("status").first).to_have_text("Block 3 inverted…")
+        server.should_exit = True
+        assert paced.pace is not None
+        expect(alert).to_be_visible()
+        expect(alert).to_contain_text(re.compile("stopping|went away|closed the connection"))
+        paced.pace.release(1000)
+    expect(draw).to_be_enabled()
+    draw.click()
+    expect(alert).to_contain_text("The server does not answer. See whether tarflow serve is still running")
+    visiting.check(server.url)
+
+
+def test_a_token_is_asked_for_once(browser: Browser, flow: PacedFlow) -> None:
+    with serving(flow, token=TOKEN) as server:
+        visiting = Visit(browser)
+        visiting.refused = ("401",)
+        page = visiting.page
+        page.goto(server.url)
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        expect(page.get_by_label("Bearer token")).to_be_focused()
+        page.keyboard.type("a guess")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("did not accept that token")
+        page.keyboard.type(TOKEN)
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.get_by_role("status").first).to_contain_text("8 images in")
+        page.reload()
+        expect(page.locator("#model")).to_contain_text("digits")
+        visiting.check(server.url)
+
+
+# --- for everyone ---------------------------------------------------------------------------------------------------
+
+
+def test_everything_can_be_done_with_the_keyboard(visit: Visit, server: Server) -> None:
+    page = visit.open(server.url)
+    focused = page.locator(":focus")
+    page.get_by_role("tab", name="Draw").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Likelihood")).to_be_focused()
+    expect(page.locator("#panel-likelihood")).to_be_visible()
+    page.keyboard.press("Home")
+    expect(page.locator("#panel-draw")).to_be_visible()
+
+    page.keyboard.press("Tab")  # the class
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("radio", name="0", exact=True)).to_be_checked()
+    for name in ("Guidance, slider", "Guidance", "Seed"):
+        page.keyboard.press("Tab")
+        expect(page.get_by_label(name, exact=True)).to_be_focused()
+    assert focused.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("3")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("16")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").first).to_contain_text("16 images in")
+
+    page.get_by_role("radio", name="denoised").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_role("radio", name="block 0")).to_be_checked()
+    page.keyboard.press("Tab")
+    expect(page.locator(".cell").first).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("heading", name="Image 5, class 0")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Permalink")).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(browser: Browser, server: Server, scheme: Any) -> None:
+    visiting = Visit(browser, color_scheme=scheme)
+    page = visiting.open(server.url)
+    ink, paper = (
+        page.evaluate(f"getComputedStyle(document.body).{name}.match(/\\d+/g).map(Number)")
+        for name in ("color", "backgroundColor")
+    )
+    assert (np.mean(ink) < np.mean(paper)) == (scheme == "light")
+    for selector in ("#guidance-note", "#go", ".facts", "#draw-status", "nav a"):
+        assert contrast(page.locator(selector).first) >= 4.5, f"{selector} is faint when it is {scheme}"
+    visiting.check(server.url)
+
+
+def contrast(element: Locator) -> float:
+    """WCAG's contrast of an element's text with what is behind it."""
+    colours = element.evaluate(
+        """e => {
+            const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+            let behind = e;
+            while (numbers(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+            const colours = [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor];
+            return colours.map((colour) => numbers(colour).slice(0, 3));
+        }"""
+    )
+    linear = [[c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(x) / 255] for x in colours]
+    dark, bright = sorted(float(np.dot(x, (0.2126, 0.7152, 0.0722))) for x in linear)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_a_narrow_window_is_enough(browser: Browser, server: Server) -> None:
+    visiting = Visit(browser, viewport={"width": 400, "height": 800})
+    page = visiting.open(f"{server.url}?n=64")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.locator("#sample")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    visiting.check(server.url)
+
+
+# --- what the page asks for, without a page -------------------------------------------------------------------------
+
+
+def test_the_page_allows_nothing_from_elsewhere_and_serves_only_its_files(server: Server) -> None:
+    index = httpx.get(server.url)
+    assert "default-src 'self'" in index.headers["content-security-policy"]
+    assert "//" not in re.sub(r"<!doctype.*?>", "", index.text).replace("http-equiv", "")
+    assert httpx.get(server.url, headers={"If-None-Match": index.headers["etag"]}).status_code == 304
+    for path in ("page/../app.py", "page/%2e%2e/app.py", "page/..%2fapp.py", "page/nothing.js", "page/"):
+        assert httpx.get(server.url + path).status_code == 404
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [
+        (name, json.loads(data, parse_constant=refuse))
+        for name, data in re.findall(r"^event: (\w+)\ndata: (.*)\n$", text, flags=re.MULTILINE)
+    ]
+
+
+def test_events_name_overflowing_samples_and_are_valid_json(server: Server) -> None:
+    address = f"{server.url}v1/samples/stream?n=24&guidance=40&labels=0,1,2,3,4,5,6,7,8,9"
+    told = events(httpx.get(address, timeout=60).text)
+    assert [name for name, _ in told] == ["start", *["block"] * 8, "done"]
+    done = told[-1][1]
+    assert done["nonfinite"], "guidance of 40 must overflow somewhere, or this test shows nothing"
+    assert len(done["certificate"]) == 24
+    assert all(error is None or error >= 0 for error in done["certificate"])
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["n=0", "n=257", "n=x", "labels=10", "labels=1,", "labels=0-9", "labels=" + "1," * 9000 + "1", "guidance=nan",
+     "guidance=1", "seed=-1", f"seed={2**64}", f"first_sample={2**64}"],
+)  # fmt: skip
+def test_a_drawing_that_cannot_be_is_refused_before_anything_streams(server: Server, query: str) -> None:
+    answer = httpx.get(f"{server.url}v1/samples/stream?{query}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+
+
+def test_class_probabilities_are_bayes_rule_over_the_flows_likelihoods(server: Server, flow: PacedFlow) -> None:
+    content = picture(7)
+    answer = httpx.post(f"{server.url}v1/likelihood?seed=4", content=content, headers={"Content-Type": "image/png"})
+    found = answer.json()
+    pixels = np.asarray(Image.open(io.BytesIO(content)), np.uint8)[None, None]
+    draws = flow.dequantise(np.repeat(pixels, 4, 0), seed=4)
+    nats = np.array([flow.log_likelihood(draws, k) for k in range(10)], np.float64)  # (classes, draws)
+    assert largest(found["log_likelihoods"], nats.mean(1)) < 1e-3
+    weights = np.exp(nats.mean(1) - nats.mean(1).max())
+    assert largest(found["probabilities"], weights / weights.sum()) < 1e-4
+    bits = (np.log(128) - (np.log(np.exp(nats).mean(0)) / 64)) / np.log(2)
+    assert found["bits_per_dim"] == pytest.approx(bits.mean(), abs=1e-4)
+    assert np.argmax(found["probabilities"]) == 7
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side x side pixels in a few hundred bytes: its header is all that may be read."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+    rows = zlib.compress(bytes(1 << 16))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_what_is_no_picture_is_refused(server: Server) -> None:
+    def post(content: bytes, kind: str = "image/png") -> tuple[int, str]:
+        answer = httpx.post(f"{server.url}v1/likelihood", content=content, headers={"Content-Type": kind}, timeout=30)
+        return answer.status_code, answer.json()["error"]
+
+    deep = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep, format="PNG")
+    gif = io.BytesIO()
+    Image.new("L", (8, 8)).save(gif, format="GIF")
+    for content, message in (
+        (b"", "cannot be read"), (b"not a picture", "cannot be read"), (picture()[:60], "cannot be read"),
+        (gif.getvalue(), "cannot be read"), (bomb(5000), "16,777,216 at most"), (bomb(60000), "cannot be read"),
+        (deep.getvalue(), "more than 8 bits"),
+    ):  # fmt: skip
+        status, said = post(content)
+        assert status == 400, said
+        assert message in said
+    assert post(b"{}", "application/json")[0] == 415
+    assert post(bytes((8 << 20) + 1))[0] == 413
+
+
+def test_what_is_done_to_a_picture_is_said(server: Server) -> None:
+    photo = Image.new("RGB", (40, 30), (200, 30, 90))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    photo.save(file, format="JPEG", exif=exif)
+    answer = httpx.post(
+        f"{server.url}v1/likelihood", content=file.getvalue(), headers={"Content-Type": "image/jpeg; q=1"}
+    ).json()
+    assert answer["notes"] == [
+        "turned upright, as its EXIF data says",
+        "colours became shades of gray",
+        "the picture is 30x40 pixels: cropped to its middle 30x30, resized to 8x8",
+    ]
+    clear = io.BytesIO()
+    Image.new("LA", (8, 8), (0, 128)).save(clear, format="PNG")
+    headers = {"Content-Type": "image/png"}
+    answer = httpx.post(f"{server.url}v1/likelihood", content=clear.getvalue(), headers=headers).json()
+    assert answer["notes"] == ["transparent parts were put on white"]
