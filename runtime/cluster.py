@@ -60,6 +60,7 @@ def connected(address: str) -> Iterator[None]:
 
 def _start(options: dict[str, Any]) -> None:
     """Start Ray here. It gives its own processes half a minute, which on a busy machine is not always enough."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to all other processes
     for start in range(_STARTS):
         try:
             ray.init(address="local", **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import threading
@@ -30,6 +31,11 @@ class Replicas:
 
     least: int
     most: int
+
+    def __str__(self) -> str:
+        if self.least < self.most:
+            return f"{self.least} to {self.most} replicas"
+        return f"{self.most} replica{'s' if self.most > 1 else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,7 @@ def serve_on_ray(
         parts = share(replicas.most, opening.threads, opening.provider, replicas.most)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         host, port = where
         serve.start(
             proxy_location="HeadOnly" if host in _LOOP else "EveryNode",
@@ -122,7 +129,7 @@ def serve_on_ray(
             serve.run(deployment(opening, settings, replicas, parts), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise MachineError(f"the replicas did not come up: {_reason(str(error))}") from None
-        announce(f"{replicas.least} to {replicas.most} replicas of {parts.threads} threads, Ray {ray.__version__}")
+        announce(f"{replicas} of {parts.threads} threads each, Ray {ray.__version__}")
         while not stop.wait(1.0):
             pass
         serve.delete(NAME)  # returns when the replicas have answered what they hold
