@@ -89,7 +89,11 @@ def told_to_continue(out: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         kept = len(list((out / "records").glob("shard-*.json")))
-        say(f"stopped: {kept} finished shards are kept in '{out}'; the same command continues with what is missing")
+        say(
+            f"stopped: {kept} finished shards are kept in '{out}'; the same command continues with what is missing"
+            if kept
+            else "stopped before a shard was finished: nothing is kept; a smaller --shard-size loses less"
+        )
         raise
 
 

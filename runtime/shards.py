@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -348,8 +347,3 @@ def _sweep(folder: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
-
-
-def largest_certificate(records: Sequence[Record]) -> float:
-    """The largest certificate of finished shards; not a number if there is none."""
-    return max((record.certificate for record in records if record.certificate is not None), default=math.nan)

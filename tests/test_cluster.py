@@ -109,6 +109,16 @@ def test_a_driver_that_is_killed_on_a_cluster_is_continued_by_another(address: s
     assert contents(tmp_path / "checked") == contents(tmp_path / "ray")
 
 
+def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(address: str, tmp_path: Path) -> None:
+    process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out", "--ray", address)
+    wait_for_shards(tmp_path / "out", 1)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in told
+    assert "Traceback" not in told
+
+
 def test_no_cluster_at_an_address_is_said_at_once(cli: Cli, tmp_path: Path) -> None:
     done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", "127.0.0.1:9", timeout=60)
     assert done.returncode == 3

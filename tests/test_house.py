@@ -26,6 +26,8 @@ COMMANDS = (
     "inspect",
     "doctor",
     "bench",
+    "calibrate",
+    "serve",
 )
 
 

@@ -25,7 +25,7 @@ from typer.main import get_command
 
 from tarflow.cli.options import Ray, RayCommand
 from tarflow.runtime.crew import Local, Lost, Ready, Report, Task, carry_out
-from tarflow.runtime.errors import InputError, MachineError
+from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance, Samples
 from tarflow.runtime.image import to_uint8
 from tarflow.runtime.job import Job, Shard
@@ -271,6 +271,26 @@ def test_two_runs_do_not_write_to_one_folder_and_an_idle_one_leaves_none(job: Jo
 def test_a_record_of_another_job_counts_for_nothing(job: Job, drawn: Path) -> None:
     assert finished(drawn, job, job.shards()[0]) is not None
     assert finished(drawn, replace(job, guidance=Guidance(2.0)), job.shards()[0]) is None
+
+
+def test_an_index_says_when_kinds_of_machine_were_mixed(job: Job, drawn: Path, tmp_path: Path) -> None:
+    records = [record for shard in job.shards() if (record := finished(drawn, job, shard))]
+    mixed = [replace(records[0], engine="ONNX Runtime 1, CPU, another"), *records[1:]]
+    index = write_index(tmp_path, job, mixed)
+    assert len(index["engines"]) == 2
+    assert index["level"].startswith("L2: drawn on 2 kinds of machine")
+    with pytest.raises(BundleError, match="do not cover the job once"):
+        write_index(tmp_path, job, [*records, records[0]])
+
+
+def test_samples_that_are_not_finite_are_listed_and_fail_the_check(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*ARGUMENTS, "--n", 16, "--guidance", 1000, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 1
+    assert "are not finite, the first" in done.stderr
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["nonfinite"]
+    images = np.load(tmp_path / "out" / "shard-000000.npy")
+    assert [i for i in range(16) if not np.isfinite(images[i]).all()] == index["nonfinite"]
 
 
 @pytest.mark.parametrize(
