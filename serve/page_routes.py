@@ -123,7 +123,7 @@ def _add_stream(router: APIRouter, service: Service) -> None:
     @router.get(
         "/v1/samples/stream",
         response_class=StreamingResponse,
-        responses={200: {"description": _EVENTS, "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"description": _EVENTS, "content": {"text/event-stream": {}}}},
     )
     async def stream(
         request: Request,

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"tarflow": ROOT / "tarflow", "export": ROOT / "export", "runtime": ROOT / "runtime", "cli": ROOT / "cli"}
+ROOMS = {
+    "tarflow": ROOT / "tarflow",
+    "export": ROOT / "export",
+    "runtime": ROOT / "runtime",
+    "serve": ROOT / "serve",
+    "cli": ROOT / "cli",
+}
 RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda", "ray"}
 COMMANDS = (
     "export",
@@ -77,9 +83,14 @@ def test_the_runtime_imports_relatively_and_knows_neither_model_nor_torch() -> N
 def test_export_does_not_know_the_command_line_and_only_cli_prints() -> None:
     for name, module in modules_of("export"):
         assert not module.startswith("tarflow.cli"), f"{name} imports {module}"
-    for room in ("export", "runtime"):
+    for room in ("export", "runtime", "serve"):
         for path in sorted(ROOMS[room].glob("*.py")):
             assert not re.search(r"^\s*print\(", path.read_text(), re.M), f"{path} prints"
+
+
+def test_serve_stands_on_the_runtime_alone() -> None:
+    for name, module in modules_of("serve"):
+        assert not module.startswith(("tarflow.cli", "tarflow.export", "torch", "onnx")), f"{name} imports {module}"
 
 
 def test_every_package_file_is_a_docstring_and_the_links_lead_home() -> None:

@@ -261,7 +261,8 @@ def test_a_drawing_can_be_stopped_and_a_closed_page_cancels_its_work(
     pace = paced.pace
     assert pace is not None
     answered = server.service.metrics.responses.labels("/v1/samples/stream", "200")._value
-    for leave in (lambda: page.keyboard.press("Escape"), visiting.context.close):
+    leaving: list[Callable[[], None]] = [lambda: page.keyboard.press("Escape"), lambda: visiting.context.close()]
+    for leave in leaving:
         shown, before = paced.shown, answered.get()
         page.get_by_role("button", name="Draw", exact=True).click()
         wait_until(lambda shown=shown: paced.shown > shown)  # type: ignore[misc]
@@ -416,6 +417,20 @@ def test_a_server_that_stops_is_said_before_and_during_a_drawing(browser: Browse
     expect(draw).to_be_enabled()
     draw.click()
     expect(alert).to_contain_text("The server does not answer. See whether tarflow serve is still running")
+    visiting.check(server.url)
+
+
+def test_a_page_that_finds_no_server_tries_again_with_draw(browser: Browser, server: Server) -> None:
+    visiting = Visit(browser)
+    visiting.refused = ("ERR_",)
+    page = visiting.page
+    page.route("**/v1/model", lambda route: route.abort("connectionrefused"))
+    page.goto(server.url)
+    expect(page.get_by_role("alert").first).to_contain_text("The server does not answer")
+    page.unroute("**/v1/model")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.locator("#model")).to_contain_text("digits")
+    expect(page.get_by_role("alert").first).to_be_hidden()
     visiting.check(server.url)
 
 

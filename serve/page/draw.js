@@ -2,7 +2,7 @@
 
 import { Refusal, events } from "./server.js";
 import { Board } from "./board.js";
-import { clearRefusal, readyToRetry } from "./words.js";
+import { clearRefusal, showRefusal } from "./words.js";
 
 const FEW_CLASSES = 20; // as many chips as a glance takes in
 const PRESETS = [1, 8, 16, 64];
@@ -19,7 +19,7 @@ export function startDrawing(model, score) {
     if (running) return running.abort();
     clearRefusal(at("draw-error"));
     const problem = wrong(model);
-    if (problem) return readyToRetry(at("draw-error"), problem);
+    if (problem) return showRefusal(at("draw-error"), problem);
     const query = asked(model);
     history.replaceState(null, "", `?${remembered(model)}`);
     running = new AbortController();
@@ -52,7 +52,7 @@ async function draw(query, board, signal) {
     if (stopped.name === "AbortError") at("draw-status").textContent = "Stopped.";
     else if (stopped instanceof Refusal) {
       at("draw-status").textContent = "Nothing more was drawn.";
-      readyToRetry(at("draw-error"), stopped);
+      showRefusal(at("draw-error"), stopped);
     } else throw stopped;
   }
 }

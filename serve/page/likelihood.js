@@ -1,7 +1,7 @@
 // Likelihood: an image comes in by drop, choice, paste or from the board; bits/dim and class probabilities come out.
 
 import { Refusal, ask } from "./server.js";
-import { clearRefusal, readyToRetry } from "./words.js";
+import { clearRefusal, showRefusal } from "./words.js";
 
 const SHOWN = 10; // classes, the most probable first
 const at = (id) => document.getElementById(id);
@@ -46,7 +46,7 @@ async function scoreImage(model, blob, name) {
     if (!(stopped instanceof Refusal)) throw stopped;
     at("likelihood-status").textContent = `${name} was not scored.`;
     at("scored").hidden = true;
-    readyToRetry(at("likelihood-error"), stopped);
+    showRefusal(at("likelihood-error"), stopped);
   } finally {
     if (latest === mine) at("likelihood-stage").setAttribute("aria-busy", "false");
   }

@@ -3,7 +3,7 @@
 import { Refusal, ask } from "./server.js";
 import { startDrawing } from "./draw.js";
 import { startLikelihood } from "./likelihood.js";
-import { readyToRetry } from "./words.js";
+import { showRefusal } from "./words.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
@@ -30,9 +30,15 @@ for (const [i, tab] of tabs.entries()) {
   });
 }
 
-/** What the model is, told once; asked for again by the reader when the server was not there. */
+for (const form of document.querySelectorAll("main form")) {
+  form.addEventListener("submit", (event) => event.preventDefault()); // even while the server is not there
+}
+
+/** What the model is, told once; asked for again with the Draw button if the server was not there. */
 async function begin() {
   const error = document.getElementById("draw-error");
+  const go = document.getElementById("go");
+  go.disabled = true;
   try {
     const model = await (await ask("v1/model")).json();
     error.hidden = true;
@@ -45,8 +51,10 @@ async function begin() {
     });
   } catch (refused) {
     if (!(refused instanceof Refusal)) throw refused;
-    readyToRetry(error, refused);
-    document.getElementById("go").addEventListener("click", begin, { once: true });
+    showRefusal(error, refused);
+    go.addEventListener("click", begin, { once: true });
+  } finally {
+    go.disabled = false;
   }
 }
 
@@ -57,7 +65,7 @@ function describe(model) {
     `${model.blocks} blocks`,
     model.classes ? `${model.classes} classes` : "unconditional",
     model.precision,
-    model.backend,
+    model.backend.split(";")[0], // the rest says why not another
   ];
   document.getElementById("model").replaceChildren(...facts.map((fact) => {
     const item = document.createElement("span");

@@ -26,7 +26,7 @@ export function summary({ certificate, nonfinite, seconds }) {
 const timers = new WeakMap();
 
 /** Show a refusal in `place`, and count down to when the server says it can be tried again. */
-export function readyToRetry(place, refused) {
+export function showRefusal(place, refused) {
   clearInterval(timers.get(place));
   place.textContent = refused.message;
   place.hidden = false;

@@ -1,0 +1,111 @@
+"""A real ``tarflow serve`` for tests, and the application called in process."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow.runtime.flow import Flow, Guidance
+from tarflow.serve.app import create_app
+from tarflow.serve.service import Service
+from tarflow.serve.settings import Settings
+
+from .conftest import DEMO
+
+
+@dataclass(frozen=True)
+class Running:
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    def ask(
+        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            kind = {} if content is None else {"Content-Type": "application/json"}
+            connection.request(method, path, content, kind | (headers or {}))
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def running(folder: Path, *arguments: object, **environment: str) -> Iterator[Running]:
+    """``tarflow serve`` of the demo on a free port."""
+    command = [sys.executable, "-m", "tarflow.cli.main", "serve", str(DEMO), "--port", "0", *map(str, arguments)]
+    log = folder / "serve.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | environment
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("listening on http://127.0.0.1:"), log.read_text()
+        yield Running(process, int(line.split()[2].rsplit(":", 1)[1]), log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def calling(flow: Flow, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+    """A client of the application in this process, and its service."""
+    app = create_app(flow, Settings(**settings))
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=120) as client:
+            yield client, app.state.service
+
+
+def array(content: bytes) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+    return found
+
+
+def alone(flow: Flow, body: dict[str, Any]) -> NDArray[np.float32]:
+    """What the flow draws for the body of a request to /v1/samples, with nobody else around."""
+    labels = body.get("labels")
+    n = body.get("n") or (len(labels) if isinstance(labels, list) else 1)
+    guidance = Guidance(body.get("guidance", 0.0), body.get("guide", "ab"), body.get("annealed", False))
+    return np.asarray(
+        flow.sample(
+            n,
+            labels=labels,
+            seed=body.get("seed", 0),
+            first_sample=body.get("first_sample", 0),
+            guidance=guidance,
+            denoise=body.get("denoise"),
+            reproducible=True,
+        )
+    )

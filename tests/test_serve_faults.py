@@ -1,0 +1,469 @@
+"""What a service survives: crowds, clients that leave or dawdle, a stop under load, poison, strangers, bad bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.requests import Request
+
+from tarflow.runtime.errors import InputError, MachineError
+from tarflow.runtime.flow import Flow, Progress
+from tarflow.serve.app import create_app
+from tarflow.serve.service import Refusal
+from tarflow.serve.settings import Settings
+
+from .conftest import DEMO
+from .serving import Running, alone, array, calling, running
+
+TOKEN = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def flow() -> Flow:
+    return Flow.open(DEMO, threads=1)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One that asks for a token and takes small bodies."""
+    folder = tmp_path_factory.mktemp("faults")
+    with running(folder, "--max-n", 64, "--max-body", 1, "--timeout", 300, TARFLOW_TOKEN=TOKEN) as found:
+        yield found
+
+
+def bearer(token: str = TOKEN) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+# --- crowds and time ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_answers_429_at_once_and_what_was_accepted_is_answered_right(flow: Flow) -> None:
+    async def scenario() -> None:
+        async with calling(flow, queue=4, batch=16) as (client, _):
+
+            async def ask(seed: int) -> Any:
+                return await client.post("/v1/samples", json={"n": 16, "seed": seed, "format": "npy"})
+
+            answers = await asyncio.gather(*map(ask, range(24)))
+        statuses = Counter(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 429}
+        assert 4 <= statuses[200] <= 5, "four wait, and one may have begun"
+        for seed, answer in enumerate(answers):
+            if answer.status_code == 200:
+                assert np.array_equal(array(answer.content), alone(flow, {"n": 16, "seed": seed}))
+            else:
+                assert 1 <= int(answer.headers["retry-after"]) <= 60
+                assert "wait already" in answer.json()["error"]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_takes_too_long_is_answered_504_and_its_work_ends(flow: Flow) -> None:
+    async def scenario() -> None:
+        async with calling(flow, timeout=0.3) as (client, service):
+            answer = await client.post("/v1/samples", json={"n": 256})
+            assert answer.status_code == 504
+            started = time.monotonic()
+            await service.stop()  # waits for the drawing thread
+            assert time.monotonic() - started < 2
+            page = service.metrics.page()
+        assert b'tarflow_abandoned_requests_total{why="timeout"} 1.0' in page
+        assert b"tarflow_samples_total 0.0" in page
+
+    asyncio.run(scenario())
+
+
+def request_left_by(gone: asyncio.Event) -> Request:
+    """A request whose client leaves when ``gone`` is set."""
+
+    async def receive() -> dict[str, Any]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return Request({"type": "http", "headers": []}, receive)
+
+
+def test_a_client_that_leaves_ends_its_work_within_a_step(flow: Flow) -> None:
+    async def scenario() -> tuple[int, int]:
+        async with calling(flow) as (_, service):
+            gone, loop = asyncio.Event(), asyncio.get_running_loop()
+            left = threading.Event()
+            steps = after = 0
+
+            def work(watch: Any) -> None:
+                def step(progress: Progress) -> None:
+                    nonlocal steps, after
+                    steps += 1
+                    if steps == 20:
+                        loop.call_soon_threadsafe(gone.set)
+                        assert left.wait(10)
+                    after += left.is_set()
+                    watch(progress)
+
+                flow.sample(64, reproducible=True, progress=step)
+
+            with pytest.raises(Refusal) as refused:
+                await service.compute(request_left_by(gone), work)
+            left.set()
+            await service.stop()
+            assert refused.value.status == 499
+            assert b'tarflow_abandoned_requests_total{why="left"} 1.0' in service.metrics.page()
+            return steps, after
+
+    assert asyncio.run(scenario()) == (20, 1)
+
+
+def test_a_client_that_hangs_up_costs_nobody_anything(service: Running, flow: Flow) -> None:
+    body = json.dumps({"n": 64, "seed": 1}).encode()
+    drawn = metric(service, "tarflow_samples_total")
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+            connection.sendall(head("POST /v1/samples", len(body)) + body)
+            time.sleep(0.05)
+    status, _, content = service.ask("POST", "/v1/samples", {"n": 2, "seed": 3, "format": "npy"}, bearer())
+    assert status == 200
+    assert np.array_equal(array(content), alone(flow, {"n": 2, "seed": 3}))
+    assert metric(service, "tarflow_samples_total") - drawn < 3 * 64
+
+
+def test_slow_readers_and_slow_writers_hold_up_nobody_and_get_all_of_it(service: Running, flow: Flow) -> None:
+    body = json.dumps({"n": 16, "seed": 5, "format": "npy"}).encode()
+    slow = []
+    for _ in range(6):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.settimeout(300)
+        connection.connect(("127.0.0.1", service.port))
+        connection.sendall(head("POST /v1/samples", len(body)) + body[:10])
+        slow.append(connection)
+    assert service.ask("GET", "/v2/health/live")[0] == 200
+    for connection in slow:
+        connection.sendall(body[10:])
+    status, _, content = service.ask("POST", "/v1/samples", {"seed": 6, "format": "npy"}, bearer())
+    assert status == 200
+    assert np.array_equal(array(content), alone(flow, {"seed": 6}))
+    expected = alone(flow, {"n": 16, "seed": 5})
+    for connection in slow:
+        answer = b""
+        while chunk := connection.recv(1500):
+            answer += chunk
+        assert np.array_equal(array(answer.split(b"\r\n\r\n", 1)[1]), expected)
+        connection.close()
+
+
+def test_sigterm_under_load_drains(flow: Flow, tmp_path: Path) -> None:
+    """Readiness goes off while requests are still taken; all that were taken are answered; the exit is clean."""
+    with running(tmp_path, "--grace", 1.5) as service:
+        stop, begun = threading.Event(), threading.Event()
+
+        def ask(k: int) -> list[tuple[int, int, bytes]]:
+            got = []
+            for i in range(1000):
+                if stop.is_set():
+                    break
+                seed = 1000 * k + i
+                try:
+                    status, _, content = service.ask("POST", "/v1/samples", {"n": 2, "seed": seed, "format": "npy"})
+                except ConnectionRefusedError:
+                    break
+                got.append((seed, status, content))
+                begun.set()
+            return got
+
+        with ThreadPoolExecutor(8) as pool:
+            asking = [pool.submit(ask, k) for k in range(8)]
+            assert begun.wait(60)
+            service.process.terminate()
+            states = set()
+            try:
+                while True:
+                    states.add(service.ask("GET", "/v2/health/ready")[0])
+                    time.sleep(0.05)
+            except (OSError, HTTPException):  # no longer listening
+                pass
+            answers = [answer for future in asking for answer in future.result(90)]
+            stop.set()
+        assert service.process.wait(60) == 0
+        assert 503 in states
+        assert {status for _, status, _ in answers} == {200}
+        for seed, _, content in answers[:: max(1, len(answers) // 10)]:
+            assert np.array_equal(array(content), alone(flow, {"n": 2, "seed": seed}))
+        events = [line["event"] for line in service.lines() if line["event"] != "request"]
+        assert events == ["draining", "stopped"]
+
+
+# --- poison ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_samples_that_overflow_are_named_and_their_mates_unharmed(flow: Flow) -> None:
+    """At guidance 20 samples 2 and 11 of seed 0 overflow; they share a tile with others of the same guidance."""
+    bodies: list[dict[str, Any]] = [
+        {"labels": [2], "first_sample": 2, "guidance": 20.0},
+        {"labels": [3, 4, 5], "first_sample": 3, "guidance": 20.0},
+        {"labels": [0, 1, 2], "first_sample": 10, "guidance": 20.0, "certify": True},
+    ]
+
+    async def scenario() -> list[Any]:
+        async with calling(flow, delay=0.2) as (client, service):
+            answers = await asyncio.gather(
+                *(client.post("/v1/samples", json=body | {"format": "npy"}) for body in bodies)
+            )
+            page = service.metrics.page()
+            assert b"tarflow_batches_total 1.0" in page
+            infer = {"parameters": {"first_sample": 2, "guidance": 20.0, "n": 2}, "inputs": [
+                {"name": "labels", "datatype": "INT64", "shape": [2], "data": [2, 3]}]}  # fmt: skip
+            said = (await client.post("/v2/models/sample/infer", json=infer)).json()
+            assert said["parameters"]["nonfinite"] == "2"
+            assert said["outputs"][1]["data"] == [False, True]
+            assert None in said["outputs"][0]["data"]
+            return answers
+
+    for body, answer in zip(bodies, asyncio.run(scenario()), strict=True):
+        assert answer.status_code == 200
+        wanted, found = alone(flow, body), array(answer.content)
+        assert np.array_equal(found, wanted, equal_nan=True)
+        broken = body["first_sample"] + np.flatnonzero(~np.isfinite(wanted).all((1, 2, 3)))
+        assert answer.headers.get("x-tarflow-nonfinite", "") == ",".join(map(str, broken))
+    assert "x-tarflow-nonfinite" not in asyncio.run(scenario())[1].headers
+
+
+class Poisoned(Flow):
+    """A flow whose engine fails for one seed's first number: what no check before the queue can know."""
+
+    poison: float
+
+    def sample(self, *arguments: Any, **how: Any) -> Any:
+        if how.get("noise") is not None and (how["noise"][:, 0, 0] == self.poison).any():
+            raise MachineError("out of memory in block 3's step graph")
+        return super().sample(*arguments, **how)
+
+
+def test_a_request_the_engine_fails_on_fails_alone() -> None:
+    flow = Poisoned.open(DEMO, threads=1)
+    assert isinstance(flow, Poisoned)
+    flow.poison = float(flow.noise(13, range(1))[0, 0, 0])
+
+    async def scenario() -> None:
+        async with calling(flow, delay=0.2) as (client, _):
+            answers = await asyncio.gather(
+                *(client.post("/v1/samples", json={"seed": seed, "format": "npy"}) for seed in (12, 13, 14))
+            )
+            assert [answer.status_code for answer in answers] == [200, 503, 200]
+            assert answers[1].json() == {"error": "out of memory in block 3's step graph"}
+            for seed, answer in ((12, answers[0]), (14, answers[2])):
+                assert np.array_equal(array(answer.content), alone(flow, {"seed": seed}))
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_nobody_foresaw_is_a_500_without_a_traceback(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> None:
+        async with calling(flow) as (client, service):
+            service.flow = None  # type: ignore[assignment]
+            answer = await client.post("/v1/samples", json={})
+            assert answer.status_code == 500
+            identity = answer.headers["x-request-id"]
+            assert identity in answer.json()["error"]
+            assert "Traceback" not in answer.text
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        assert any(line["event"] == "failure" and "AttributeError" in line["error"] for line in lines)
+
+    asyncio.run(scenario())
+
+
+# --- strangers ------------------------------------------------------------------------------------------------------
+
+
+def metric(service: Running, name: str) -> float:
+    lines = service.ask("GET", "/metrics", headers=bearer())[2].decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def head(request: str, length: int | None = None, *lines: str) -> bytes:
+    given = [f"Authorization: Bearer {TOKEN}", "Host: x", "Connection: close", "Content-Type: application/json", *lines]
+    if length is not None:
+        given.append(f"Content-Length: {length}")
+    return "\r\n".join([f"{request} HTTP/1.1", *given, "", ""]).encode()
+
+
+def raw(service: Running, content: bytes, half: bool = False) -> int:
+    """The status of the answer to these bytes, after which, if ``half``, no more can come; 0 for no answer."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+            connection.sendall(content)
+            if half:
+                connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(65536):
+                answer += chunk
+    assert b"Traceback" not in answer
+    return int(answer.split(b" ", 2)[1]) if answer else 0
+
+
+def test_without_the_token_only_probes_and_the_page_answer(service: Running) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready", "/"):
+        assert service.ask("GET", path)[0] == 200, path
+    closed = ("/v2", "/v2/models/sample", "/v1/samples/1/2.png", "/v1/model", "/metrics", "/docs", "/openapi.json",
+              "/page/../metrics", "/nowhere")  # fmt: skip
+    for path in closed:
+        status, headers, content = service.ask("GET", path)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer"), path
+        assert "token" in json.loads(content)["error"]
+    for wrong in (
+        bearer("x"),
+        bearer(TOKEN[:-1]),
+        bearer(TOKEN + "x"),
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": TOKEN},
+    ):
+        assert service.ask("GET", "/v2", headers=wrong)[0] == 401
+    assert service.ask("GET", "/v2", headers=bearer())[0] == 200
+    assert service.ask("GET", "/v1/samples/1/2.png", headers=bearer())[1]["cache-control"].startswith("private")
+    twice = head("GET /v2", None, "Authorization: Bearer other")
+    assert raw(service, twice) == 401
+    assert TOKEN not in service.log.read_text()
+
+
+def test_a_token_comes_from_a_file_and_a_weak_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="token"):
+        Settings(token="short")
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    with running(tmp_path, "--token-file", file) as service:
+        assert service.ask("GET", "/v2")[0] == 401
+        assert service.ask("GET", "/v2", headers=bearer())[0] == 200
+        assert service.stop() == 0
+
+
+JSON_BODIES: list[tuple[bytes, int]] = [
+    (b"", 400),
+    (b"{", 400),
+    (b"[]", 400),
+    (b"null", 400),
+    (b"\xff\xfe{}", 400),
+    (b'{"n": NaN}', 400),
+    (b'{"guidance": NaN}', 400),
+    (b'{"guidance": 1e999}', 400),
+    (b'{"guidance": "1"}', 400),
+    (b'{"seed": 1.5}', 400),
+    (b'{"seed": true}', 400),
+    (b'{"seed": 18446744073709551616}', 400),
+    (b'{"seed": ' + b"9" * 5000 + b"}", 400),
+    (b'{"first_sample": 18446744073709551615, "n": 2}', 400),
+    (b'{"labels": []}', 400),
+    (b'{"labels": [1, 2], "n": 3}', 400),
+    (b'{"labels": [[1]]}', 400),
+    (b'{"labels": 9223372036854775808}', 400),
+    (b'{"n": 65}', 400),
+    (b'{"format": "../../etc/passwd"}', 400),
+    (b'{"n": 1, "n ": 1}', 400),
+    (b'{"a":' * 20_000, 400),
+    (b"[" * 200_000, 400),
+    (b'{"labels": [' + b"1," * 524_288 + b"1]}", 413),
+]
+
+
+def test_malformed_bodies_are_refused_with_a_reason(service: Running) -> None:
+    for body, expected in JSON_BODIES:
+        status, _, content = service.ask("POST", "/v1/samples", body, bearer())
+        assert status == expected, (body[:60], status, content[:200])
+        assert json.loads(content)["error"]
+    assert service.ask("POST", "/v1/samples", b"{}", bearer() | {"Content-Type": "text/plain"})[0] in (400, 415)
+    assert service.ask("POST", "/v1/samples", b"\x1f\x8b", bearer() | {"Content-Encoding": "gzip"})[0] == 415
+
+
+_CHUNK = b"10000\r\n" + b" " * 65536 + b"\r\n"
+RAW: list[tuple[bytes, tuple[int, ...]]] = [
+    (head("POST /v1/samples", 99999999), (413,)),
+    (head("POST /v1/samples", None, "Content-Length: -5") + b"hello", (400,)),
+    (head("POST /v1/samples", None, "Content-Length: 0x10") + b"hello", (400,)),
+    (head("POST /v1/samples", None, "Content-Length: 2", "Content-Length: 5") + b"{}", (400,)),
+    (head("POST /v1/samples", 2, "Transfer-Encoding: chunked") + b"0\r\n\r\n", (400,)),
+    (head("POST /v1/samples", None, "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n", (0, 400)),
+    (head("POST /v1/samples", None, "Transfer-Encoding: chunked") + _CHUNK * 20, (0, 413)),
+    (head("POST /v2/models/sample/infer", 2, "Inference-Header-Content-Length: -1") + b"{}", (400,)),
+    (head("POST /v2/models/sample/infer", 2, "Inference-Header-Content-Length: 3") + b"{}", (400,)),
+    (head("POST /v2/models/sample/infer", 2, *["Inference-Header-Content-Length: 2"] * 2) + b"{}", (400,)),
+    (head("POST /v1/samples", 50) + b"{}", (0, 400)),
+    (head("GET /" + "a" * 1_000_000), (0, 400, 414)),
+    (head("GET /v2", None, "X-Big: " + "a" * 1_000_000), (0, 400, 431)),
+    (b"GET /v2 HTTP/9.9\r\n\r\n", (400, 401, 505)),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", (0, 400)),
+    (b"GET /v2\r\n\r\n", (400,)),
+    (head("BREW /v2"), (405,)),
+    (head("DELETE /v1/samples"), (405,)),
+]  # fmt: skip
+
+
+def test_tricks_with_headers_are_refused(service: Running) -> None:
+    for content, expected in RAW:
+        assert raw(service, content, half=0 in expected) in expected, content[:300]
+    assert service.ask("GET", "/v2", headers=bearer())[0] == 200
+
+
+def test_no_path_leads_to_a_file(service: Running) -> None:
+    paths = [
+        "/../../etc/passwd",
+        "/page/../../cli/serve.py",
+        "/page/..%2f..%2fapp.py",
+        "/page/%2e%2e/app.py",
+        "//etc/passwd",
+        "/v1/samples/1/..%2f..%2f2.png",
+        "/v1/samples/%00/1.png",
+        "/v1/samples/1/1.png%00.npy",
+        "/v2/models/..%2f..%2fetc%2fpasswd",
+        "/v2/models/sample/versions/../../../manifest.json",
+        "/manifest.json",
+        "/weights.safetensors",
+        "/page/",
+        "/%ff",
+    ]
+    for path in paths:
+        assert raw(service, head(f"GET {path}")) in (400, 404), path
+
+
+def test_bodies_that_never_end_are_given_up(flow: Flow) -> None:
+    async def scenario() -> None:
+        async with calling(flow, timeout=0.3) as (_, service):
+            sent: list[dict[str, Any]] = []
+            calls = 0
+
+            async def receive() -> dict[str, Any]:
+                nonlocal calls
+                calls += 1
+                if calls == 1:
+                    return {"type": "http.request", "body": b"{", "more_body": True}
+                await asyncio.sleep(30)
+                raise AssertionError
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            scope: dict[str, Any] = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/samples",
+                "query_string": b"",
+                "raw_path": b"",
+            }
+            scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
+            await create_app(flow, service.settings)(scope, receive, send)
+            assert sent[0]["status"] == 408
+
+    asyncio.run(scenario())
