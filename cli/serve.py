@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,8 @@ def serve(
         where = host, listener.getsockname()[1]
         listener.close()  # it was free; the proxies bind it themselves
         line = f"listening on {_url(*where)} with"
-        serve_on_ray(ray, opening, settings, number, where, lambda text: print(line, text, flush=True))
+        stdout = sys.stdout  # Ray's own words go elsewhere
+        serve_on_ray(ray, opening, settings, number, where, lambda text: print(line, text, file=stdout, flush=True))
         return
     flow = Flow.open(default_bundle(bundle), provider, threads, low_memory=low_memory)
     address = listener.getsockname()

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ GPU_PROVIDERS = ("cuda", "tensorrt", "ort-tensorrt")
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
     """Ray, for as long as the block runs: the cluster at ``address``, or for "" the one that RAY_ADDRESS names, or else
-    one of this machine's cores alone. Raises MachineError if no cluster answers.
+    one of this machine's cores alone. What is printed inside goes to stderr. Raises MachineError if no cluster answers.
     """
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
@@ -53,7 +54,8 @@ def connected(address: str) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in the place of ours
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is for results
+            yield
     finally:
         ray.shutdown()
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ def address() -> Iterator[str]:
     import ray
 
     with cluster.connected("local"):
+        assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
         yield ray.get_runtime_context().gcs_address
 
 
