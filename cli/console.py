@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_BUNDLE = Path("tarflow-bundle")
+_LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
 
 
 def default_bundle(bundle: Path | None) -> Path:
@@ -110,6 +111,45 @@ def status_line() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
+@contextlib.contextmanager
+def sample_bar(total: int, done: int) -> Iterator[Callable[[float], None]]:
+    """Is told how many of ``total`` samples are drawn by now: a bar on a terminal, elsewhere a line every few seconds,
+    with the rate and an estimate that leave out the ``done`` samples found at the start.
+    """
+    started = time.monotonic()
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Bar(*columns, console=Console(stderr=True, no_color="NO_COLOR" in os.environ)) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            yield lambda now: bar.update(task, completed=int(now))
+        return
+    first: tuple[float, float] | None = None  # moment and samples of the first news: workers take time to start
+    latest, told = started, float(done)
+
+    def line(now: float) -> None:
+        nonlocal first, latest, told
+        moment = time.monotonic()
+        first = first or (moment, now)
+        if now == told or (moment - latest < _LINE_EVERY and now < total):
+            return
+        latest, told = moment, now
+        rate = (now - first[1]) / (moment - first[0]) if moment > first[0] else 0.0
+        estimate = f", {rate:.3g} a second, {duration_text((total - now) / rate)} left" if rate else ""
+        say(f"[{moment - started:6.1f} s] {now:.0f} of {total} samples{estimate}")
+
+    yield line
+
+
+def duration_text(seconds: float) -> str:
+    """Hours, minutes and seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 def read_array(path: Path, what: str) -> NDArray[Any]:
     """A .npy file, never unpickled. Raises InputError."""
     import numpy as np
@@ -142,6 +182,12 @@ def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] 
                 f"'{text}' holds {labels.dtype} of shape {labels.shape}; expected {count} integers, one a sample"
             )
         return labels
+    choices = label_choices(text)
+    return np.array(choices, np.int64)[(first % len(choices) + np.arange(count)) % len(choices)]
+
+
+def label_choices(text: str) -> list[int]:
+    """The classes that a text such as ``1,4,7-9`` deals out in turn. Raises InputError."""
     choices: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+)|(-?\d+))\s*", part)
@@ -156,7 +202,7 @@ def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] 
         if not span or len(span) > 1_000_000:
             raise InputError(f"labels '{part}' are an empty or endless range; write the smaller class first, as in 0-9")
         choices += span
-    return np.array(choices, np.int64)[(first % len(choices) + np.arange(count)) % len(choices)]
+    return choices
 
 
 def read_images(path: Path, channels: int, size: int) -> tuple[NDArray[Any], list[str] | None]:

@@ -9,7 +9,19 @@ import typer
 
 from ..runtime.files import size_text
 from .console import default_bundle, emit, parse_labels, read_array, say, step_bar
-from .options import BundleArgument, Decode, Json, Labels, LowMemory, Memory, Provider, Spinning, Threads, Tolerance
+from .options import (
+    BundleArgument,
+    Decode,
+    Json,
+    Labels,
+    LowMemory,
+    Memory,
+    Provider,
+    Ray,
+    Spinning,
+    Threads,
+    Tolerance,
+)
 
 if TYPE_CHECKING:
     from ..runtime.flow import Flow, Samples
@@ -48,6 +60,17 @@ def generate(
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="Bitwise the same whatever n, batch size, threads.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for many samples, in shards; the same command continues it.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of shards: npy (the default), safetensors, png (folders) or tar (webdataset).")
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Samples in a shard, a multiple of 16. Default: 1024.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that draw shards. Default: 1; with --ray, one a GPU or a machine.")
+    ] = None,
+    ray: Ray = None,
     decode: Decode = None,
     tolerance: Tolerance = None,
     provider: Provider = "cpu",
@@ -60,13 +83,39 @@ def generate(
     """Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array.
 
     Example: tarflow generate --n 64 --labels 0-9 --guidance 1 -o digits.png
+
+    Many, in shards that are never drawn twice: tarflow generate --n 50000 --labels 0-9 --out digits --workers 2
     """
+    from ..runtime.bundle import Bundle
     from ..runtime.errors import InputError
     from ..runtime.files import check_writable
     from ..runtime.flow import Flow, Guidance
+    from ..runtime.job import DEFAULT_SHARD, Job
     from ..runtime.memory import parse_memory
+    from .shards import Means, draw_shards, refuse, turns
 
     guided = Guidance(guidance, guide, annealed, attention_temperature)
+    if out is not None:
+        refuse("with --out", noise=noise, save=save, output=output, batch_size=batch_size, memory=memory)
+        opened = Bundle.open(default_bundle(bundle))
+        job = Job(
+            bundle=opened.hash,
+            n=n if n is not None else 64,
+            first_sample=first_sample,
+            seed=seed,
+            labels=turns(labels, first_sample, n if n is not None else 64),
+            guidance=guided,
+            denoise=denoise_strength if denoise or (denoise is None and opened.manifest.config.noise_std) else None,
+            certify=certify,
+            redraw_nonfinite=redraw_nonfinite,
+            decode=decode,
+            tolerance=tolerance,
+            format=format or "npy",
+            shard_size=shard_size if shard_size is not None else DEFAULT_SHARD,
+        )
+        draw_shards(opened, job, out, Means(workers, ray, provider, threads, spinning, low_memory), json)
+        return
+    refuse("without --out", format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None
     count = n if n is not None else (len(array) if array is not None and array.ndim else 64)
     if count < 1:

@@ -28,6 +28,7 @@ from . import (
     train,
     verify,
 )
+from .options import RayCommand
 
 EXIT_INTERRUPTED = 130
 
@@ -41,7 +42,7 @@ app = typer.Typer(
 app.command()(export.export)
 app.command()(build.build)
 app.command()(check.check_engine)
-app.command()(generate.generate)
+app.command(cls=RayCommand)(generate.generate)
 app.command()(train.train)
 app.command()(verify.verify)
 app.command()(bisect.bisect)
@@ -54,7 +55,7 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(calibrate.calibrate)
 app.command()(package.package)
-app.command()(serve.serve)
+app.command(cls=RayCommand)(serve.serve)
 
 
 def _version(wanted: bool) -> None:
@@ -97,6 +98,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extra = {
             "sklearn": "train",
+            "ray": "ray",
             "fastapi": "serve",
             "uvicorn": "serve",
             "prometheus_client": "serve",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 BundleArgument = Annotated[
     Path | None,
@@ -45,3 +47,27 @@ Labels = Annotated[
         help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]",
+        help="Use Ray: a cluster (auto, HOST:PORT or ray://HOST:PORT), or alone the one of RAY_ADDRESS, else one here.",
+    ),
+]
+_ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
+
+
+class RayCommand(TyperCommand):
+    """A command whose ``--ray`` may stand alone: it takes the next word only if that is an address.
+
+    ``--ray`` alone means ``--ray=``, the empty address. (Typer's options have a value always or never.)
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        for i, word in enumerate(words):
+            if word == "--":
+                break
+            if word == "--ray" and not _ADDRESS.fullmatch("".join(words[i + 1 : i + 2])):
+                words[i] = "--ray="
+        return super().parse_args(ctx, words)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .console import default_bundle
-from .options import BundleArgument, Decode, LowMemory, Provider, Threads, Tolerance
+from .options import BundleArgument, Decode, LowMemory, Provider, Ray, Threads, Tolerance
 
 TOKEN = "TARFLOW_TOKEN"
 
@@ -34,6 +35,11 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds between readiness going off and the last connection taken.")
     ] = 1.0,
+    ray: Ray = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(help="With --ray: how many, or the least and the most that load decides between (1,4)."),
+    ] = None,
     decode: Decode = None,
     tolerance: Tolerance = None,
     provider: Provider = "cpu",
@@ -43,7 +49,11 @@ def serve(
     """Serve a bundle over HTTP: the Open Inference Protocol, /v1/samples, a page, metrics. docs/SERVE.md has it all.
 
     Example: tarflow serve --port 8080
+
+    Replicas on a Ray cluster: tarflow serve my-bundle --ray auto --replicas 1,4 --host 0.0.0.0
     """
+    from ..runtime.bundle import Bundle
+    from ..runtime.errors import InputError
     from ..runtime.flow import Flow
     from ..runtime.machine import cores
     from ..serve.app import create_app
@@ -51,9 +61,13 @@ def serve(
     from ..serve.server import serve as run
     from ..serve.settings import Settings
 
+    if ray is None and replicas is not None:
+        raise InputError(
+            "--replicas means nothing without --ray; for batches computed at a time in one process: --workers"
+        )
     if workers is None:
         workers = 2 if provider == "cpu" and cores() > 1 else 1
-    if threads is None and provider == "cpu":
+    if threads is None and provider == "cpu" and ray is None:
         threads = max(1, cores() // max(workers, 1))
     settings = Settings(
         queue=queue,
@@ -69,11 +83,26 @@ def serve(
         certify=certify,
     )
     listener = listen(host, port, stall=timeout)
+    if ray is not None:
+        from ..serve.replicas import Opening, parse_replicas, serve_on_ray
+
+        number = parse_replicas(replicas or "1")
+        opened = Bundle.open(default_bundle(bundle))
+        opening = Opening(opened.folder.absolute(), opened.hash, provider, threads, low_memory)
+        where = host, listener.getsockname()[1]
+        listener.close()  # it was free; the proxies bind it themselves
+        line = f"listening on {_url(*where)} with"
+        stdout = sys.stdout  # Ray's own words go elsewhere
+        serve_on_ray(ray, opening, settings, number, where, lambda text: print(line, text, file=stdout, flush=True))
+        return
     flow = Flow.open(default_bundle(bundle), provider, threads, low_memory=low_memory)
     address = listener.getsockname()
-    where = f"[{address[0]}]" if ":" in address[0] else address[0]
-    line = f"listening on http://{where}:{address[1]} with {flow.backend.description}"
+    line = f"listening on {_url(*address[:2])} with {flow.backend.description}"
     run(create_app(flow, settings), listener, grace, lambda: print(line, flush=True))
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _token(file: Path | None) -> str | None:

@@ -62,7 +62,7 @@ class _Unwritten(Exception):
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str = "manifest.json") -> Iterator[Path]:
+def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str | None = "manifest.json") -> Iterator[Path]:
     """A folder that appears at ``path`` whole when the block ends well; a failure leaves what was there before.
 
     Raises what :func:`check_replaceable` raises; MachineError when the disk is full or not writable.
@@ -94,10 +94,11 @@ def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str = "m
                     parent.rmdir()
 
 
-def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str = "manifest.json") -> None:
+def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str | None = "manifest.json") -> None:
     """Raise InputError if ``path`` exists and ``force`` is not given, or is something else: neither empty nor ours.
 
     Many programs have a manifest.json: the file ``marker`` must say, near its beginning, that its format is ours.
+    None: whatever folder is there is the caller's.
     """
     path = Path(path)
     if path.name in ("", ".."):
@@ -108,7 +109,8 @@ def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str = "
         return
     if not force:
         raise InputError(f"'{path}' exists; pass --force to replace it, or another name with -o")
-    if path.is_symlink() or not path.is_dir() or not (_has_format(path / marker) or _holds_only_ours(path)):
+    ours = marker is None or _has_format(path / marker) or _holds_only_ours(path)
+    if path.is_symlink() or not path.is_dir() or not ours:
         raise InputError(f"'{path}' was not made by this command, so --force does not replace it; choose another name")
 
 

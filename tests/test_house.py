@@ -18,7 +18,7 @@ ROOMS = {
     "serve": ROOT / "serve",
     "cli": ROOT / "cli",
 }
-RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda"}
+RUNTIME_MAY = {"numpy", "onnxruntime", "PIL", "safetensors", "cuda", "ray"}
 COMMANDS = (
     "export",
     "build",

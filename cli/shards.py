@@ -1,0 +1,174 @@
+"""``tarflow generate --out``: many samples in shards, by this process, by several, or by Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..runtime.errors import InputError
+from ..runtime.files import size_text
+from .console import duration_text, emit, label_choices, parse_labels, sample_bar, say
+
+if TYPE_CHECKING:
+    from ..runtime.bundle import Bundle
+    from ..runtime.crew import Crew, Task
+    from ..runtime.flow import Progress
+    from ..runtime.job import Job, Shard
+    from ..runtime.shards import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Who draws and how a bundle is opened: nothing that a sample depends on. ``ray`` "" is Ray at no address."""
+
+    workers: int | None
+    ray: str | None
+    provider: str
+    threads: int | None
+    spinning: bool | None
+    low_memory: bool
+
+
+def refuse(where: str, **options: object) -> None:
+    """Raise InputError for options that were given but mean nothing here."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        cure = {
+            "with --out": "shards are drawn by seed, in tiles of 16, and are all that is written: drop it",
+            "without --out": "it is about shards: name a folder for them with --out",
+        }[where]
+        raise InputError(f"{', '.join(given)} means nothing {where}; {cure}")
+
+
+def turns(text: str | None, first: int, n: int) -> tuple[int, ...] | None:
+    """``--labels`` as a job keeps them: the classes dealt out in turn from the first sample on."""
+    if text is None:
+        return None
+    labels = parse_labels(text, first, n if text.endswith(".npy") else len(label_choices(text)))
+    assert labels is not None
+    return tuple(int(label) for label in labels)
+
+
+def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -> None:
+    """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
+    are not finite.
+    """
+    from ..runtime.shards import check_space, claimed, finished, forget_index, write_index
+
+    job.check(bundle.manifest.config)
+    if means.workers is not None and means.workers < 1:
+        raise InputError(f"--workers is {means.workers}; expected 1 or more")
+    if bundle.manifest.config.classes and job.labels is None:
+        say(f"no labels given: drawing from the null class; --labels 0-{bundle.manifest.config.classes - 1} is all")
+    started, shards = time.monotonic(), job.shards()
+    with claimed(out, job), told_to_continue(out):
+        records = {shard.number: record for shard in shards if (record := finished(out, job, shard))}
+        missing = [shard for shard in shards if shard.number not in records]
+        kept = sum(record.samples for record in records.values())
+        if kept:
+            say(f"{len(records)} of {len(shards)} shards are there, {kept} of {job.n} samples")
+        if missing:
+            forget_index(out)
+            check_space(out, job.bytes_needed(bundle.manifest.config) * (job.n - kept) // job.n)
+            numbers = {job.name(shard): shard.number for shard in missing}
+            for record in _drawn(bundle, job, out, means, missing, kept):
+                records[numbers[record.name]] = record
+        index = write_index(out, job, [records[shard.number] for shard in shards])
+    _tell(bundle, out, index, job.n - kept, time.monotonic() - started, json)
+
+
+@contextlib.contextmanager
+def told_to_continue(out: Path) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM, say what is kept and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        kept = len(list((out / "records").glob("shard-*.json")))
+        say(
+            f"stopped: {kept} finished shards are kept in '{out}'; the same command continues with what is missing"
+            if kept
+            else "stopped before a shard was finished: nothing is kept; a smaller --shard-size loses less"
+        )
+        raise
+
+
+def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shard], kept: int) -> list[Record]:
+    """Draw the missing shards, with progress on stderr."""
+    from ..runtime.crew import Task, carry_out
+
+    task = Task(
+        job, bundle.folder.absolute(), out.absolute(), means.provider, means.threads, means.spinning, means.low_memory
+    )
+    records: list[Record] = []
+    with sample_bar(job.n, kept) as show:
+
+        def drawn() -> int:
+            return kept + sum(record.samples for record in records)
+
+        def within(progress: Progress) -> None:
+            show(drawn() + progress.done / progress.total * missing[len(records)].samples)
+
+        def finished(record: Record) -> None:
+            records.append(record)
+            show(drawn())
+
+        with _crew(task, means, len(missing), within) as crew:
+            carry_out(crew, missing, finished)
+    return records
+
+
+@contextlib.contextmanager
+def _crew(task: Task, means: Means, shards: int, within: Callable[[Progress], None]) -> Iterator[Crew]:
+    """Those who draw, stopped at the end however it comes; never more than there are shards."""
+    from ..runtime.crew import Local, Solo
+
+    with contextlib.ExitStack() as stack:
+        crew: Crew
+        if means.ray is not None:
+            from ..runtime.cluster import RayCrew, connected, share
+
+            stack.enter_context(connected(means.ray))
+            parts = share(means.workers, means.threads, means.provider, shards)
+            crew = RayCrew(task, parts, say)
+        elif (workers := min(means.workers or 1, shards)) > 1:
+            crew = Local(task, workers)
+        else:
+            crew = Solo(task, within)
+        stack.callback(crew.close)
+        yield crew
+
+
+def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds: float, json: bool) -> None:
+    size = sum(shard["size"] for shard in index["shards"])
+    if json:
+        emit(
+            {
+                "bundle": str(bundle.folder),
+                "out": str(out),
+                "drawn": drawn,
+                "kept": index["samples"] - drawn,
+                "bytes": size,
+                "seconds": seconds,
+                **index,
+            }
+        )
+    else:
+        samples = f"{index['samples']} samples of {bundle.manifest.name}"
+        print(f"{samples} in {len(index['shards'])} shards, {size_text(size)}: {out}")
+        print(f"{drawn} drawn now in {duration_text(seconds)}, {index['samples'] - drawn} found finished")
+        if index["certificate"] is not None:
+            print(f"round-trip error {index['certificate']:.2g} at most")
+        print(index["level"])
+    if index["nonfinite"]:
+        say(
+            f"tarflow: check failed: {len(index['nonfinite'])} of {index['samples']} samples are not finite, the first "
+            f"{index['nonfinite'][0]}; '{out / 'index.json'}' lists them. Lower the guidance, or draw them again with "
+            " --redraw-nonfinite and another --out"
+        )
+        raise typer.Exit(1)

@@ -1,0 +1,186 @@
+"""A crew of Ray actors: one a worker, on this machine or on a cluster. The one file of the runtime that knows Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do by default; it warns until then
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from .crew import Lost, Report, Task, Worker, attempt
+from .errors import MachineError
+from .job import Shard
+from .machine import cores
+
+_OBJECTS = 80 << 20  # bytes of Ray's object store, of which shards and records need next to nothing
+_STARTS = 3  # attempts
+_PATIENCE = 30.0  # seconds until a user hears why nothing happens
+GPU_PROVIDERS = ("cuda", "tensorrt", "ort-tensorrt")
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Ray, for as long as the block runs: the cluster at ``address``, or for "" the one that RAY_ADDRESS names, or else
+    one of this machine's cores alone. What is printed inside goes to stderr. Raises MachineError if no cluster answers.
+    """
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS", "") or "local"
+    if address == "local":
+        quiet |= {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": _OBJECTS}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if address == "local":
+            _start(quiet)
+        else:
+            _knock(address)
+            ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"no Ray cluster at '{address}' ({_first_line(error)}); start one with: ray start --head, or pass --ray "
+            "alone, without RAY_ADDRESS set, to have one here for this command"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in the place of ours
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is for results
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start Ray here. It gives its own processes half a minute, which on a busy machine is not always enough."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to all other processes
+    for start in range(_STARTS):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises nothing narrower when its processes are late
+            ray.shutdown()
+            if start + 1 == _STARTS:
+                raise MachineError(
+                    f"Ray did not start here ({_first_line(error)}); try again when the machine is less busy, or draw "
+                    "without --ray: --workers N uses processes"
+                ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at an address with a port: Ray itself asks again for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many workers, and what each of them gets."""
+
+    workers: int
+    threads: int
+    cpus: float
+    gpus: int
+
+
+def share(workers: int | None, threads: int | None, provider: str, most: int) -> Share:
+    """Divide the cluster among ``most`` workers at most: by default a worker a GPU, or without GPUs a worker a machine,
+    and its cores for threads. Raises MachineError if there are no GPUs for a provider that needs them.
+    """
+    nodes = [node["Resources"] for node in _nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    on_gpu = provider in GPU_PROVIDERS or (provider == "auto" and gpus > 0)
+    if on_gpu and not gpus:
+        raise MachineError(f"--provider {provider} needs GPUs, and Ray knows of none here; use --provider cpu")
+    count = min(workers or (gpus if on_gpu else len(nodes)) or 1, most)
+    largest = max((int(node["CPU"]) for node in nodes), default=1)
+    each = threads or max(1, min(largest, cpus // count))
+    return Share(count, each, min(each, max(cpus, 1) / count), int(on_gpu))
+
+
+class RayCrew:
+    """Actors that each hold an opened bundle; a dead one is replaced. Needs :func:`connected`.
+
+    ``notice`` is told once if no worker can be placed for a while.
+    """
+
+    def __init__(self, task: Task, parts: Share, notice: Callable[[str], None]) -> None:
+        self.size, self._parts, self._notice = parts.workers, parts, notice
+        self._actor = ray.remote(_Actor).options(
+            num_cpus=parts.cpus, num_gpus=parts.gpus, max_restarts=0, scheduling_strategy="SPREAD"
+        )
+        self._task = replace(task, threads=parts.threads)
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, int] = {}  # reference to a report to come -> worker
+        self._patient_until: float | None = time.monotonic() + _PATIENCE
+        for worker in range(self.size):
+            self._start(worker)
+
+    def _start(self, worker: int) -> None:
+        self._actors[worker] = self._actor.remote(self._task)
+        self._pending[self._actors[worker].attempt.remote(None)] = worker
+
+    def hand(self, worker: int, shard: Shard) -> None:
+        self._pending[self._actors[worker].attempt.remote(shard)] = worker
+
+    def wait(self) -> tuple[int, Report]:
+        done: list[Any] = []
+        while not done:
+            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=1.0)
+            self._grow_impatient(bool(done))
+        worker = self._pending.pop(done[0])
+        try:
+            report: Report = ray.get(done[0])
+        except (RayActorError, OutOfMemoryError) as error:
+            ray.kill(self._actors[worker])  # one that is merely out of reach must not come back
+            self._start(worker)
+            return worker, Lost(" ".join(str(error).split())[:300])
+        return worker, report
+
+    def _grow_impatient(self, something_came: bool) -> None:
+        if something_came:
+            self._patient_until = None
+        elif self._patient_until is not None and time.monotonic() > self._patient_until:
+            self._patient_until = None
+            parts = self._parts
+            self._notice(
+                f"still no worker: each asks for {parts.cpus:g} CPUs{f' and {parts.gpus} GPU' if parts.gpus else ''}, "
+                f"and Ray has free {_free()}; waiting"
+            )
+
+    def close(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+
+
+class _Actor:
+    """A worker inside a Ray actor."""
+
+    def __init__(self, task: Task) -> None:
+        self._worker = Worker(task)
+
+    def attempt(self, shard: Shard | None) -> Report:
+        return attempt(self._worker, shard)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return ray.nodes()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _free() -> str:
+    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))

@@ -1,0 +1,227 @@
+"""Handing out shards to workers that may die: each is drawn by whoever is free, and again if its worker was lost.
+
+Three crews do this alike: Solo (this process), Local (processes here), and cluster.RayCrew (actors anywhere). Workers
+write to the folder themselves; what passes between them and the crew is a shard there, its record back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+from .errors import BundleError, MachineError, TarflowError
+from .flow import Flow, Progress
+from .job import Job, Shard
+from .machine import cores
+from .shards import Record, check_claim, draw
+
+ATTEMPTS = 5  # losses of one shard's workers, or of workers that had not begun, after which it is no accident
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All that a worker needs to know: the job, where its bundle and its shards lie, and how to open the bundle."""
+
+    job: Job
+    bundle: Path
+    folder: Path
+    provider: str = "cpu"
+    threads: int | None = None
+    spinning: bool | None = None
+    low_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker has opened the bundle; ``pid`` is its process."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker died; another is on its way and will say when it is ready."""
+
+    why: str
+
+
+Report = Ready | Record | Lost | TarflowError
+
+
+class Crew(Protocol):
+    """Workers by number. One that reported Ready or a Record is free until it is handed a shard."""
+
+    size: int
+
+    def hand(self, worker: int, shard: Shard) -> None:
+        """Let a free worker draw a shard."""
+
+    def wait(self) -> tuple[int, Report]:
+        """The next report, and whose it is."""
+
+    def close(self) -> None:
+        """Stop all workers, whatever they are at."""
+
+
+class Worker:
+    """What runs in each process: the bundle, opened once, and shards drawn one by one."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.flow: Flow | None = None
+
+    def open(self) -> Flow:
+        """Open the bundle, which must be the job's. Raises BundleError or MachineError where something is amiss."""
+        task = self.task
+        try:
+            flow = Flow.open(task.bundle, task.provider, task.threads, task.spinning, task.low_memory)
+        except BundleError as error:
+            raise BundleError(f"on {socket.gethostname()}: {error}") from None
+        if flow.bundle.hash != task.job.bundle:
+            found, expected = flow.bundle.hash[:16], task.job.bundle[:16]
+            raise BundleError(
+                f"on {socket.gethostname()}, '{task.bundle}' is another bundle: its hash is {found}..., the job's is "
+                f"{expected}...; put the bundle where every machine sees it, or copy it to that path on each"
+            )
+        check_claim(task.folder, task.job)
+        self.flow = flow
+        return flow
+
+    def draw(self, shard: Shard, progress: Callable[[Progress], None] | None = None) -> Record:
+        """Draw and write one shard."""
+        return draw(self.flow or self.open(), self.task.job, shard, self.task.folder, progress)
+
+
+def carry_out(crew: Crew, shards: Sequence[Shard], finished: Callable[[Record], None]) -> None:
+    """Have every shard drawn, and tell each record once.
+
+    Raises what a worker raises, and MachineError if workers keep dying. Only workers that are ready get shards, so
+    that one which never starts holds nothing up.
+    """
+    waiting, drawing = deque(shards), dict[int, Shard]()
+    free, losses, left = set[int](), Counter[Shard | None](), len(shards)
+    while left:
+        worker, report = crew.wait()
+        shard = drawing.pop(worker, None)
+        free.discard(worker)
+        if isinstance(report, TarflowError):
+            raise report
+        if isinstance(report, Lost):
+            losses[shard] += 1
+            if losses[shard] >= ATTEMPTS:
+                raise _hopeless(shard, report)
+            if shard is not None:
+                waiting.appendleft(shard)
+        else:
+            free.add(worker)
+        if isinstance(report, Record):
+            left -= 1
+            losses[None] = 0  # workers do start here
+            finished(report)
+        while free and waiting:
+            drawing[worker := free.pop()] = waiting.popleft()
+            crew.hand(worker, drawing[worker])
+
+
+def _hopeless(shard: Shard | None, lost: Lost) -> MachineError:
+    what = "workers die before they begin" if shard is None else f"every worker that draws shard {shard.number} dies"
+    return MachineError(
+        f"{what}, {ATTEMPTS} by now ({lost.why}). If memory runs out: fewer --workers, or --low-memory. The same "
+        "command continues with what is missing"
+    )
+
+
+class Solo:
+    """A crew of one: this process itself. ``progress`` is told each position of a shard."""
+
+    size = 1
+
+    def __init__(self, task: Task, progress: Callable[[Progress], None] | None = None) -> None:
+        self._worker, self._progress = Worker(task), progress
+        self._shard: Shard | None = None
+
+    def hand(self, worker: int, shard: Shard) -> None:
+        self._shard = shard
+
+    def wait(self) -> tuple[int, Report]:
+        if self._shard is None:
+            self._worker.open()
+            return 0, Ready(0)
+        return 0, self._worker.draw(self._shard, self._progress)
+
+    def close(self) -> None:
+        pass
+
+
+class Local:
+    """A crew of processes on this machine, each with its own copy of the bundle in memory."""
+
+    def __init__(self, task: Task, size: int) -> None:
+        self.size = size
+        self._task = replace(task, threads=task.threads or max(1, cores() // size))
+        self._context = multiprocessing.get_context("spawn")  # engines do not survive a fork
+        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}
+        for worker in range(size):
+            self._start(worker)
+
+    def _start(self, worker: int) -> None:
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(self._task, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that its end is seen here
+        self._workers[worker] = process, mine
+
+    def hand(self, worker: int, shard: Shard) -> None:
+        with contextlib.suppress(OSError):  # dead: wait will find out
+            self._workers[worker][1].send(shard)
+
+    def wait(self) -> tuple[int, Report]:
+        by_connection = {connection: worker for worker, (_, connection) in self._workers.items()}
+        worker = by_connection[wait(list(by_connection))[0]]  # type: ignore[index]  # we wait for connections alone
+        process, connection = self._workers[worker]
+        try:
+            report: Report = connection.recv()
+        except (EOFError, OSError):
+            process.join()
+            connection.close()
+            self._start(worker)
+            return worker, Lost(f"process {process.pid} ended with code {process.exitcode}")
+        return worker, report
+
+    def close(self) -> None:
+        for process, connection in self._workers.values():
+            process.terminate()
+            connection.close()
+        for process, _ in self._workers.values():
+            process.join()
+
+
+def _serve(task: Task, connection: Connection) -> None:
+    """A local worker's life: open, then shards until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the crew stops its workers itself
+    worker = Worker(task)
+    with contextlib.suppress(EOFError, OSError):
+        connection.send(attempt(worker, None))
+        while True:
+            connection.send(attempt(worker, connection.recv()))
+
+
+def attempt(worker: Worker, shard: Shard | None) -> Report:
+    """Draw a shard, or open for None; an error of ours comes back as a value, to be raised where a user sees it."""
+    try:
+        if shard is None:
+            worker.open()
+            return Ready(os.getpid())
+        return worker.draw(shard)
+    except TarflowError as error:
+        return error

@@ -1,0 +1,128 @@
+"""Shards drawn by Ray's actors: the same files, whoever of them dies. One local Ray for all tests here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tarflow.runtime.crew import Lost, Ready, Report, Task, carry_out
+from tarflow.runtime.errors import BundleError, MachineError
+from tarflow.runtime.flow import Flow
+from tarflow.runtime.job import Job, Shard
+from tarflow.runtime.shards import INDEX, Record, claimed, write_index
+
+from .conftest import DEMO, Cli
+from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
+
+cluster = pytest.importorskip("tarflow.runtime.cluster")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A Ray of this machine alone."""
+    import ray
+
+    with cluster.connected("local"):
+        assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
+        yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job(Flow.open(DEMO, threads=1).bundle.hash, n=80, first_sample=20, labels=(0, 1, 2), shard_size=16)
+
+
+def crew_of(size: int, task: Task) -> cluster.RayCrew:  # type: ignore[name-defined]
+    return cluster.RayCrew(task, cluster.Share(size, 1, 0.5, 0), print)
+
+
+def draw_with(crew: cluster.RayCrew, job: Job, folder: Path) -> None:  # type: ignore[name-defined]
+    records: list[Record] = []
+    try:
+        with claimed(folder, job):
+            carry_out(crew, job.shards(), records.append)
+            write_index(folder, job, sorted(records, key=lambda record: record.first_sample))
+    finally:
+        crew.close()
+
+
+def test_two_workers_one_of_them_killed_write_what_one_process_writes(address: str, job: Job, tmp_path: Path) -> None:
+    class Deadly(cluster.RayCrew):  # type: ignore[misc, name-defined]
+        """Kills the first worker that is handed a shard, while it draws."""
+
+        pids: dict[int, int]
+        lost = 0
+
+        def hand(self, worker: int, shard: Shard) -> None:
+            super().hand(worker, shard)
+            if not self.lost:
+                os.kill(self.pids[worker], signal.SIGKILL)
+
+        def wait(self) -> tuple[int, Report]:
+            worker, report = super().wait()
+            if isinstance(report, Ready):
+                self.pids = {**getattr(self, "pids", {}), worker: report.pid}
+            self.lost += isinstance(report, Lost)
+            return worker, report
+
+    task = Task(job, DEMO, tmp_path / "ray")
+    crew = Deadly(task, cluster.Share(2, 1, 0.5, 0), print)
+    draw_with(crew, job, tmp_path / "ray")
+    assert crew.lost >= 1
+    whole(Flow.open(DEMO, threads=1), job, tmp_path / "alone", job.shards())
+    assert contents(tmp_path / "ray") == contents(tmp_path / "alone")
+
+
+def test_a_bundle_that_a_worker_does_not_see_or_sees_another_of_is_named(
+    address: str, job: Job, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match=r"on .*no bundle at '/nowhere'"):
+        draw_with(crew_of(1, Task(job, Path("/nowhere"), tmp_path / "out")), job, tmp_path / "out")
+    other = replace(job, bundle="0" * 64)
+    with pytest.raises(BundleError, match=r"is another bundle.*put the bundle where every machine sees it"):
+        draw_with(crew_of(1, Task(other, DEMO, tmp_path / "out")), other, tmp_path / "out")
+    with pytest.raises(MachineError, match="put it where every machine sees it"):
+        draw_with(crew_of(1, Task(job, DEMO, tmp_path / "elsewhere")), job, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_driver_that_is_killed_on_a_cluster_is_continued_by_another(address: str, cli: Cli, tmp_path: Path) -> None:
+    options = ("--n", 400, "--shard-size", 16, "--no-certify", "--no-denoise")
+    killed = run(*options, "--out", tmp_path / "ray", "--ray", address, "--workers", 2)
+    wait_for_shards(tmp_path / "ray", 3)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "ray" / INDEX).exists()
+    again = cli(*ARGUMENTS, *options, "--out", tmp_path / "ray", "--ray", address, "--workers", 2, "--json")
+    assert again.returncode == 0, again.stderr
+    assert 48 <= json.loads(again.stdout)["kept"] < 400
+    shutil.copytree(tmp_path / "ray", tmp_path / "checked")
+    (tmp_path / "checked" / "shard-000001.npy").unlink()
+    alone = cli(*ARGUMENTS, *options, "--out", tmp_path / "checked", "--json")
+    assert json.loads(alone.stdout)["drawn"] == 16
+    assert contents(tmp_path / "checked") == contents(tmp_path / "ray")
+
+
+def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(address: str, tmp_path: Path) -> None:
+    process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out", "--ray", address)
+    wait_for_shards(tmp_path / "out", 1)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in told
+    assert "Traceback" not in told
+
+
+def test_no_cluster_at_an_address_is_said_at_once(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", "127.0.0.1:9", timeout=60)
+    assert done.returncode == 3
+    assert "no Ray cluster at '127.0.0.1:9'" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,351 @@
+"""Shards: every byte follows from the job; what is finished is never drawn again, what is damaged always."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from safetensors.numpy import load_file
+from typer.main import get_command
+
+from tarflow.cli.options import Ray, RayCommand
+from tarflow.runtime.crew import Local, Lost, Ready, Report, Task, carry_out
+from tarflow.runtime.errors import BundleError, InputError, MachineError
+from tarflow.runtime.flow import Flow, Guidance, Samples
+from tarflow.runtime.image import to_uint8
+from tarflow.runtime.job import Job, Shard
+from tarflow.runtime.shards import INDEX, JOB, Record, claimed, draw, finished, write_index
+
+from .conftest import DEMO, Cli
+
+ARGUMENTS = ("generate", DEMO, "--labels", "0-9", "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def flow() -> Flow:
+    return Flow.open(DEMO, threads=1)
+
+
+@pytest.fixture(scope="module")
+def job(flow: Flow) -> Job:
+    """Samples 20 ... 99 in four shards, the first and the last short."""
+    return Job(flow.bundle.hash, n=80, first_sample=20, seed=5, labels=(0, 1, 2), denoise=1.0, shard_size=32)
+
+
+@pytest.fixture(scope="module")
+def images(flow: Flow, job: Job) -> Samples:
+    """All of the job's samples, as one batch."""
+    labels = np.arange(80) % 3
+    return flow.sample(80, labels=labels, seed=5, first_sample=20, certify=True, reproducible=True)
+
+
+@pytest.fixture(scope="module")
+def drawn(flow: Flow, job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job, drawn by this process in order; read-only."""
+    folder = tmp_path_factory.mktemp("drawn") / "out"
+    whole(flow, job, folder, job.shards())
+    return folder
+
+
+def whole(flow: Flow, job: Job, folder: Path, order: list[Shard]) -> None:
+    with claimed(folder, job):
+        records = {shard.number: draw(flow, job, shard, folder) for shard in order}
+        write_index(folder, job, [records[shard.number] for shard in job.shards()])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder, by name, with its hash: hidden ones too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def run(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tarflow.cli.main", *map(str, (*ARGUMENTS, *arguments))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_shards(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list((folder / "records").glob("shard-*.json"))) < count:
+        assert time.monotonic() < deadline, "no shard came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("n", "first", "size"), [(80, 20, 32), (1, 0, 16), (64, 64, 32), (100, 31, 16), (5, 14, 1024)])
+def test_shards_cover_every_sample_once_and_end_where_the_index_says(n: int, first: int, size: int) -> None:
+    shards = Job("hash", n, first, shard_size=size).shards()
+    assert [i for shard in shards for i in range(shard.first, shard.first + shard.samples)] == [
+        *range(first, first + n)
+    ]
+    assert all((shard.first + shard.samples) % size == 0 for shard in shards[:-1])
+    assert [shard.number for shard in shards] == [*range(len(shards))]
+
+
+def test_every_format_reads_back_as_what_the_library_draws(
+    flow: Flow, job: Job, images: Samples, tmp_path: Path
+) -> None:
+    shard = job.shards()[1]
+    expected, labels = np.asarray(images)[12:44], [*(np.arange(12, 44) % 3)]
+    pixels, report = to_uint8(expected)[:, 0], images.report
+    assert report is not None
+    assert report.certificate is not None
+    for name in ("npy", "safetensors", "png", "tar"):
+        this = replace(job, format=name)
+        with claimed(tmp_path / name, this):
+            draw(flow, this, shard, tmp_path / name)
+    assert np.array_equal(np.load(tmp_path / "npy" / "shard-000001.npy"), expected)
+    tensors = load_file(tmp_path / "safetensors" / "shard-000001.safetensors")
+    assert np.array_equal(tensors["images"], expected)
+    assert np.array_equal(tensors["certificate"], report.certificate[12:44])
+    assert [*tensors["labels"]] == labels
+    assert [*tensors["samples"]] == [*range(32, 64)]
+    pictures = sorted((tmp_path / "png" / "shard-000001").iterdir())
+    assert pictures[0].name == "0000000000000000032.png"
+    assert np.array_equal([np.asarray(Image.open(io.BytesIO(p.read_bytes()))) for p in pictures], pixels)
+    with tarfile.open(tmp_path / "tar" / "shard-000001.tar") as archive:
+        members = archive.getmembers()
+        read = [archive.extractfile(member) for member in members]
+        texts = [file.read() for file in read if file is not None]
+    assert [m.name for m in members[:3]] == [f"0000000000000000032.{kind}" for kind in ("png", "cls", "json")]
+    assert {(m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0, 0, 0, "")}
+    assert texts[0::3] == [p.read_bytes() for p in pictures]
+    assert [int(text) for text in texts[1::3]] == labels
+    about = json.loads(texts[5])
+    assert (about["seed"], about["sample"], about["label"]) == (5, 33, labels[1])
+
+
+def test_another_order_gives_the_same_files_and_the_index_tells_what_is_in_them(
+    flow: Flow, job: Job, images: Samples, drawn: Path, tmp_path: Path
+) -> None:
+    whole(flow, job, tmp_path / "out", job.shards()[::-1])
+    assert contents(tmp_path / "out") == contents(drawn)
+    index = json.loads((drawn / INDEX).read_text())
+    assert np.array_equal(np.concatenate([np.load(drawn / s["name"]) for s in index["shards"]]), images)
+    report = images.report
+    assert report is not None
+    assert report.certificate is not None
+    assert index["certificate"] == float(report.certificate.max())
+    assert (index["samples"], index["nonfinite"], index["job"]["bundle"]) == (80, [], flow.bundle.hash)
+    assert {s["name"]: s["sha256"] for s in index["shards"]}.items() <= contents(drawn).items()
+    assert index["level"].startswith("L1")
+
+
+def test_only_damaged_shards_are_drawn_again_and_the_folder_ends_the_same(cli: Cli, tmp_path: Path) -> None:
+    options = (*ARGUMENTS, "--n", 80, "--shard-size", 16, "--out", tmp_path / "out", "--format", "png", "--json")
+    first = cli(*options)
+    assert first.returncode == 0, first.stderr
+    before = contents(tmp_path / "out")
+    pictures = sorted((tmp_path / "out").glob("shard-*/*.png"))
+    pictures[0].unlink()
+    os.truncate(pictures[20], 50)
+    pictures[79].write_bytes(pictures[78].read_bytes())
+    (tmp_path / "out" / "records" / "shard-000002.json").write_text('{"job": 3}')
+    (tmp_path / "out" / ".shard-000003.abc").mkdir()  # what a killed process leaves
+    kept = pictures[50].stat().st_mtime_ns
+    again = cli(*options)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert (found["drawn"], found["kept"]) == (64, 16)
+    assert contents(tmp_path / "out") == before
+    assert pictures[50].stat().st_mtime_ns == kept
+    third = json.loads(cli(*options).stdout)
+    assert (third["drawn"], third["kept"]) == (0, 80)
+
+
+def test_two_processes_write_the_same_files_and_one_that_is_killed_is_replaced(
+    job: Job, drawn: Path, tmp_path: Path
+) -> None:
+    folder, records = tmp_path / "out", list[Record]()
+    with claimed(folder, job):
+        crew = _Deadly(Task(job, DEMO, folder), 2)
+        try:
+            carry_out(crew, job.shards(), records.append)
+        finally:
+            crew.close()
+        write_index(folder, job, sorted(records, key=lambda record: record.first_sample))
+    assert crew.lost == 1
+    assert contents(folder) == contents(drawn)
+
+
+class _Deadly(Local):
+    """Kills the worker that is handed the first shard."""
+
+    lost = 0
+
+    def hand(self, worker: int, shard: Shard) -> None:
+        super().hand(worker, shard)
+        process = self._workers[worker][0]
+        if not self.lost and process.pid:
+            os.kill(process.pid, signal.SIGKILL)
+            self.lost += 1
+
+
+class _Doomed:
+    """One worker that opens and then always dies."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self._reports: Iterator[Report] = cycle([Ready(1), Lost("no memory")])
+
+    def hand(self, worker: int, shard: Shard) -> None:
+        pass
+
+    def wait(self) -> tuple[int, Report]:
+        return 0, next(self._reports)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run_with_a_reason() -> None:
+    with pytest.raises(MachineError, match=r"draws shard 7 dies, 5 by now \(no memory\)"):
+        carry_out(_Doomed(), [Shard(7, 0, 16)], lambda record: None)
+
+
+def test_a_driver_that_is_killed_loses_nothing_finished(job: Job, cli: Cli, tmp_path: Path) -> None:
+    options = ("--n", 512, "--shard-size", 16, "--no-certify", "--no-denoise")
+    killed = run(*options, "--out", tmp_path / "killed", "--workers", 2)
+    wait_for_shards(tmp_path / "killed", 3)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "killed" / INDEX).exists()
+    again = cli(*ARGUMENTS, *options, "--out", tmp_path / "killed", "--json")
+    assert again.returncode == 0, again.stderr
+    assert 48 <= json.loads(again.stdout)["kept"] < 512
+    undisturbed = cli(*ARGUMENTS, *options, "--out", tmp_path / "undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+def test_sigterm_keeps_finished_shards_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out")
+    wait_for_shards(tmp_path / "out", 1)
+    process.terminate()
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in told
+    assert "Traceback" not in told
+    assert not list((tmp_path / "out").rglob(".*")), "half-written files"
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: Path, tmp_path: Path) -> None:
+    before = contents(drawn)
+    with (
+        pytest.raises(InputError, match="holds another job: seed is 5 there, 6 here"),
+        claimed(drawn, replace(job, seed=6)),
+    ):
+        pass
+    assert contents(drawn) == before
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"holds other files \(thesis.tex\)"), claimed(tmp_path, job):
+        pass
+    (tmp_path / "thesis.tex").rename(tmp_path / JOB)
+    with pytest.raises(InputError, match="not a job this version reads"), claimed(tmp_path, job):
+        pass
+    with pytest.raises(InputError, match="is a file"), claimed(tmp_path / JOB, job):
+        pass
+
+
+def test_two_runs_do_not_write_to_one_folder_and_an_idle_one_leaves_none(job: Job, tmp_path: Path) -> None:
+    with claimed(tmp_path / "out", job), pytest.raises(InputError, match="another run"), claimed(tmp_path / "out", job):
+        pass
+    assert not (tmp_path / "out").exists(), "nothing was finished, nothing is left"
+
+
+def test_a_record_of_another_job_counts_for_nothing(job: Job, drawn: Path) -> None:
+    assert finished(drawn, job, job.shards()[0]) is not None
+    assert finished(drawn, replace(job, guidance=Guidance(2.0)), job.shards()[0]) is None
+
+
+def test_an_index_says_when_kinds_of_machine_were_mixed(job: Job, drawn: Path, tmp_path: Path) -> None:
+    records = [record for shard in job.shards() if (record := finished(drawn, job, shard))]
+    mixed = [replace(records[0], engine="ONNX Runtime 1, CPU, another"), *records[1:]]
+    index = write_index(tmp_path, job, mixed)
+    assert len(index["engines"]) == 2
+    assert index["level"].startswith("L2: drawn on 2 kinds of machine")
+    with pytest.raises(BundleError, match="do not cover the job once"):
+        write_index(tmp_path, job, [*records, records[0]])
+
+
+def test_samples_that_are_not_finite_are_listed_and_fail_the_check(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*ARGUMENTS, "--n", 16, "--guidance", 1000, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 1
+    assert "are not finite, the first" in done.stderr
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["nonfinite"]
+    images = np.load(tmp_path / "out" / "shard-000000.npy")
+    assert [i for i in range(16) if not np.isfinite(images[i]).all()] == index["nonfinite"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--out", "o", "--batch-size", 4), "--batch-size means nothing with --out"),
+        (("--workers", 2), "--workers means nothing without --out"),
+        (("--ray",), "--ray means nothing without --out"),
+        (("--out", "o", "--shard-size", 20), "multiple of 16"),
+        (("--out", "o", "--format", "zip"), "expected one of npy"),
+        (("--out", "o", "--workers", 0), "expected 1 or more"),
+        (("--out", "o", "--labels", "7-12"), "label 12 is out of range"),
+        (("--out", "o", "--n", 10**12), "pass --shard-size"),
+    ],
+)
+def test_options_that_make_no_job_are_refused_before_anything_is_written(
+    cli: Cli, options: tuple[object, ...], words: str, tmp_path: Path
+) -> None:
+    done = cli("generate", DEMO, *options, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_ray_the_missing_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules['ray'] = None\n"
+        f"sys.argv = ['tarflow', 'generate', '--out', {str(tmp_path / 'o')!r}, '--ray']\n"
+        "from tarflow.cli.main import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert "pip install 'tarflow[ray]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "ray", "rest"),
+    [
+        (["--ray", "bundle"], "", ["bundle"]),
+        (["bundle", "--ray"], "", ["bundle"]),
+        (["--ray", "--workers", "2"], "", []),
+        (["--ray", "auto", "bundle"], "auto", ["bundle"]),
+        (["bundle", "--ray", "10.0.0.1:6379"], "10.0.0.1:6379", ["bundle"]),
+        (["--ray", "ray://head:10001"], "ray://head:10001", []),
+        (["--ray=head"], "head", []),
+        (["bundle"], None, ["bundle"]),
+    ],
+)
+def test_ray_takes_an_address_or_stands_alone(words: list[str], ray: str | None, rest: list[str]) -> None:
+    seen: dict[str, object] = {}
+    app = typer.Typer()
+
+    @app.command(cls=RayCommand)
+    def command(bundle: str = typer.Argument(""), workers: int = 1, ray: Ray = None) -> None:
+        seen.update(ray=ray, rest=[bundle] if bundle else [])
+
+    get_command(app).main(words, standalone_mode=False)
+    assert seen == {"ray": ray, "rest": rest}
