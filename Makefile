@@ -22,7 +22,7 @@ lint: $(DEV)/done
 types: $(DEV)/done
 	$(DEV)/bin/mypy
 
-unit: $(DEV)/done cpp-dev
+unit: $(DEV)/done $(DEV)/chromium cpp-dev
 	$(DEV)/bin/pytest -n 2 --dist worksteal
 
 cpp: $(CPP_BUILD)/needs ## libtarflow, in runtime/cpp/build/release
@@ -46,11 +46,15 @@ demo: $(DEV)/done ## train the demo model and put its bundle into the package
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits
 	$(DEV)/bin/tarflow export runs/digits/digits_model_2_128_4_3_0.15.safetensors -o tarflow/demo --force
 
-$(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py export/*.py cli/*.py tarflow/demo/*)
+$(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py export/*.py serve/*.py serve/page/* cli/*.py tarflow/demo/* tarflow/features/*)
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt --force-reinstall --no-deps .
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt .
 	mkdir -p $(@D)
+	touch $@
+
+$(DEV)/chromium: $(DEV)/done ## the browser that the page is tested in
+	$(CPP)/cmake/debian-packages.sh chromium
 	touch $@
 
 $(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-headers.sh

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tarflow" / "demo"
 PHOTOS = ROOT / "runs" / "photos" / "photos_model_2_384_4_4_0.10.safetensors"
 PUBLISHED, COMPILED, SERIAL = "PyTorch, published", "PyTorch, compiled", "serial"
+SAMPLES = 8  # that calibration looks at, or one batch
 AGREEMENT = 1e-3  # of serial samples with the published method's, or the times mean nothing
 
 
@@ -162,7 +163,7 @@ def measure(case: Case, work: Path) -> Iterator[list[Result]]:
         export(checkpoint, folder, engine, check=case.trained)
         flow = Flow.open(folder)
         if case.batches:
-            calibrate(flow, case.batches, watch=lambda stage: print(f"  {stage}", flush=True)).write(flow.bundle)
+            calibrate(flow, case.batches, SAMPLES, lambda stage: print(f"  {stage}", flush=True)).write(flow.bundle)
     field_, judge = contenders(case, model, *bundles), Flow.open(bundles[0])
     for batch, scale, rounds in case.rows:
         results = race(field_, judge, batch, Guidance(scale), rounds)
