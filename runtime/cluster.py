@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -39,7 +40,7 @@ def connected(address: str) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
     if address == "local":
         quiet |= {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": _OBJECTS}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    before, exits = signal.getsignal(signal.SIGTERM), list[SystemExit]()
     try:
         if address == "local":
             _start(quiet)
@@ -52,12 +53,30 @@ def connected(address: str) -> Iterator[None]:
             "alone, without RAY_ADDRESS set, to have one here for this command"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in the place of ours
+        signal.signal(signal.SIGTERM, before)  # Ray puts its own in the place of ours
     try:
+        if callable(before):
+            signal.signal(signal.SIGTERM, _remembering(before, exits))
         with contextlib.redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is for results
             yield
+    except SystemExit as end:
+        raise (exits[0] if exits else end) from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
+
+
+def _remembering(handler: Callable[[int, FrameType | None], Any], exits: list[SystemExit]) -> Callable[..., None]:
+    """The handler, its SystemExit kept: one that is raised while Ray waits comes out of Ray as another, of code 1."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except SystemExit as end:
+            exits.append(end)
+            raise
+
+    return handle
 
 
 def _start(options: dict[str, Any]) -> None:

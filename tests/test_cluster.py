@@ -116,7 +116,7 @@ def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(addres
     wait_for_shards(tmp_path / "out", 1)
     process.terminate()
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM, told
     assert "the same command continues" in told
     assert "Traceback" not in told
 

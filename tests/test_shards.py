@@ -238,7 +238,7 @@ def test_sigterm_keeps_finished_shards_and_says_how_to_go_on(tmp_path: Path) -> 
     wait_for_shards(tmp_path / "out", 1)
     process.terminate()
     _, told = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM, told
     assert "the same command continues" in told
     assert "Traceback" not in told
     assert not list((tmp_path / "out").rglob(".*")), "half-written files"
