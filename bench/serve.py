@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.machine import cores
 
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
 CONNECTIONS = 64
@@ -130,12 +132,19 @@ def npy(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def bare(flow: Flow, seconds: float, guidance: float, reproducible: bool) -> float:
-    """Samples a second of the flow alone, in batches of BATCH."""
-    labels, drawn, started = np.arange(BATCH) % 10, 0, time.perf_counter()
-    while drawn == 0 or time.perf_counter() - started < seconds:
-        flow.sample(BATCH, labels=labels, guidance=Guidance(guidance), seed=1, reproducible=reproducible)
-        drawn += BATCH
+def bare(flow: Flow, seconds: float, guidance: float, reproducible: bool, workers: int = 1) -> float:
+    """Samples a second of the flow alone, in batches of BATCH, by so many threads at a time."""
+    labels, started = np.arange(BATCH) % 10, time.perf_counter()
+
+    def draw(worker: int) -> int:
+        drawn = 0
+        while drawn == 0 or time.perf_counter() - started < seconds:
+            flow.sample(BATCH, labels=labels, guidance=Guidance(guidance), seed=worker, reproducible=reproducible)
+            drawn += BATCH
+        return drawn
+
+    with ThreadPoolExecutor(workers) as pool:
+        drawn = sum(pool.map(draw, range(workers)))
     return drawn / (time.perf_counter() - started)
 
 
@@ -144,21 +153,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--bundle", type=Path, default=DEMO)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--workers", type=int, help="of the service; default: its own")
+    parser.add_argument("--workers", type=int, default=min(2, cores()), help="of the service")
     said = parser.parse_args()
-    flow = Flow.open(said.bundle)
+    flow, narrow = Flow.open(said.bundle), Flow.open(said.bundle, threads=max(1, cores() // said.workers))
     labels = np.arange(KNOWN) % 10
     known = flow.sample(KNOWN, labels=labels, guidance=Guidance(said.guidance), seed=SEED, reproducible=True)
     expected = [npy(np.asarray(known)[i : i + 1]) for i in range(KNOWN)]
-    rates: dict[str, list[float]] = {"batch": [], "tiles": [], "service": []}
-    whole, memory = Outcome(), []
-    extra = [] if said.workers is None else ["--workers", said.workers]
-    with service(said.bundle, "--queue", QUEUE, "--batch", BATCH, *extra) as running:
+    rates: dict[str, list[float]] = {"batch": [], "tiles": [], "workers": [], "service": []}
+    whole, memory, turn = Outcome(), [], said.seconds / ROUNDS / 3
+    with service(said.bundle, "--queue", QUEUE, "--batch", BATCH, "--workers", said.workers) as running:
         asyncio.run(load(running.port, CONNECTIONS, 2, expected, said.guidance))  # warm
         memory.append(running.memory())
         for _ in range(ROUNDS):
-            rates["batch"].append(bare(flow, said.seconds / ROUNDS / 3, said.guidance, False))
-            rates["tiles"].append(bare(flow, said.seconds / ROUNDS / 3, said.guidance, True))
+            rates["batch"].append(bare(flow, turn, said.guidance, False))
+            rates["tiles"].append(bare(flow, turn, said.guidance, True))
+            rates["workers"].append(bare(narrow, turn, said.guidance, True, said.workers))
             out = asyncio.run(load(running.port, CONNECTIONS, said.seconds / ROUNDS, expected, said.guidance))
             rates["service"].append(out.rate)
             whole = Outcome(
@@ -181,7 +190,7 @@ def report(whole: Outcome, flood: Outcome, rates: dict[str, list[float]], memory
     middle = {name: float(np.median(values)) for name, values in rates.items()}
     ratio = {
         name: float(np.median([s / b for s, b in zip(rates["service"], rates[name], strict=True)]))
-        for name in ("batch", "tiles")
+        for name in ("batch", "tiles", "workers")
     }
     print(
         f"""## The service under load
@@ -195,6 +204,8 @@ bit for bit.
 | service | {middle["service"]:.0f} | |
 | bare Flow, batch {BATCH}, reproducible (what the service promises) | {middle["tiles"]:.0f} | {ratio["tiles"]:.2f} |
 | bare Flow, batch {BATCH}, bits that depend on the batch | {middle["batch"]:.0f} | {ratio["batch"]:.2f} |
+| bare Flow, batch {BATCH}, reproducible, in as many threads as the service has workers | {middle["workers"]:.0f} | \
+{ratio["workers"]:.2f} |
 
 | load | answers | wrong | 429 | other | p50 | p99 |
 |---|---|---|---|---|---|---|

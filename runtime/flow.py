@@ -275,8 +275,10 @@ class Flow:
         self._refuse_idle_guidance(guidance or Guidance(), classes)
         return classes, self._strength(denoise)
 
-    def noise(self, seed: int, samples: range, stream: int = noise_source.SAMPLING) -> Array:
-        """Noise of the given sample indices: (N, T, D) standard normal float32. Needs no engine."""
+    def noise(self, seed: int | Sequence[int], samples: Sequence[int], stream: int = noise_source.SAMPLING) -> Array:
+        """Noise of the given sample indices, of one seed or one each: (N, T, D) standard normal float32. Needs no
+        engine.
+        """
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
 
     def certify(
@@ -442,7 +444,7 @@ class Flow:
                 raise InputError(
                     f"n is {n}: more than {_LARGEST_RESULT >> 40} TiB of samples; draw them in parts, by first_sample"
                 )
-            noise_source.normal(seed, [first_sample, first_sample + n - 1], (1,))  # refuses what is out of range
+            noise_source.check(seed, (first_sample, first_sample + n - 1))
             return None, int(n)
         array = np.asarray(noise)
         if array.ndim != 3 or array.shape[1:] != shape or not len(array):

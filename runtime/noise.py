@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _CHUNK = 1 << 16  # Philox blocks computed at once: temporaries stay in cache
@@ -47,25 +47,28 @@ _LN2 = 0.6931471805599453
 _SQRT2 = 1.4142135623730951
 
 
-def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Ten rounds of Philox on counters (N, 4) -> random words (N, 4)."""
+def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int] | NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Ten rounds of Philox on counters (N, 4) -> random words (N, 4). ``key`` is two words, or (N, 2) of them."""
     c0, c1, c2, c3 = (counter[:, i].astype(np.uint64) for i in range(4))
-    k0, k1 = key
+    k0, k1 = np.asarray(key, np.uint64).T
     for _ in range(10):
         low_product, high_product = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (
-            (high_product >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            (low_product >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            (high_product >> _SHIFT) ^ c1 ^ k0,
+            (low_product >> _SHIFT) ^ c3 ^ k1,
         )
         c1, c3 = high_product & _WORD, low_product & _WORD
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return np.stack([c0, c1, c2, c3], 1).astype(np.uint32)
 
 
-def uniform(seed: int, samples: Iterable[int], count: int, stream: int = SAMPLING) -> NDArray[np.float64]:
+def uniform(
+    seed: int | Sequence[int], samples: Iterable[int], count: int, stream: int = SAMPLING
+) -> NDArray[np.float64]:
     """``count`` numbers in (0, 1) for each sample: (len(samples), count), each an odd multiple of 2^-53."""
-    key = _words(seed, "seed")
+    seeds = [seed] if isinstance(seed, (int, np.integer)) else seed
     indices = np.array([_words(sample, "sample index") for sample in samples], np.uint32).reshape(-1, 2)
+    keys = np.array([_words(one, "seed") for one in seeds], np.uint32).reshape(-1, 2)
     blocks = (count + 1) // 2  # of four words: two numbers
     out = np.empty((len(indices), 2 * blocks), np.float64)
     rows, columns = max(1, _CHUNK // max(blocks, 1)), min(blocks, _CHUNK)
@@ -76,16 +79,20 @@ def uniform(seed: int, samples: Iterable[int], count: int, stream: int = SAMPLIN
             counter = np.empty((len(sample), len(number), 4), np.uint32)
             counter[..., 0], counter[..., 1] = number, stream
             counter[..., 2], counter[..., 3] = sample[:, :1], sample[:, 1:]
+            key = keys[0] if len(keys) == 1 else keys[row : row + rows].repeat(len(number), 0)
             words = philox4x32(counter.reshape(-1, 4), key).astype(np.uint64).reshape(len(sample), -1, 2)
             bits = (words[..., 0] << np.uint64(20)) | (words[..., 1] >> np.uint64(12))  # 52 of 64
             out[row : row + rows, 2 * column : 2 * (column + len(number))] = (bits.astype(np.float64) + 0.5) * 2.0**-52
     return out[:, :count]
 
 
-def normal(seed: int, samples: Iterable[int], shape: Sequence[int], stream: int = SAMPLING) -> NDArray[np.float32]:
+def normal(
+    seed: int | Sequence[int], samples: Iterable[int], shape: Sequence[int], stream: int = SAMPLING
+) -> NDArray[np.float32]:
     """Standard normal noise, one row of ``shape`` for each sample index: (len(samples), *shape) float32.
 
-    A row depends on ``seed``, ``stream`` and its sample index alone. Seed and index are integers in [0, 2^64).
+    A row depends on its seed, ``stream`` and its sample index alone. ``seed`` is one for all samples, or one each.
+    Seeds and indices are integers in [0, 2^64).
     Raises InputError for a seed or index outside that range.
     """
     numbers = uniform(seed, samples, int(np.prod(shape)), stream)
@@ -94,6 +101,13 @@ def normal(seed: int, samples: Iterable[int], shape: Sequence[int], stream: int 
     for row in range(0, len(numbers), rows):  # a few rows at a time: small float64 temporaries
         noise[row : row + rows] = normal_quantile(numbers[row : row + rows])
     return noise.reshape(len(numbers), *shape)
+
+
+def check(seed: int, samples: Iterable[int]) -> None:
+    """Raise InputError for a seed or sample index there is no noise for."""
+    _words(seed, "seed")
+    for sample in samples:
+        _words(sample, "sample index")
 
 
 def _words(value: int, what: str) -> tuple[int, int]:

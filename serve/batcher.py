@@ -8,6 +8,8 @@ measured when the batcher starts; on an engine where it is not so, requests are 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import math
 import time
 from collections import deque
@@ -173,16 +175,15 @@ class Batcher:
         return [job for job in self.waiting if job.style == head.style]
 
     def _take(self) -> list[Job]:
-        """A batch off the queue. Workers that are free share what waits, in whole tiles."""
+        """A batch off the queue: the oldest requests, as many as leave the fewest rows of their tiles empty. Workers
+        that are free share what waits.
+        """
         mates = self._mates()
-        tiles = math.ceil(sum(job.rows for job in mates) / self._idle / REPRODUCIBLE_TILE)
-        room = min(self.settings.batch, tiles * REPRODUCIBLE_TILE)
-        batch = [mates[0]]
-        rows = mates[0].rows
-        for job in mates[1:]:
-            if rows + job.rows <= room:
-                batch.append(job)
-                rows += job.rows
+        totals = list(itertools.accumulate(job.rows for job in mates))
+        room = min(self.settings.batch, _whole_tiles(math.ceil(totals[-1] / self._idle)))
+        most = max(1, bisect.bisect_right(totals, room))
+        count = max(range(1, most + 1), key=lambda k: (totals[k - 1] / _whole_tiles(totals[k - 1]), k))
+        batch = mates[:count]
         taken = set(map(id, batch))
         self.waiting = deque(job for job in self.waiting if id(job) not in taken)
         return batch
@@ -227,7 +228,7 @@ class Batcher:
         first = 0 if self.shares else draws[0].first_sample
         samples = flow.sample(
             None if self.shares else counts[0],
-            noise=np.concatenate([self._noise(draw) for draw in draws]) if self.shares else None,
+            noise=self._noise(draws) if self.shares else None,
             labels=np.concatenate([draw.classes for draw in draws]),
             guidance=style.guidance,
             seed=draws[0].seed,
@@ -252,8 +253,11 @@ class Batcher:
             start += count
         return parts
 
-    def _noise(self, draw: Draw) -> Array:
-        return self.flow.noise(draw.seed, range(draw.first_sample, draw.first_sample + len(draw.classes)))
+    def _noise(self, draws: list[Draw]) -> Array:
+        """Of all samples of these draws, in one go."""
+        pairs = [(draw.seed, draw.first_sample + k) for draw in draws for k in range(len(draw.classes))]
+        seeds, samples = zip(*pairs, strict=True)
+        return self.flow.noise(seeds, samples)
 
     def _rows_are_independent(self) -> bool:
         """Whether a sample has the same bits in any row of a tile, whoever is in the others, on this engine."""
@@ -268,6 +272,11 @@ class Batcher:
         whole = self.flow.sample(noise=noise, labels=labels, **how)
         moved = self.flow.sample(noise=noise[order], labels=None if labels is None else labels[order], **how)
         return np.array_equal(np.asarray(whole)[order], np.asarray(moved))
+
+
+def _whole_tiles(rows: int) -> int:
+    """Rows of the tiles that hold so many."""
+    return -(-rows // REPRODUCIBLE_TILE) * REPRODUCIBLE_TILE
 
 
 class _Watch:

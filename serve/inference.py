@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .models import VERSION, Model, Tensors, denoising, draw_asked, drawn_tensors, encoding, models_of
 from .protocol import HEADER, TYPES, Asked, read_asked, write_answer
-from .service import Refusal, Service
+from .service import Refusal, Service, aside
 
 
 class ServerMetadata(BaseModel):
@@ -129,13 +128,15 @@ def routes(service: Service) -> APIRouter:
         """Run a model. Tensors travel as JSON or, with the header Inference-Header-Content-Length, as binary data."""
         model = model_of(name, wanted)
         body = await request.body()
-        asked = await asyncio.to_thread(_read, model, request.headers.getlist(HEADER), body)
+        asked = await aside(len(body), _read, model, request.headers.getlist(HEADER), body)
         tensors, said = await _answer(service, request, model, asked)
         head = {"model_name": name, "model_version": VERSION, "parameters": said}
         if asked.identity is not None:
             head["id"] = asked.identity
         binary = model.wanted(asked)
-        content, headers = await asyncio.to_thread(write_answer, head, {k: tensors[k] for k in binary}, binary)
+        output = {name: tensors[name] for name in binary}
+        size = sum(tensor.nbytes for tensor in output.values())
+        content, headers = await aside(size, write_answer, head, output, binary)
         return Response(content, headers=headers)
 
     return router
@@ -151,7 +152,7 @@ async def _answer(service: Service, request: Request, model: Model, asked: Asked
     if model.name == "sample":
         draw = draw_asked(service, model, asked)
         return drawn_tensors(draw, await service.draw(request, draw))
-    work = await asyncio.to_thread(encoding if model.name == "encode" else denoising, service, asked)
+    work = (encoding if model.name == "encode" else denoising)(service, asked)
     return await service.compute(request, work), {}
 
 

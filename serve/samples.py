@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import json
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..runtime.flow import Guidance
 from ..runtime.image import grid, png
 from .batcher import Draw, Drawn, Style
-from .service import Refusal, Service
+from .service import Refusal, Service, aside
 
 Format = Literal["png", "zip", "npy"]
 MEDIA: dict[Format, str] = {"png": "image/png", "zip": "application/zip", "npy": "application/x-npy"}
@@ -87,7 +86,7 @@ def routes(service: Service) -> APIRouter:
         form = drawing.format or accepted(request.headers.get("accept", "*/*"))
         draw = draw_of(service, drawing)
         drawn = await service.draw(request, draw)
-        body = await asyncio.to_thread(_PACK[form], service, draw, drawn, drawing.zoom)
+        body = await aside(_size(service, drawn, drawing.zoom), _PACK[form], service, draw, drawn, drawing.zoom)
         return Response(body, media_type=MEDIA[form], headers=headers_of(draw, drawn))
 
     @router.get("/samples/{seed}/{index}.png", response_class=Response)
@@ -116,7 +115,7 @@ def routes(service: Service) -> APIRouter:
         if _matches(request.headers.get("if-none-match", ""), caching["ETag"]):
             return Response(status_code=304, headers=caching)
         drawn = await service.draw(request, draw)
-        body = await asyncio.to_thread(_single, service, draw, drawn, zoom)
+        body = await aside(_size(service, drawn, zoom), _single, service, draw, drawn, zoom)
         return Response(body, media_type="image/png", headers=headers_of(draw, drawn) | caching)
 
     return router
@@ -222,6 +221,11 @@ def _npy(service: Service, draw: Draw, drawn: Drawn, zoom: int | None) -> bytes:
 
 
 _PACK: dict[Format, Any] = {"png": _grid, "zip": _zip, "npy": _npy}
+
+
+def _size(service: Service, drawn: Drawn, zoom: int | None) -> int:
+    """About how many bytes of pictures there are to pack."""
+    return int(drawn.images.nbytes * (zoom or _zoom(service)) ** 2)
 
 
 def _zoom(service: Service) -> int:

@@ -16,6 +16,7 @@ from .batcher import Abandoned, Batcher, Draw, Drawn, Full, Job, Watch
 from .metrics import Metrics
 from .settings import Settings
 
+_SMALL = 16 << 10  # bytes packed or parsed in well under a millisecond: less than a thread costs
 T = TypeVar("T")
 
 
@@ -91,6 +92,13 @@ class Service:
         finally:
             leaving.cancel()
             self.batcher.abandon(job)
+
+
+async def aside(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """The result of ``work`` over ``size`` bytes, in a thread if it would hold the event loop up."""
+    if size <= _SMALL:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 async def _disconnected(request: Request) -> None:

@@ -122,3 +122,10 @@ def test_the_normal_transform_is_accurate_into_its_tails() -> None:
 def test_a_seed_or_index_out_of_range_is_refused(seed: int, sample: int) -> None:
     with pytest.raises(InputError, match="out of range"):
         noise.normal(seed, [sample], (2,))
+
+
+def test_samples_of_several_seeds_at_once_are_those_of_each_alone() -> None:
+    seeds, samples = [0, 2**64 - 1, 7, 7], [5, 2**64 - 1, 3, 0]
+    together = noise.normal(seeds, samples, (3, 5))
+    for row, seed, sample in zip(together, seeds, samples, strict=True):
+        assert np.array_equal(row, noise.normal(seed, [sample], (3, 5))[0])
