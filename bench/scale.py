@@ -137,10 +137,10 @@ def overhead(folder: Path) -> None:
     base = Job(flow.bundle.hash, n=16 * 100, shard_size=16, certify=False, denoise=None)
     own, clock = list[float](), list[float]()
     for shard in base.shards():
-        started = time.process_time(), time.perf_counter()
+        before = time.process_time(), time.perf_counter()
         flow.sample(16, first_sample=shard.first, denoise=False, reproducible=True)
-        own.append(time.process_time() - started[0])
-        clock.append(time.perf_counter() - started[1])
+        own.append(time.process_time() - before[0])
+        clock.append(time.perf_counter() - before[1])
     print(f"shards of 16, bare sampling: {median(own) * 1e3:.1f} ms of its own, {median(clock) * 1e3:.1f} on the clock")
     for form in ("npy", "safetensors", "png", "tar"):
         job, out = replace(base, format=form), folder / f"overhead-{form}"
