@@ -25,6 +25,7 @@ from ..runtime.cuda import Cuda
 from ..runtime.engines import (
     ENGINE_KINDS,
     FOLDER,
+    PACKAGES,
     Engine,
     Profile,
     Range,
@@ -41,7 +42,6 @@ from . import attest
 
 _LEAST_CAPABILITY = 8.0  # Turing multiplies no float32 matrices in TensorRT-RTX: it is built for only when asked for
 IN_PLACE_SINCE = (10, 15)  # TensorRT's first version with an update of the cache in place
-PACKAGES = ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,7 @@ def new_record(bundle: Bundle, trt: Any, package: str, options: Options) -> Reco
         strip_weights=options.strip_weights,
         target=_target(trt, package, options),
         profiles=profiles(bundle, options),
+        level=options.level,
     )
 
 

@@ -20,17 +20,20 @@ from numpy.typing import NDArray
 from .backend import Array, Branches, Decoding, pad_rows
 from .bundle import Bundle
 from .cuda import INSTALL, Cuda
-from .engines import Here, Profile, Record, folders, read_record, rebuild, tensor_shapes
+from .engines import PACKAGES, Here, Profile, Range, Record, folders, read_record, rebuild, tensor_shapes
 from .errors import BundleError, InputError, MachineError
 from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 
 CACHE_SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of one number
 CACHE_TYPE = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}  # TensorRT's names
+LEAN = "tensorrt_lean"  # runs version-compatible engines of other versions
 _INTEGERS = (POSITION, "labels", "offsets")
 
 
 def import_tensorrt(package: str) -> Any:
     """``tensorrt``, ``tensorrt_rtx`` or ``tensorrt_lean``. Raises MachineError if it is not here or does not load."""
+    if package not in (*PACKAGES, LEAN):
+        raise InputError(f"{package!r} is no TensorRT; expected one of {', '.join((*PACKAGES, LEAN))}")
     try:
         return importlib.import_module(package)
     except (ImportError, OSError) as error:  # a wheel without its libraries fails with OSError
@@ -69,22 +72,25 @@ def open_tensorrt(
     found = folders(bundle) if folder is None else [folder]
     if not found:
         raise BundleError(f"'{bundle.folder}' has no TensorRT engines; {rebuild(bundle.folder)}")
-    reasons = []
+    reasons, command = [], ""
     for place in found:
-        record = read_record(place)
         try:
+            record = read_record(place)
             trt, version = _runtime_for(record)
-        except MachineError as error:
+        except (BundleError, MachineError) as error:  # one damaged folder is no reason against another
             reasons.append(f"{place.name}: {error}")
             continue
-        wrong = record.misfits(bundle, Here(record.package, version, cuda.name, cuda.capability))
+        here = Here(record.package, version, cuda.name, cuda.capability)
+        wrong = record.misfits(bundle, here)
         if not wrong:
             return TrtBackend(bundle, record, place, trt, cuda, low_memory, cuda_graph)
         reasons.append(f"{place.name}: {'; '.join(wrong)}")
+        command = command or rebuild(bundle.folder, record, here)
+    command = command or rebuild(bundle.folder)
     raise BundleError(
         f"no engines of '{bundle.folder}' run on this machine:\n  "
         + "\n  ".join(reasons)
-        + f"\n{rebuild(bundle.folder, read_record(found[0])).capitalize()}"
+        + f"\n{command[0].upper()}{command[1:]}"
     )
 
 
@@ -92,7 +98,7 @@ def _runtime_for(record: Record) -> tuple[Any, str]:
     """The module that can run a record's engines, and its version."""
     trt = import_tensorrt(record.package)
     if record.version_compatible and trt.__version__ != record.version:
-        trt = import_tensorrt("tensorrt_lean")  # other versions' engines run in the lean runtime
+        trt = import_tensorrt(LEAN)
     return trt, str(trt.__version__)
 
 
@@ -115,6 +121,7 @@ class TrtBackend:
     ) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
         self.record, self.cuda, self.cuda_graph = record, cuda, cuda_graph
+        self.here = Here(record.package, str(trt.__version__), cuda.name, cuda.capability)
         self.low_memory = low_memory
         self.largest_batch: int | None = record.largest_batch
         self.description = f"{record.package} {trt.__version__} {record.precision}, {cuda.name}"
@@ -135,7 +142,7 @@ class TrtBackend:
         if len(z) > most:
             raise InputError(
                 f"a batch of {len(z)} is more than these engines take ({most}): use --batch-size {most}, or "
-                f"{rebuild(self.bundle.folder)} --batch {least},{most},{len(z)}"
+                + self._rebuild(batch=(least, most, len(z)))
             )
         entry = self.bundle.manifest.blocks[block]
         classes = self._classes(branches.labels)
@@ -213,8 +220,7 @@ class TrtBackend:
         widest = max(profile.window[2] for profile in profiles)
         raise InputError(
             f"these engines take windows of 1 to {widest} positions and {sorted({p.branches for p in profiles})} "
-            f"guidance branches, not {window} and {branches}; {rebuild(self.bundle.folder, self.record)} "
-            f"--window 1,{window},{window}"
+            f"guidance branches, not {window} and {branches}; " + self._rebuild(window=(1, window, window))
         )
 
     def give(self, steps: TrtSteps) -> None:
@@ -228,7 +234,7 @@ class TrtBackend:
         content = self.record.read(self._folder, name)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise self._failed(block, kind, f"does not load: {rebuild(self.bundle.folder, self.record)}")
+            raise self._failed(block, kind, f"does not load: {self._rebuild()}")
         if self.record.strip_weights:
             self._refit(engine, block, kind, self.record.engines[name].graph)
         expected = getattr(self._trt.DataType, CACHE_TYPE[self.record.precision])
@@ -236,7 +242,7 @@ class TrtBackend:
             if engine.get_tensor_dtype(tensor) != expected:
                 raise BundleError(
                     f"block {block}'s step engine keeps its cache as {engine.get_tensor_dtype(tensor)}; the record "
-                    f"says {self.record.precision}: {rebuild(self.bundle.folder, self.record)}"
+                    f"says {self.record.precision}: {self._rebuild()}"
                 )
         self._reserve(kind == "step", int(engine.device_memory_size_v2))
         return engine
@@ -262,6 +268,9 @@ class TrtBackend:
         if steps not in self.scratch or self.scratch[steps].size < size:
             self.scratch.pop(steps, None)  # let go of the old before there are two
             self.scratch[steps] = Memory(self.cuda, size)
+
+    def _rebuild(self, batch: Range | None = None, window: Range | None = None) -> str:
+        return rebuild(self.bundle.folder, self.record, self.here, batch, window)
 
     def _failed(self, block: int, kind: str, what: str) -> BundleError | MachineError:
         said = self._logger.take()

@@ -371,7 +371,7 @@ def build_double(
             name = f"block_{block:02d}.{kind}.engine"
             (place / name).write_text(json.dumps(plan))
             engines[name] = Engine(
-                block, kind, graph, "", sha256(place / name), 0, 0.0, record.precision, record.precision, "engine"
+                block, kind, graph, "0" * 64, sha256(place / name), 0, 0.0, record.precision, record.precision, "engine"
             )
     record = replace(record, engines=engines)
     record.write(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 import threading
@@ -21,7 +22,7 @@ from tarflow.runtime.decode import serial
 from tarflow.runtime.engines import read_record
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.trt import TrtBackend, open_tensorrt
+from tarflow.runtime.trt import TrtBackend, import_tensorrt, open_tensorrt
 
 from .conftest import Golden, largest
 from .device_double import DoubleCuda, DoubleTensorRT, build_double
@@ -322,6 +323,17 @@ def test_a_record_that_lies_about_the_precision_is_found_out(device: Device, bui
         Flow.open(folder, provider="tensorrt").sample(1)
 
 
+def damage(folder: Path, path: str, value: Any) -> None:
+    """Change one place of a record; "engines.*" is its first engine."""
+    place = folder / "engines" / "double" / "engines.json"
+    document = json.loads(place.read_text())
+    inner, names = document, path.split(".")
+    for name in names[:-1]:
+        inner = inner[0] if isinstance(inner, list) else inner[min(inner) if name == "*" else name]
+    inner[names[-1]] = value
+    place.write_text(json.dumps(document))
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"\xff\xfe", b'{"format": "tarflow-engines", "schema": 2}', b"[" * 100_000],
@@ -330,7 +342,88 @@ def test_a_record_that_lies_about_the_precision_is_found_out(device: Device, bui
 def test_a_damaged_record_is_an_error_of_the_bundle(device: Device, built: Callable[..., Path], content: bytes) -> None:
     folder = built()
     (folder / "engines" / "double" / "engines.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"engines\.json' is damaged or of another version"):
+    with pytest.raises(BundleError, match=r"engines\.json'( is damaged|: ).*remove '.*' and build .* tarflow build"):
+        Flow.open(folder, provider="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("bundle", "abc", "no SHA-256"),
+        ("precision", "int8", "'precision' is 'int8'; expected one of fp32, fp16, bf16"),
+        ("precision", "fp99", "'precision' is 'fp99'"),
+        ("package", "os", "'package' is 'os'; expected one of tensorrt, tensorrt_rtx"),
+        ("package", "tensorrt_lean", "'package' is 'tensorrt_lean'"),
+        ("version", "new", "'version' is 'new'"),
+        ("version_compatible", 1, "'version_compatible' is int; expected bool"),
+        ("strip_weights", "no", "'strip_weights' is str; expected bool"),
+        ("level", 9, "'level' is 9; expected null or an integer from 0 to 5"),
+        ("target", [], "'target' is list; expected dict"),
+        ("target.gpu", 5, "'target.gpu' is 5"),
+        ("target.capabilities", "9.0", "'capabilities' is str; expected list"),
+        ("target.capabilities", ["sm90"], r"'target.capabilities' is \['sm90'\]"),
+        ("profiles.step", [], "'profiles.step' is empty"),
+        ("profiles.forward", [], "'profiles.forward' is empty"),
+        ("profiles.gradient", None, "'gradient' is NoneType; expected list"),
+        ("profiles.step.0.branches", 3, "'branches' is 3"),
+        ("profiles.step.0.batch", [8, 4, 1], r"'batch' is \[8, 4, 1\]; expected three integers"),
+        ("profiles.step.0.batch", [1, 2, 1 << 40], "'batch' is"),
+        ("profiles.step.0.window", [1, True, 1], "'window' is"),
+        ("engines", [], "'engines' is list; expected dict"),
+        ("engines.*.sha256", 5, "'sha256' is int; expected str"),
+        ("engines.*.block", -1, "'block' is -1"),
+        ("engines.*.block", 3, "2 engines are block 3's"),
+        ("engines.*.kind", "steps", "'kind' is 'steps'; expected one of step, forward, gradient"),
+        ("engines.*.graph", "../x.onnx", "not a plain relative path"),
+        ("engines.*.seconds", "long", "'seconds' of"),
+        ("engines.*.parity", 0.5, "'parity' of"),
+    ],
+)
+def test_every_field_of_a_record_is_checked_before_it_is_used(
+    device: Device, built: Callable[..., Path], path: str, value: Any, message: str
+) -> None:
+    folder = built()
+    damage(folder, path, value)
+    with pytest.raises(BundleError, match=message) as refusal:
+        read_record(folder / "engines" / "double")
+    assert "double/engines.json" in str(refusal.value)
+    with pytest.raises(BundleError, match=message) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert f"tarflow build '{folder}'" in str(refusal.value)
+    assert "ONNX Runtime" in Flow.open(folder, provider="auto").backend.description
+
+
+def test_a_record_never_names_what_is_imported(
+    device: Device, built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = built()
+    damage(folder, "package", "planted")
+    with pytest.raises(BundleError, match="'package' is 'planted'"):
+        Flow.open(folder, provider="tensorrt")
+    with pytest.raises(InputError, match="'planted' is no TensorRT"):
+        import_tensorrt("planted")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_folder_does_not_keep_good_engines_from_running(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    damaged, good = folder / "engines" / "a damaged one", folder / "engines" / "double"
+    shutil.copytree(good, damaged)
+    (damaged / "engines.json").write_bytes(b"{")
+    assert largest(Flow.open(folder, provider="tensorrt").sample(1), Flow.open(folder).sample(1)) < 1e-5
+    damage(folder, "version", "11.3.0.99")
+    with pytest.raises(BundleError) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert "a damaged one: " in str(refusal.value)
+    assert "double: they need tensorrt 11.3.0.99 exactly" in str(refusal.value)
+
+
+def test_an_engine_of_a_graph_the_bundle_does_not_have_is_refused(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    damage(folder, "engines.*.graph", "engines/double/planted.onnx")
+    with pytest.raises(BundleError, match="they name graphs that this bundle does not have"):
         Flow.open(folder, provider="tensorrt")
 
 
