@@ -187,8 +187,10 @@ def rebuild(
         command += f" --window {_comma(window)}"
     if record.target.gpu is None:
         command += f" --device {_comma(record.target.for_machine(here))}"
-    for flag, wanted in (("version-compatible", record.version_compatible), ("strip-weights", record.strip_weights)):
-        command += f" --{flag}" * wanted
+    if record.version_compatible:
+        command += " --version-compatible"
+    elif record.strip_weights:  # not both: the lean runtime cannot fill in weights
+        command += " --strip-weights"
     return command + (f" --level {record.level}" if record.level is not None else "")
 
 

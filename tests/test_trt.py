@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tarflow.cli.doctor import _self_test
 from tarflow.runtime import cuda as cuda_module
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.decode import serial
-from tarflow.runtime.engines import read_record
+from tarflow.runtime.engines import Here, Target, read_record, rebuild
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.ort import PROVIDERS, OrtBackend
 from tarflow.runtime.trt import TrtBackend, import_tensorrt, open_tensorrt
 
 from .conftest import Golden, largest
@@ -42,6 +44,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     gc.collect()
     assert not cuda.allocated, "device memory was not given back"
     assert not cuda.graphs, "captured graphs were not destroyed"
+    assert not cuda.streams, "streams were not destroyed"
 
 
 @pytest.fixture
@@ -201,12 +204,64 @@ def test_low_memory_keeps_one_block_and_stays_right(device: Device, built: Calla
     assert len({block for block, _ in trt_backend(flow)._engines}) == 1
 
 
+def test_a_captured_graph_does_not_outlive_the_engine_that_low_memory_lets_go(
+    device: Device, built: Callable[..., Path]
+) -> None:
+    """What two threads do: each decodes a block, and each step loads its engine in place of the other's."""
+    folder = built()
+    flow, cpu = Flow.open(folder, provider="tensorrt", low_memory=True), Flow.open(folder)
+    z, plain = cpu.noise(0, range(2)), Branches.plain(np.array([0, 1]), cpu.config.tokens)
+    decodings = {block: flow.backend.decoding(block, z, plain) for block in (3, 2)}
+    for start in range(0, cpu.config.tokens - 1, 5):
+        for decoding in decodings.values():
+            for position in range(start, start + 5):  # the first plain, the second captured, the others replayed
+                decoding.step(position)
+    for block, decoding in decodings.items():
+        expected = serial(cpu.backend.decoding(block, z, plain), cpu.config.tokens)
+        assert largest(decoding.patches(), expected) < 1e-5
+    assert device[0].calls.count("replay") > 20
+
+
+def test_scratch_that_moves_takes_captured_graphs_along(device: Device, built: Callable[..., Path]) -> None:
+    flow = Flow.open(built(), provider="tensorrt")
+    expected = flow.sample(2, labels=1, denoise=False)
+    backend = trt_backend(flow)
+    backend._reserve(True, 1 << 20)
+    assert not device[0].graphs
+    assert np.array_equal(flow.sample(2, labels=1, denoise=False), expected)
+
+
 def test_stripped_engines_take_the_weights_of_the_bundle(device: Device, built: Callable[..., Path]) -> None:
     _, trt = device
     folder = built(strip_weights=True)
     found = Flow.open(folder, provider="tensorrt").sample(2, labels=1)
     assert largest(found, Flow.open(folder).sample(2, labels=1)) < 1e-5
     assert "block_00.resident.onnx" in trt.refitted
+
+
+def test_the_doctors_self_test_runs_engines_too(device: Device, built: Callable[..., Path]) -> None:
+    result = _self_test(open_tensorrt, built("cond"))
+    assert result["ok"], result
+    assert result["error"] < 1e-4
+    broken = _self_test(open_tensorrt, built("cond", version="11.3.0.99"))
+    assert broken["ok"] is False
+    assert "need tensorrt 11.3.0.99 exactly" in broken["message"]
+
+
+def test_engines_that_onnx_runtime_builds_itself_are_kept_outside_the_bundle(
+    built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    backend = OrtBackend(Bundle.open(built()))
+    assert backend._first("block_00.forward") == "CPUExecutionProvider"
+    backend._providers[0] = PROVIDERS["ort-tensorrt"]
+    _, options = backend._first("block_00.forward")
+    kept = Path(options["trt_engine_cache_path"])
+    assert options["trt_engine_cache_enable"] == "1"
+    assert kept.is_dir()
+    assert kept.is_relative_to(tmp_path / "cache")
+    assert backend.bundle.hash[:16] in str(kept)  # other weights are another cache
+    assert backend._first("block_01.forward")[1] != options
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -263,8 +318,45 @@ def test_engines_that_do_not_fit_are_refused_with_the_command_that_rebuilds_them
     replace(record, target=target, **changes).write(place)
     with pytest.raises(BundleError, match=message) as refusal:
         Flow.open(folder, provider="tensorrt")
-    assert f"tarflow build '{folder}' --batch 1,8,32" in str(refusal.value)
+    assert f"tarflow build '{folder}' --engine fp32 --batch 1,8,32" in str(refusal.value)
     assert trt.deserialised == 0
+
+
+def test_the_command_that_rebuilds_names_every_flag_they_were_built_with(
+    device: Device, built: Callable[..., Path]
+) -> None:
+    options: dict[str, Any] = {"version": "11.2.0.1", "strip_weights": True, "level": 3}
+    folder = built("cond", "fp16", window=(1, 4, 8), batch=(1, 2, 4), target=Target(None, ("8.6",)), **options)
+    with pytest.raises(BundleError) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert str(refusal.value).endswith(
+        f"tarflow build '{folder}' --engine fp16 --batch 1,2,4 --window 1,4,8 --device 9.0 --strip-weights --level 3"
+    )
+    record = read_record(folder / "engines" / "double")
+    assert "--device 8.6 " in rebuild(folder, record)
+    assert "--version-compatible --level 3" in rebuild(folder, replace(record, version_compatible=True))
+    here = Here("tensorrt_rtx", "1.7", "NVIDIA Double", "9.0")
+    assert "--device 8.6,9.0 " in rebuild(folder, record, here)
+    assert "--batch 1,9,9 --window 1,3,3 " in rebuild(folder, record, here, (1, 9, 9), (1, 3, 3))
+
+
+def test_auto_says_in_one_line_why_it_did_not_take_the_engines(device: Device, built: Callable[..., Path]) -> None:
+    folder = built(version="11.3.0.99")
+    description = Flow.open(folder, provider="auto").backend.description
+    assert (
+        "CPU; not tensorrt: double: they need tensorrt 11.3.0.99 exactly, here is 11.4.0.106; not cuda" in description
+    )
+    assert "\n" not in description
+    shutil.rmtree(folder / "engines")
+    assert "has no TensorRT engines; not cuda" in Flow.open(folder, provider="auto").backend.description
+
+
+def test_cuda_graphs_can_be_turned_off_when_opening(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    plain = Flow.open(folder, provider="tensorrt", cuda_graph=False).sample(2, labels=1)
+    assert device[0].calls.count("capture") == 0
+    assert np.array_equal(Flow.open(folder, provider="auto").sample(2, labels=1), plain)
+    assert device[0].calls.count("capture") > 0
 
 
 def test_a_version_compatible_engine_runs_in_the_lean_runtime_of_a_later_version(
@@ -291,7 +383,7 @@ def test_a_batch_out_of_range_is_refused_before_anything_runs(device: Device, bu
     with pytest.raises(InputError, match=r"a batch of 6 is more than these engines take \(4\)"):
         flow.backend.decoding(0, flow.noise(0, range(6)), Branches.plain(np.zeros(6, np.int64), 16))
     decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.zeros(2, np.int64), 16))
-    with pytest.raises(InputError, match=r"windows of 1 to 1 .* --window 1,3,3"):
+    with pytest.raises(InputError, match=r"windows of 1 to 1 .* --batch 1,2,4 --window 1,3,3"):
         decoding.step(0, 3)
     assert trt.executed == 0
 
