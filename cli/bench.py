@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import default_bundle, emit, parse_sizes, say
-from .options import BundleArgument, Json, Provider, Spinning, Threads
+from .options import BundleArgument, CudaGraph, Json, Provider, Spinning, Threads
 
 if TYPE_CHECKING:
     from ..runtime.bench import Contender, Result
@@ -31,6 +31,7 @@ def bench(
     provider: Provider = "cpu",
     threads: Threads = None,
     spinning: Spinning = None,
+    cuda_graph: CudaGraph = True,
     json: Json = False,
 ) -> None:
     """Time sampling (decoding alone, no denoising) serially, in parallel to 1e-5 (exact) and to 1e-3 (fast).
@@ -47,10 +48,10 @@ def bench(
     sizes = parse_sizes(batch)
     if repeats < 1:
         raise InputError(f"--repeats is {repeats}; expected 1 or more")
-    flow = Flow.open(default_bundle(bundle), provider, threads, spinning)
+    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, cuda_graph=cuda_graph)
     field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast")]
     for folder in against or ():
-        other = Flow.open(folder, provider, threads, spinning)
+        other = Flow.open(folder, provider, threads, spinning, cuda_graph=cuda_graph)
         if other.config != flow.config:
             raise InputError(f"'{folder}' holds another model than '{flow.bundle.folder}'; expected the same")
         field += [of_flow(other, f"{folder.name} {mode}", mode) for mode in ("serial", "fast")]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import default_bundle, emit, parse_sizes, stages
-from .options import BundleArgument, Json, Provider, Spinning, Threads
+from .options import BundleArgument, CudaGraph, Json, Provider, Spinning, Threads
 
 
 def calibrate(
@@ -18,6 +18,7 @@ def calibrate(
     provider: Provider = "cpu",
     threads: Threads = None,
     spinning: Spinning = None,
+    cuda_graph: CudaGraph = True,
     json: Json = False,
 ) -> None:
     """Measure each block, serially and in parallel windows, and keep the fastest of each as this machine's plan.
@@ -33,7 +34,7 @@ def calibrate(
     from ..runtime.plan import plan_path
 
     sizes = parse_sizes(batch)
-    flow = Flow.open(default_bundle(bundle), provider, threads, spinning)
+    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, cuda_graph=cuda_graph)
     path = plan_path(flow.bundle, flow.backend.machine)
     path.parent.mkdir(exist_ok=True)
     check_writable(path)  # now, not after the measurements

@@ -19,6 +19,8 @@ def check_engine(
 ) -> None:
     """Ask TensorRT's parser about every node of every graph, and build every graph, keeping nothing. Needs no GPU.
 
+    The step graphs, which only a host runs, are asked about too: no engine is ever made of them.
+
     Exit code 1 if a node is refused or a graph does not build.
 
     Example: tarflow check-engine imagenet64

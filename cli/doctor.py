@@ -6,13 +6,20 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .console import DEMO, emit, show
 from .options import Json
+
+if TYPE_CHECKING:
+    from ..runtime.backend import Backend
+    from ..runtime.bundle import Bundle
 
 PACKAGES = (
     "tarflow",
@@ -34,18 +41,17 @@ SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
 
 def doctor(json: Json = False) -> None:
-    """Show versions, providers, cores and GPU; warn of combinations known to fail; try one block on every provider.
+    """Show versions, providers, cores and GPU; warn of combinations known to fail; try one block on every provider,
+    TensorRT engines (built for it, where there is a GPU) among them, or say why it cannot be tried.
 
-    Exit code 3 if nothing can run here, 1 if a provider computes wrong results.
+    Exit code 3 if nothing can run here, 1 if a provider fails or computes wrong results.
 
     Example: tarflow doctor
     """
     versions = {name: found for name in PACKAGES if (found := _version(name))}
     providers, problems = _providers()
     problems += _known_bad(versions, providers)
-    tests: dict[str, dict[str, Any]] = {name: _self_test(name) for name in ("cpu", "cuda") if name in providers}
-    if "cpu" in tests:
-        tests["cpu, graphs for devices"] = _self_test("cpu", resident=True)
+    tests = _self_tests(providers)
     tensorrt = _tensorrt(versions, providers)
     report: dict[str, Any] = {
         "python": platform.python_version(),
@@ -76,9 +82,9 @@ def doctor(json: Json = False) -> None:
             print(f"problem: {problem}")
         if not problems:
             print("no known problem")
-    if not tests:
+    if all(result["ok"] is None for result in tests.values()):
         raise typer.Exit(3)
-    if any(not result["ok"] for result in tests.values()):
+    if any(result["ok"] is False for result in tests.values()):
         raise typer.Exit(1)
 
 
@@ -169,7 +175,56 @@ def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
     return sentences
 
 
-def _self_test(provider: str, resident: bool | None = None) -> dict[str, Any]:
+def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
+    """Provider -> what one block gave on it; ``ok`` None where it could not be tried."""
+    from ..runtime.ort import PROVIDERS
+
+    tests: dict[str, dict[str, Any]] = {}
+    for name, full in PROVIDERS.items():
+        if name in providers:
+            tests[name] = _self_test(partial(_on_runtime, name))
+        else:
+            tests[name] = _untried(f"this ONNX Runtime has no {full}")
+    if "cpu" in providers:
+        tests["cpu, graphs for devices"] = _self_test(partial(_on_runtime, "cpu", resident=True))
+    tests["tensorrt"] = _engine_test()
+    return tests
+
+
+def _on_runtime(name: str, bundle: Bundle, resident: bool | None = None) -> Backend:
+    """A bundle on one of ONNX Runtime's providers."""
+    from ..runtime.ort import OrtBackend
+
+    return OrtBackend(bundle, name, resident=resident)
+
+
+def _engine_test() -> dict[str, Any]:
+    """Build the demo's engines in a temporary folder, as quickly as they build, and try them."""
+    import tempfile
+
+    from ..export.engine import Options, build, find_tensorrt
+    from ..runtime.bundle import Bundle
+    from ..runtime.cuda import Cuda
+    from ..runtime.errors import MachineError
+    from ..runtime.trt import open_tensorrt
+
+    try:
+        Cuda()
+        find_tensorrt(None)
+    except MachineError as error:
+        return _untried(str(error).split("; ")[0])
+
+    with tempfile.TemporaryDirectory(prefix="tarflow-doctor.") as name:
+        folder = Path(name) / "demo"
+        shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("engines", "plans"))
+        try:
+            place, _ = build(Bundle.open(folder), options=Options(batch=(1, 4, 4), level=0))
+        except Exception as failure:  # as in a self-test
+            return _failed(failure)
+        return _self_test(lambda bundle: open_tensorrt(bundle, folder=place), folder)
+
+
+def _self_test(open_backend: Callable[[Bundle], Backend], folder: Path = DEMO) -> dict[str, Any]:
     """Invert the demo's last block and encode it again: the error is the certificate of one block."""
     import numpy as np
 
@@ -177,21 +232,29 @@ def _self_test(provider: str, resident: bool | None = None) -> dict[str, Any]:
     from ..runtime.bundle import Bundle
     from ..runtime.decode import serial
     from ..runtime.flow import Flow
-    from ..runtime.ort import OrtBackend
 
     try:
-        bundle = Bundle.open(DEMO)
+        bundle = Bundle.open(folder)
         bundle.check_runnable()
-        flow = Flow(bundle, OrtBackend(bundle, provider, resident=resident))
+        flow = Flow(bundle, open_backend(bundle))
         block = flow.config.blocks - 1
         z = flow.noise(0, range(4))
         branches = Branches.plain(np.full(4, -1, np.int64), flow.config.tokens)
         x = serial(flow.backend.decoding(block, z, branches), flow.config.tokens)
         error = float(np.abs(flow.backend.forward(block, x, branches)[0] - z).max())
     except Exception as failure:  # whatever a provider throws is this command's answer
-        return {"ok": False, "error": None, "message": f"{type(failure).__name__}: {failure}"}
+        return _failed(failure)
     return {"ok": error < SELF_TEST_LIMIT, "error": error, "message": f"round trip of one block {error:.2g}"}
 
 
+def _failed(failure: Exception) -> dict[str, Any]:
+    return {"ok": False, "error": None, "message": f"{type(failure).__name__}: {failure}"}
+
+
+def _untried(why: str) -> dict[str, Any]:
+    return {"ok": None, "error": None, "message": why}
+
+
 def _spell(result: dict[str, Any]) -> str:
-    return f"{'ok' if result['ok'] else 'FAILED'}, {result['message']}"
+    state = {True: "ok", False: "FAILED", None: "not tried"}[result["ok"]]
+    return f"{state}, {result['message']}"

@@ -53,7 +53,7 @@ def export(
         return
     with stages() as watch:
         bundle = pipeline.export(source, output, engine, hints, force, verify, watch)
-    engines, why_not = _engines(bundle, quiet=json) if build else (None, "not asked for")
+    engines, why_not, unverified = _engines(bundle, quiet=json) if build else (None, "not asked for", None)
     total = sum(entry.size for entry in bundle.manifest.files.values())
     card = bundle.manifest.parity
     if json:
@@ -67,6 +67,7 @@ def export(
                 "parity": card,
                 "engines": engines,
                 "engines_missing": why_not,
+                "engines_unverified": unverified,
             }
         )
         return
@@ -80,29 +81,31 @@ def export(
     else:
         say("not verified; run: tarflow verify " + str(output))
     if engines:
-        print(f"engines: {engines}")
+        print(f"engines: {engines}" + (", built, not run" if unverified else ""))
+        if unverified:
+            say(f"engines were built, not run: {unverified}")
     elif build and engine == "int8":
         say(f"no engines: {why_not}")
     elif build:
         say(f"no engines: {why_not}; on a GPU machine run: tarflow build {output}")
 
 
-def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None]:
-    """The folder of engines just built, or why there are none: the machine, never the bundle."""
+def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str | None]:
+    """The folder of engines just built, or why there are none (the machine, never the bundle), or why none was run."""
     from ..export.engine import build
     from ..export.verify import verify_engines
     from ..runtime.errors import MachineError
     from .build import shown
 
     if bundle.manifest.precision == "int8":
-        return None, "an int8 engine's precision cannot be read back yet, so none is built"
+        return None, "an int8 engine's precision cannot be read back yet, so none is built", None
     try:
         with shown(quiet) as watch:
             folder, record = build(bundle, watch=watch)
-        verify_engines(bundle, folder, record)
+        _, unverified = verify_engines(bundle, folder, record)
     except MachineError as error:
-        return None, str(error).split(".")[0].split("; pip")[0]
-    return str(folder), None
+        return None, str(error).split(". Install it")[0].split("; pip")[0], None
+    return str(folder), None, unverified
 
 
 def _print_plan(plan: Plan, output: Path, json: bool) -> None:

@@ -11,6 +11,7 @@ from ..runtime.files import size_text
 from .console import default_bundle, emit, parse_labels, read_array, say, step_bar
 from .options import (
     BundleArgument,
+    CudaGraph,
     Decode,
     Json,
     Labels,
@@ -78,6 +79,7 @@ def generate(
     spinning: Spinning = None,
     low_memory: LowMemory = False,
     memory: Memory = None,
+    cuda_graph: CudaGraph = True,
     json: Json = False,
 ) -> None:
     """Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array.
@@ -126,7 +128,7 @@ def generate(
     for path in (save, output):
         if path is not None:
             check_writable(path)
-    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, low_memory, parse_memory(memory))
+    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, low_memory, parse_memory(memory), cuda_graph)
     if flow.config.classes and classes is None:
         say(f"no labels given: drawing from the null class; --labels 0-{flow.config.classes - 1} deals out all classes")
     with step_bar("sampling") as progress:

@@ -24,6 +24,9 @@ Spinning = Annotated[
     bool | None, typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared.")
 ]
 LowMemory = Annotated[bool, typer.Option("--low-memory", help="Keep only one block's graphs in memory.")]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step on a GPU as one CUDA graph.")
+]
 Memory = Annotated[
     str | None,
     typer.Option(help="How much memory to stay below, such as 8GiB: sets batches, and --low-memory if need be."),

@@ -10,11 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..runtime.bundle import Bundle, ModelShape
 from ..runtime.engines import Record
 from ..runtime.errors import BundleError
+from ..runtime.resident import cache_names
 from ..runtime.trt import make_logger
-from .engine import Options, Parsed, apart, builder_config, find_tensorrt, new_record, progress_monitor
+from .engine import (
+    Options,
+    Parsed,
+    Sizes,
+    apart,
+    builder_config,
+    find_tensorrt,
+    new_record,
+    profile_sizes,
+    progress_monitor,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +70,6 @@ def check(
     verdicts = []
     for entry in bundle.manifest.blocks:
         for kind, graph in entry.graphs.items():
-            if kind == "step":  # the host's own: its cache grows from step to step, as no engine's can
-                continue
             watch(f"check {graph}")
             verdicts.append(apart(partial(_verdict, trt, bundle, record, options, kind, graph)))
     return f"{package} {trt.__version__}", verdicts
@@ -76,8 +85,7 @@ def _verdict(
     if all(node.supported for node in nodes):
         try:
             parsed = Parsed(trt, bundle.path(graph))
-            engine_kind = "step" if kind in ("resident", "pingpong") else kind
-            config = builder_config(parsed, bundle, record, options, engine_kind)
+            config = builder_config(parsed, record, options, _profiles(bundle, record, kind))
             config.progress_monitor = progress_monitor(trt, lambda fraction: None, cancelled)
             if parsed.builder.build_serialized_network(parsed.network, config) is None:
                 reason = parsed.log.take()
@@ -86,6 +94,39 @@ def _verdict(
     else:
         reason = "the parser does not take every node"
     return Verdict(graph, kind, nodes, not reason, round(time.monotonic() - started, 2), reason)
+
+
+def _profiles(bundle: Bundle, record: Record, kind: str) -> list[Sizes]:
+    """What a graph is built for: as its engine is; the host's step graph, of which there is none, likewise."""
+    if kind != "step":
+        return profile_sizes(bundle.manifest.config, record, "step" if kind in ("resident", "pingpong") else kind)
+    config = bundle.manifest.config
+    found: list[Sizes] = []
+    for profile in record.profiles["step"]:
+        slots = 1, max(1, config.tokens // 2), config.tokens  # the host's cache grows from step to step
+        found.append(
+            [
+                _host_step(config, batch, profile.branches, window, filled)
+                for batch, window, filled in zip(profile.batch, profile.window, slots, strict=True)
+            ]
+        )
+    return found
+
+
+def _host_step(config: ModelShape, batch: int, branches: int, window: int, slots: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs of the step graph, whose cache is the host's."""
+    patches, rows = batch * window, branches * batch
+    outputs = config.patch_dim * (2 if config.nvp else 1)
+    return {
+        "x": (patches, config.patch_dim),
+        "z": (patches, config.patch_dim),
+        "index": (patches,),
+        "labels": (branches, patches),
+        "mix": (branches, patches, outputs),
+        "query_scale": (rows, 1, 1, 1),
+        "bias": (window, slots + window),
+        **dict.fromkeys(cache_names(config), (rows, config.heads, slots, config.head_dim)),
+    }
 
 
 def _nodes(trt: Any, path: Path) -> tuple[Node, ...]:

@@ -6,8 +6,17 @@ files that ship: wherever the graph makes a bfloat16, the float32 in its place i
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from ..runtime.bundle import GOLDEN, WEIGHTS, Bundle
 
 
 def emulate_bfloat16(model: ModelProto) -> ModelProto:
@@ -31,6 +40,32 @@ def emulate_bfloat16(model: ModelProto) -> ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
+
+
+@contextlib.contextmanager
+def runnable(bundle: Bundle) -> Iterator[Bundle]:
+    """A bundle as this machine's CPU can run it: as it is, or for bf16 a temporary one of emulated graphs."""
+    if bundle.manifest.precision != "bf16":
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory(prefix="tarflow-bf16.") as name:
+        folder = Path(name)
+        for file in (WEIGHTS, GOLDEN):  # graphs may only refer to weights in their own folder
+            if (bundle.folder / file).exists():
+                _link(bundle.folder / file, folder / file)
+        for block in bundle.manifest.blocks:
+            for graph in block.graphs.values():
+                model = onnx.load(bundle.folder / graph, load_external_data=False)
+                onnx.save(emulate_bfloat16(model), folder / graph)
+        yield Bundle(folder, bundle.manifest, bundle.hash)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file systems differ."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _bfloat16_values(model: ModelProto) -> set[str]:

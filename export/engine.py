@@ -9,22 +9,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..runtime.bundle import WEIGHTS, Bundle
+from ..runtime.bundle import WEIGHTS, Bundle, ModelShape
 from ..runtime.cuda import Cuda
 from ..runtime.engines import (
     ENGINE_KINDS,
     FOLDER,
+    PACKAGES,
     Engine,
     Profile,
     Range,
@@ -34,14 +35,15 @@ from ..runtime.engines import (
     tensor_shapes,
 )
 from ..runtime.errors import BundleError, CheckFailed, InputError, MachineError
-from ..runtime.files import disk_errors, replacing, sha256
-from ..runtime.memory import Budget
-from ..runtime.trt import import_tensorrt, make_logger
+from ..runtime.files import disk_errors, replacing, sha256, size_text
+from ..runtime.memory import Budget, cache_row
+from ..runtime.trt import import_tensorrt, make_logger, refit
 from . import attest
 
 _LEAST_CAPABILITY = 8.0  # Turing multiplies no float32 matrices in TensorRT-RTX: it is built for only when asked for
+_LARGEST_GPU = 288 << 30  # bytes of the memory of any GPU there is
+_LARGEST_TENSOR = 2**31 - 1  # numbers in a tensor of TensorRT's
 IN_PLACE_SINCE = (10, 15)  # TensorRT's first version with an update of the cache in place
-PACKAGES = ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class Options:
             least, best, most = numbers
             if not 1 <= least <= best <= most:
                 raise InputError(f"{name} is {least},{best},{most}; expected 1 <= MIN <= OPT <= MAX, as in 1,8,32")
+        if self.version_compatible and self.strip_weights:
+            raise InputError(
+                "version-compatible engines run in TensorRT's lean runtime, which cannot fill in weights: leave "
+                "--version-compatible or --strip-weights away"
+            )
         if self.level is not None and not 0 <= self.level <= 5:
             raise InputError(f"level is {self.level}; expected 0 (fastest build) to 5 (fastest engine)")
 
@@ -145,7 +152,8 @@ def _build_all(bundle: Bundle, record: Record, options: Options, folder: Path, t
 
 
 def new_record(bundle: Bundle, trt: Any, package: str, options: Options) -> Record:
-    """The record of a build that has not begun. Raises what the target's GPU lacks."""
+    """The record of a build that has not begun. Raises what the target's GPU lacks, InputError for sizes no GPU has."""
+    _check_sizes(bundle, options)
     return Record(
         bundle=bundle.hash,
         precision=bundle.manifest.precision,
@@ -155,6 +163,7 @@ def new_record(bundle: Bundle, trt: Any, package: str, options: Options) -> Reco
         strip_weights=options.strip_weights,
         target=_target(trt, package, options),
         profiles=profiles(bundle, options),
+        level=options.level,
     )
 
 
@@ -206,6 +215,31 @@ def _check_request(bundle: Bundle, engine: str | None) -> None:
             f"'{bundle.folder}' was exported before there were graphs for devices; export it again, its weights are "
             f"a checkpoint: tarflow export '{bundle.folder}' -o NEW --engine {precision}"
         )
+
+
+def _check_sizes(bundle: Bundle, options: Options) -> None:
+    """Refuse now what TensorRT would after minutes, and windows that no step has."""
+    shape, precision = bundle.manifest.config, bundle.manifest.precision
+    most, widest = options.batch[2], options.window[2]
+    if widest > max(1, shape.tokens - 1):
+        raise InputError(
+            f"window is {_comma(options.window)}; this model has {shape.tokens} patches, and a window ends before the "
+            f"last one: expected {shape.tokens - 1} at most, as in --window 1,{max(1, shape.tokens // 4)},"
+            f"{shape.tokens - 1}"
+        )
+    cache = 2 * cache_row(shape, precision)  # bytes of a guided image
+    numbers = 2 * max(shape.width * shape.tokens, widest * max(4 * shape.width, shape.heads * shape.tokens))
+    limit = max(1, min(_LARGEST_GPU // cache, _LARGEST_TENSOR // numbers))
+    if most > limit:
+        raise InputError(
+            f"batch is {_comma(options.batch)}; for {most} guided images the cache takes {size_text(most * cache)} and "
+            f"the largest tensor has {most * numbers} numbers, where TensorRT counts to {_LARGEST_TENSOR}: expected "
+            f"{limit} at most for this model, as in --batch 1,{min(8, limit)},{min(32, limit)}"
+        )
+
+
+def _comma(numbers: Range) -> str:
+    return ",".join(map(str, numbers))
 
 
 def find_tensorrt(package: str | None) -> tuple[Any, str]:
@@ -322,7 +356,8 @@ def _build_one(
     parsed = Parsed(trt, bundle.path(engine.graph))
     finding = attest.read_network(trt, parsed.network)
     _require(finding, engine, path)
-    config = builder_config(parsed, bundle, record, options, engine.kind)
+    sizes = profile_sizes(bundle.manifest.config, record, engine.kind)
+    config = builder_config(parsed, record, options, sizes)
     config.progress_monitor = progress_monitor(trt, moved, cancelled)
     plan = parsed.builder.build_serialized_network(parsed.network, config)
     if plan is None:
@@ -333,8 +368,11 @@ def _build_one(
     content = memoryview(plan)
     if options.timing_cache is not None:
         _keep_timing(config, options.timing_cache)
-    if not options.strip_weights and _can_run(record):
-        finding = attest.read_engine(trt, _deserialised(trt, parsed.log, content, path))
+    if _can_run(record):
+        loaded = _deserialised(trt, parsed.log, content, path)
+        if options.strip_weights:  # as it will run: with the weights filled in
+            refit(trt, parsed.log, loaded, bundle.path(engine.graph))
+        finding = attest.read_engine(trt, loaded)
         _require(finding, engine, path)
     with replacing(path) as file:
         file.write(content)
@@ -370,29 +408,31 @@ class Parsed:
             )
 
 
-def builder_config(parsed: Parsed, bundle: Bundle, record: Record, options: Options, kind: str) -> Any:
-    """The builder's configuration, by way of Polygraphy, which knows what changed between versions."""
-    trt = parsed.trt
-    if record.package == "tensorrt_rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when Polygraphy first loads TensorRT
-    try:
-        from polygraphy.backend.trt import CreateConfig
-        from polygraphy.backend.trt import Profile as Shapes
-        from polygraphy.logger import G_LOGGER
-    except ImportError as error:
-        raise MachineError(f"Polygraphy is not installed ({error}); pip install 'tarflow[tensorrt]'") from None
-    shapes = []
-    for profile in record.profiles[kind]:
-        sizes = [
-            tensor_shapes(bundle.manifest.config, kind, batch, profile.branches, window)
+Sizes = list[dict[str, tuple[int, ...]]]  # least, best and most of every input's shape: one profile
+
+
+def profile_sizes(config: ModelShape, record: Record, kind: str) -> list[Sizes]:
+    """The profiles of a kind of engine, as shapes of its inputs."""
+    return [
+        [
+            tensor_shapes(config, kind, batch, profile.branches, window)
             for batch, window in zip(profile.batch, profile.window, strict=True)
         ]
+        for profile in record.profiles[kind]
+    ]
+
+
+def builder_config(parsed: Parsed, record: Record, options: Options, profiles: list[Sizes]) -> Any:
+    """The builder's configuration, by way of Polygraphy, which knows what changed between versions."""
+    trt = parsed.trt
+    CreateConfig, Shapes, quietly = _polygraphy(trt, record.package)
+    shapes = []
+    for sizes in profiles:
         shapes.append(Shapes())
         for name in sizes[0]:
             shapes[-1].add(name, *(size[name] for size in sizes))
     cache = options.timing_cache
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with quietly():
         config = CreateConfig(
             profiles=shapes,
             tf32=False,  # fp32 means fp32
@@ -411,6 +451,36 @@ def builder_config(parsed: Parsed, bundle: Bundle, record: Record, options: Opti
     elif record.target.gpu is None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     return config
+
+
+def _polygraphy(trt: Any, package: str) -> tuple[Any, Any, Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Polygraphy's configuration and profile, and the context in which to use them: quiet, and on this TensorRT.
+
+    Polygraphy takes its TensorRT from an environment variable, once a process; so what it took is replaced for a while.
+    """
+    try:
+        from polygraphy import config as settings
+        from polygraphy.backend.trt import CreateConfig, Profile
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise MachineError(f"Polygraphy is not installed ({error}); pip install 'tarflow[tensorrt]'") from None
+
+    # Not by attribute: the package's names hide its modules'.
+    configuring, checking = (sys.modules[f"polygraphy.backend.trt.{name}"] for name in ("config", "util"))
+
+    @contextlib.contextmanager
+    def using() -> Iterator[None]:
+        before = settings.USE_TENSORRT_RTX, configuring.trt, checking.trt
+        settings.USE_TENSORRT_RTX = package == "tensorrt_rtx"
+        configuring.trt = checking.trt = trt  # type: ignore[attr-defined]
+        try:
+            with G_LOGGER.verbosity(G_LOGGER.CRITICAL), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                yield
+        finally:
+            settings.USE_TENSORRT_RTX, configuring.trt, checking.trt = before  # type: ignore[attr-defined]
+
+    return CreateConfig, Profile, using
 
 
 def _keep_timing(config: Any, path: Path) -> None:

@@ -6,14 +6,11 @@ import contextlib
 import importlib.metadata
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -42,7 +39,7 @@ from ..runtime.ort import PROVIDERS, OrtBackend
 from . import verify
 from .bisect import Finding, bisect
 from .card import markdown
-from .emulate import emulate_bfloat16
+from .emulate import runnable
 from .graphs import BlockGraph
 from .precision import PRECISIONS, Precision, typed
 from .quantise import chosen, sensitivities
@@ -267,37 +264,11 @@ def _parity(model: TarFlow, manifest: Manifest, pairs: verify.Pairs, folder: Pat
     return card
 
 
-@contextlib.contextmanager
-def runnable(bundle: Bundle) -> Iterator[Bundle]:
-    """A bundle as this machine's CPU can run it: as it is, or for bf16 a temporary one of emulated graphs."""
-    if bundle.manifest.precision != "bf16":
-        yield bundle
-        return
-    with tempfile.TemporaryDirectory(prefix="tarflow-bf16.") as name:
-        folder = Path(name)
-        for file in (WEIGHTS, GOLDEN):  # graphs may only refer to weights in their own folder
-            if (bundle.folder / file).exists():
-                _link(bundle.folder / file, folder / file)
-        for block in bundle.manifest.blocks:
-            for graph in block.graphs.values():
-                model = onnx.load(bundle.folder / graph, load_external_data=False)
-                onnx.save(emulate_bfloat16(model), folder / graph)
-        yield Bundle(folder, bundle.manifest, bundle.hash)
-
-
 def _resident(bundle: Bundle) -> Backend | None:
     """What runs a bundle's resident graphs on this machine's CPU; None for a bundle that has none."""
     if not bundle.manifest.blocks[0].has("resident"):
         return None
     return OrtBackend(bundle, budget=Budget(low_memory=True), resident=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file systems differ."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _emulation(manifest: Manifest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.backend import Array, Backend, Branches, open_backend
+from ..runtime.backend import Array, Backend, Branches, briefly
 from ..runtime.bundle import GOLDEN, Bundle
 from ..runtime.decode import serial
 from ..runtime.engines import Record
@@ -18,6 +19,7 @@ from ..runtime.errors import BundleError, CheckFailed, MachineError
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
 from ..runtime.memory import Budget
+from ..runtime.ort import OrtBackend
 from ..runtime.trt import open_tensorrt
 
 SAMPLES = 4
@@ -215,11 +217,21 @@ def verify_engines(
     try:
         backend = open_tensorrt(bundle, folder=folder)
     except (MachineError, BundleError) as error:
-        return record, str(error).splitlines()[0].split(";")[0]
-    if bundle.manifest.precision == "bf16":
-        return record, "ONNX Runtime has no bf16 on CPUs to compare with; run: tarflow verify --provider tensorrt"
-    judge = open_backend("cpu", bundle, budget=Budget(low_memory=True))
-    return keep_parity(folder, record, engine_parity(bundle, backend, judge, watch)), None
+        return record, briefly(error)
+    with _runnable(bundle) as here:
+        judge = OrtBackend(here, budget=Budget(low_memory=True))
+        parity = engine_parity(bundle, backend, judge, watch)
+    against = "ONNX Runtime CPU" + (", bfloat16 emulated" if bundle.manifest.precision == "bf16" else "")
+    return keep_parity(folder, record, parity, against), None
+
+
+def _runnable(bundle: Bundle) -> contextlib.AbstractContextManager[Bundle]:
+    """A bundle as ONNX Runtime's CPU runs it; bfloat16 is emulated, which takes onnx, and nothing else does."""
+    if bundle.manifest.precision != "bf16":
+        return contextlib.nullcontext(bundle)
+    from .emulate import runnable
+
+    return runnable(bundle)
 
 
 def engine_parity(
@@ -248,11 +260,13 @@ def engine_parity(
     return found
 
 
-def keep_parity(folder: Path, record: Record, parity: dict[tuple[int, str], Difference]) -> Record:
+def keep_parity(
+    folder: Path, record: Record, parity: dict[tuple[int, str], Difference], against: str = "ONNX Runtime CPU"
+) -> Record:
     """Write each engine's parity into the record. Engines out of tolerance are removed, and raise CheckFailed."""
     limit = TOLERANCES[record.precision]["rms"]
     engines = {
-        name: replace(engine, parity={"against": "ONNX Runtime CPU", **asdict(parity[engine.block, engine.kind])})
+        name: replace(engine, parity={"against": against, **asdict(parity[engine.block, engine.kind])})
         for name, engine in record.engines.items()
     }
     wrong = [

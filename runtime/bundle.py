@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .document import Reader, short
 from .errors import BundleError
 from .files import sha256
 
@@ -33,10 +32,7 @@ DEVICE_KINDS = ("resident", "pingpong")  # for engines; a bundle written before 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
 REBUILD = "export it again: tarflow export CHECKPOINT -o BUNDLE --force"
-_DEEPEST = 64  # levels of a manifest; ours has five
 _LARGEST_FLOAT = sys.float_info.max
-_HEX = re.compile(r"[0-9a-f]{64}")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,21 +243,13 @@ def _require_inside(folder: Path, path: Path) -> None:
 
 def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
     """Parse and validate a manifest. Unknown keys are left alone; a missing or wrong one raises BundleError."""
-    try:
-        document = json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-        if _depth(document) > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BundleError(
-            f"'{source}' is damaged: it cannot be parsed ({str(error)[:120]}). Copy the bundle again, or {REBUILD}"
-        ) from None
-    reader = _Reader(source)
-    top = reader.typed(document, dict, "the document")
+    reader = Reader(source, "manifest", f"copy the bundle again, or {REBUILD}")
+    top = reader.parse(content)
     if top.get("format") != FORMAT:
-        raise BundleError(f"'{source}' says format {_short(top.get('format'))}; expected {FORMAT!r}: this is no bundle")
+        raise BundleError(f"'{source}' says format {short(top.get('format'))}; expected {FORMAT!r}: this is no bundle")
     if top.get("schema") != SCHEMA or type(top["schema"]) is not int:  # true and 1.0 equal 1
         raise BundleError(
-            f"'{source}' has schema version {_short(top.get('schema'))}; this tarflow reads version {SCHEMA}. "
+            f"'{source}' has schema version {short(top.get('schema'))}; this tarflow reads version {SCHEMA}. "
             f"Install the tarflow that wrote it, or {REBUILD}"
         )
     config = _read_config(reader, reader.get(top, "config", dict))
@@ -280,7 +268,7 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
             raise reader.wrong(f"files lacks {name}")
     precision = reader.get(top, "precision", str)
     if precision not in PRECISIONS:
-        raise reader.wrong(f"precision is {_short(precision)}; expected one of {', '.join(PRECISIONS)}")
+        raise reader.wrong(f"precision is {short(precision)}; expected one of {', '.join(PRECISIONS)}")
     exporter = reader.get(top, "exporter", dict)
     return Manifest(
         name=reader.get(top, "name", str),
@@ -294,14 +282,14 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
     )
 
 
-def _read_config(reader: _Reader, numbers: dict[str, Any]) -> ModelShape:
+def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
     if "noise_std" not in numbers:
         raise reader.wrong("'noise_std' is missing")
     noise_std = numbers["noise_std"]
     if noise_std is not None and not (
         isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_FLOAT
     ):
-        raise reader.wrong(f"config.noise_std is {_short(noise_std)}; expected null or a number of 0 or more")
+        raise reader.wrong(f"config.noise_std is {short(noise_std)}; expected null or a number of 0 or more")
     positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
     config = ModelShape(
         **{name: reader.natural(numbers, name, 1) for name in positive},
@@ -314,98 +302,14 @@ def _read_config(reader: _Reader, numbers: dict[str, Any]) -> ModelShape:
     return config
 
 
-def _read_block(reader: _Reader, entry: object, files: Mapping[str, FileEntry], k: int) -> BlockEntry:
+def _read_block(reader: Reader, entry: object, files: Mapping[str, FileEntry], k: int) -> BlockEntry:
     block = reader.typed(entry, dict, f"blocks[{k}]")
     graphs = reader.get(block, "graphs", dict)
     kinds = [*KINDS, *(kind for kind in DEVICE_KINDS if kind in graphs)]
     for kind in kinds:
         name = graphs.get(kind)
         if not isinstance(name, str) or name not in files:
-            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {_short(name)}, which is not among the files")
+            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {short(name)}, which is not among the files")
     if reader.get(block, "reversed", bool) != (k % 2 == 1):
         raise reader.wrong(f"blocks[{k}].reversed is {block['reversed']}; in schema {SCHEMA} odd blocks are, even not")
     return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in kinds})
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Typed access to a JSON document that names the place when something is wrong."""
-
-    source: str
-
-    def wrong(self, what: str) -> BundleError:
-        return BundleError(f"'{self.source}': {what}. The manifest is damaged or was edited; {REBUILD}")
-
-    def typed(self, value: object, kind: type[T], where: str) -> T:
-        if not isinstance(value, kind):
-            raise self.wrong(f"{where} is {type(value).__name__}; expected {kind.__name__}")
-        return value
-
-    def get(self, mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:
-        if key not in mapping:
-            raise self.wrong(f"'{key}' is missing")
-        return self.typed(mapping[key], kind, f"'{key}'")
-
-    def natural(self, mapping: Mapping[str, Any], key: str, least: int) -> int:
-        value = self.get(mapping, key, int)
-        if isinstance(value, bool) or not least <= value < 2**63:
-            raise self.wrong(f"'{key}' is {_short(value)}; expected an integer of {least} or more")
-        return value
-
-    def hash(self, value: str) -> str:
-        if not _HEX.fullmatch(value):
-            raise self.wrong(f"'{value[:70]}' is no SHA-256 in lower-case hexadecimal")
-        return value
-
-    def confined(self, name: str) -> str:
-        """A relative path of plain components, with forward slashes, that stays inside the bundle."""
-        parts = name.split("/")
-        if (
-            not name
-            or "\\" in name
-            or ":" in name
-            or "\0" in name
-            or any(part in ("", ".", "..") for part in parts)
-            or not _encodes(name)
-        ):
-            raise BundleError(
-                f"'{self.source}' names the file {_short(name)}, which is not a plain relative path inside the "
-                "bundle; it was not opened"
-            )
-        return name
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is beyond a float64")
-    return number
-
-
-def _depth(document: object) -> int:
-    """How deep a JSON document nests, without recursion."""
-    depth, level = 0, [document]
-    while level:
-        depth += 1
-        lists = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
-        level = [x for inner in lists for x in inner]
-    return depth
-
-
-def _encodes(name: str) -> bool:
-    """Whether a file can have this name: JSON may hold half a surrogate pair, a file system not."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _short(value: object) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ class Cuda:
         self.capability = f"{properties.major}.{properties.minor}"
         self._call(self.api.cudaSetDevice, 0)
         self.stream = self._call(self.api.cudaStreamCreateWithFlags, self.api.cudaStreamNonBlocking)
+        weakref.finalize(self, self.api.cudaStreamDestroy, self.stream).atexit = False
 
     @property
     def handle(self) -> int:

@@ -138,20 +138,22 @@ class Flow:
         spinning: bool | None = None,
         low_memory: bool = False,
         memory: int | None = None,
+        cuda_graph: bool = True,
     ) -> Flow:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
         ``provider`` is "cpu", "cuda", "tensorrt" or "auto". ``threads`` (None: one a core) and ``spinning`` (False
         where cores are shared) go to ONNX Runtime. ``low_memory`` keeps only one block's graphs in memory.
         ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches, sub-batches of
-        the gradient, and ``low_memory`` where all blocks do not fit. Raises BundleError for a damaged bundle or one
-        without engines that fit, MachineError if the provider is not to be had, InputError for an unknown one, and for
-        a limit one image exceeds.
+        the gradient, and ``low_memory`` where all blocks do not fit. ``cuda_graph`` False launches every kernel of a
+        step on a GPU anew, instead of replaying the step as one CUDA graph. Raises BundleError for a damaged bundle or
+        one without engines that fit, MachineError if the provider is not to be had, InputError for an unknown one, and
+        for a limit one image exceeds.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         opened.check_runnable()
         budget = spend(opened, memory, low_memory)
-        return cls(opened, open_backend(provider, opened, threads, spinning, budget), budget=budget)
+        return cls(opened, open_backend(provider, opened, threads, spinning, budget, cuda_graph), budget=budget)
 
     @property
     def config(self) -> ModelShape:

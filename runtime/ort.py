@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +201,8 @@ class OrtBackend:
             options.add_free_dimension_override_by_name(axis, size)
         path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])
         try:
-            session = self._start(path, options, kind)
+            name = "-".join([path.stem, *(f"{axis}{size}" for axis, size in sizes)])
+            session = self._start(path, options, kind, name)
         except Exception as error:
             raise BundleError(f"'{path}' cannot be loaded by {self.description}: {_first_line(error)}") from None
         if self._providers[0] not in session.get_providers():  # ONNX Runtime falls back to the CPU without a word
@@ -210,7 +212,7 @@ class OrtBackend:
             )
         return session
 
-    def _start(self, path: Path, options: Any, kind: str) -> Any:
+    def _start(self, path: Path, options: Any, kind: str, name: str) -> Any:
         """A session; of a resident graph, one that captures CUDA graphs if the provider lets it."""
         if kind == "resident" and self.cuda_graph:
             try:
@@ -219,7 +221,24 @@ class OrtBackend:
             except Exception as error:  # a node that has no CUDA kernel in this version: slower, not wrong
                 self.cuda_graph = False
                 self.description += f", without CUDA graphs: {_first_line(error)[:120]}"
-        return self._ort.InferenceSession(str(path), options, providers=self._providers)
+        return self._ort.InferenceSession(str(path), options, providers=[self._first(name), *self._providers[1:]])
+
+    def _first(self, session: str) -> Any:
+        """The provider asked for, with its options.
+
+        TensorRT's keeps the engines it builds, or would build them at every start. They are native code and ONNX
+        Runtime checks no hash of them, so they lie with the user, by the bundle's hash, and never in a bundle.
+        """
+        name = self._providers[0]
+        if name != PROVIDERS["ort-tensorrt"]:
+            return name
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "tarflow" / "ort-tensorrt" / f"{self.bundle.hash[:16]}-{self._ort.__version__}" / session
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:  # then it builds at every start
+            return name
+        return name, {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
 
     def _steps(self, block: int, batch: int, branches: int) -> OrtSteps:
         """Memory for this shape, left by an earlier block or new; memory of other shapes is let go of."""

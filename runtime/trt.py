@@ -10,7 +10,7 @@ import importlib
 import math
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,20 @@ from numpy.typing import NDArray
 from .backend import Array, Branches, Decoding, pad_rows
 from .bundle import Bundle
 from .cuda import INSTALL, Cuda
-from .engines import Here, Profile, Record, folders, read_record, rebuild, tensor_shapes
+from .engines import PACKAGES, Here, Profile, Range, Record, folders, read_record, rebuild, tensor_shapes
 from .errors import BundleError, InputError, MachineError
 from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 
 CACHE_SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of one number
 CACHE_TYPE = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}  # TensorRT's names
+LEAN = "tensorrt_lean"  # runs version-compatible engines of other versions
 _INTEGERS = (POSITION, "labels", "offsets")
 
 
 def import_tensorrt(package: str) -> Any:
     """``tensorrt``, ``tensorrt_rtx`` or ``tensorrt_lean``. Raises MachineError if it is not here or does not load."""
+    if package not in (*PACKAGES, LEAN):
+        raise InputError(f"{package!r} is no TensorRT; expected one of {', '.join((*PACKAGES, LEAN))}")
     try:
         return importlib.import_module(package)
     except (ImportError, OSError) as error:  # a wheel without its libraries fails with OSError
@@ -58,6 +61,14 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
+def refit(trt: Any, logger: Any, engine: Any, graph: Path) -> None:
+    """Fill an engine built without weights from a bundle's graph. Raises BundleError if it does not take them."""
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+        raise BundleError(f"an engine does not take the weights of '{graph}'. TensorRT says: {logger.take()}")
+
+
 def open_tensorrt(
     bundle: Bundle, low_memory: bool = False, cuda_graph: bool = True, folder: Path | None = None
 ) -> TrtBackend:
@@ -69,31 +80,42 @@ def open_tensorrt(
     found = folders(bundle) if folder is None else [folder]
     if not found:
         raise BundleError(f"'{bundle.folder}' has no TensorRT engines; {rebuild(bundle.folder)}")
-    reasons = []
+    reasons, command = [], ""
     for place in found:
-        record = read_record(place)
         try:
-            trt, version = _runtime_for(record)
-        except MachineError as error:
+            record = read_record(place)
+        except BundleError as error:  # one damaged folder is no reason against another
             reasons.append(f"{place.name}: {error}")
             continue
-        wrong = record.misfits(bundle, Here(record.package, version, cuda.name, cuda.capability))
-        if not wrong:
-            return TrtBackend(bundle, record, place, trt, cuda, low_memory, cuda_graph)
+        try:
+            trt = _runtime_for(record)
+        except MachineError as error:
+            wrong = [str(error)]
+        else:
+            wrong = record.misfits(bundle, Here(record.package, str(trt.__version__), cuda.name, cuda.capability))
+            if not wrong:
+                return TrtBackend(bundle, record, place, trt, cuda, low_memory, cuda_graph)
         reasons.append(f"{place.name}: {'; '.join(wrong)}")
+        command = command or rebuild(bundle.folder, record, Here(record.package, "", cuda.name, cuda.capability))
+    command = command or rebuild(bundle.folder)
     raise BundleError(
         f"no engines of '{bundle.folder}' run on this machine:\n  "
         + "\n  ".join(reasons)
-        + f"\n{rebuild(bundle.folder, read_record(found[0])).capitalize()}"
+        + f"\n{command[0].upper()}{command[1:]}"
     )
 
 
-def _runtime_for(record: Record) -> tuple[Any, str]:
-    """The module that can run a record's engines, and its version."""
+def _runtime_for(record: Record) -> Any:
+    """The module that can run a record's engines."""
     trt = import_tensorrt(record.package)
-    if record.version_compatible and trt.__version__ != record.version:
-        trt = import_tensorrt("tensorrt_lean")  # other versions' engines run in the lean runtime
-    return trt, str(trt.__version__)
+    if not record.version_compatible or trt.__version__ == record.version:
+        return trt
+    if record.strip_weights:
+        raise MachineError(
+            f"they need {record.package} {record.version} exactly, here is {trt.__version__}: the lean runtime, which "
+            "runs engines of other versions, cannot fill in weights"
+        )
+    return import_tensorrt(LEAN)
 
 
 class TrtBackend:
@@ -115,12 +137,13 @@ class TrtBackend:
     ) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
         self.record, self.cuda, self.cuda_graph = record, cuda, cuda_graph
+        self.here = Here(record.package, str(trt.__version__), cuda.name, cuda.capability)
         self.low_memory = low_memory
         self.largest_batch: int | None = record.largest_batch
         self.description = f"{record.package} {trt.__version__} {record.precision}, {cuda.name}"
         self.machine = f"tensorrt {cuda.name}"
         self.launching = threading.RLock()
-        self.scratch: dict[bool, Memory] = {}  # of steps, and of the rest: what the former capture must not move
+        self.scratch: dict[bool, Memory] = {}  # of steps, and of the rest: what the former captured must not move
         self._trt, self._folder = trt, folder
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
@@ -128,6 +151,7 @@ class TrtBackend:
         self._engines: dict[tuple[int, str], Any] = {}
         self._contexts: dict[tuple[int, str, int], Any] = {}
         self._idle: list[TrtSteps] = []
+        self._steps: weakref.WeakSet[TrtSteps] = weakref.WeakSet()
         self._memory: dict[str, Memory] = {}  # of forward and gradient, by tensor
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
@@ -135,7 +159,7 @@ class TrtBackend:
         if len(z) > most:
             raise InputError(
                 f"a batch of {len(z)} is more than these engines take ({most}): use --batch-size {most}, or "
-                f"{rebuild(self.bundle.folder)} --batch {least},{most},{len(z)}"
+                + self._rebuild(batch=(least, most, len(z)))
             )
         entry = self.bundle.manifest.blocks[block]
         classes = self._classes(branches.labels)
@@ -143,6 +167,7 @@ class TrtBackend:
             batch, count = max(len(z), least), len(branches.labels)
             self._idle = [steps for steps in self._idle if steps.shape == (batch, count)]
             steps = self._idle.pop() if self._idle else TrtSteps(self, batch, count)
+            self._steps.add(steps)
             steps.begin(block)
         return ResidentDecoding(steps, entry.reversed, z, classes, branches, least)
 
@@ -186,6 +211,8 @@ class TrtBackend:
         with self.launching:
             if self.low_memory and any(key[0] != block for key in self._engines):
                 self.cuda.synchronize()
+                for steps in self._steps:  # a captured graph must not outlive the engine whose kernels it launches
+                    steps.forget(kept=block)
                 self._contexts = {key: context for key, context in self._contexts.items() if key[0] == block}
                 self._engines = {key: engine for key, engine in self._engines.items() if key[0] == block}
             if (block, kind) not in self._engines:
@@ -213,8 +240,7 @@ class TrtBackend:
         widest = max(profile.window[2] for profile in profiles)
         raise InputError(
             f"these engines take windows of 1 to {widest} positions and {sorted({p.branches for p in profiles})} "
-            f"guidance branches, not {window} and {branches}; {rebuild(self.bundle.folder, self.record)} "
-            f"--window 1,{window},{window}"
+            f"guidance branches, not {window} and {branches}; " + self._rebuild(window=(1, window, window))
         )
 
     def give(self, steps: TrtSteps) -> None:
@@ -228,25 +254,19 @@ class TrtBackend:
         content = self.record.read(self._folder, name)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise self._failed(block, kind, f"does not load: {rebuild(self.bundle.folder, self.record)}")
+            raise self._failed(block, kind, f"does not load: {self._rebuild()}")
         if self.record.strip_weights:
-            self._refit(engine, block, kind, self.record.engines[name].graph)
+            graph = self.bundle.path(self.record.engines[name].graph)
+            refit(self._trt, self._logger, engine, graph)
         expected = getattr(self._trt.DataType, CACHE_TYPE[self.record.precision])
         for tensor in ("key_0", "value_0") if kind == "step" else ():
             if engine.get_tensor_dtype(tensor) != expected:
                 raise BundleError(
                     f"block {block}'s step engine keeps its cache as {engine.get_tensor_dtype(tensor)}; the record "
-                    f"says {self.record.precision}: {rebuild(self.bundle.folder, self.record)}"
+                    f"says {self.record.precision}: {self._rebuild()}"
                 )
         self._reserve(kind == "step", int(engine.device_memory_size_v2))
         return engine
-
-    def _refit(self, engine: Any, block: int, kind: str, graph: str) -> None:
-        """Fill an engine built without weights from the bundle."""
-        refitter = self._trt.Refitter(engine, self._logger)
-        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(self.bundle.path(graph))) or not refitter.refit_cuda_engine():
-            raise self._failed(block, kind, "does not take the bundle's weights")
 
     def _context(self, block: int, kind: str, profile: int) -> Any:
         if (block, kind, profile) not in self._contexts:
@@ -258,10 +278,16 @@ class TrtBackend:
         return self._contexts[block, kind, profile]
 
     def _reserve(self, steps: bool, size: int) -> None:
-        """Make scratch memory at least this large. Captured graphs hold its address: TrtSteps notices the change."""
+        """Make scratch memory at least this large. Captured graphs hold its address, so they go with the old one."""
         if steps not in self.scratch or self.scratch[steps].size < size:
+            self.cuda.synchronize()
+            for held in self._steps if steps else ():
+                held.forget()
             self.scratch.pop(steps, None)  # let go of the old before there are two
             self.scratch[steps] = Memory(self.cuda, size)
+
+    def _rebuild(self, batch: Range | None = None, window: Range | None = None) -> str:
+        return rebuild(self.bundle.folder, self.record, self.here, batch, window)
 
     def _failed(self, block: int, kind: str, what: str) -> BundleError | MachineError:
         said = self._logger.take()
@@ -313,6 +339,14 @@ class Memory:
         weakref.finalize(self, cuda.free, self.address).atexit = False
 
 
+class Captured:
+    """A captured graph that is destroyed when nobody holds it any more."""
+
+    def __init__(self, cuda: Cuda, launch: Callable[[], None]) -> None:
+        self.graph = cuda.capture(launch)
+        weakref.finalize(self, cuda.forget, self.graph).atexit = False
+
+
 class TrtSteps:
     """The step engines' tensors in device memory, allocated once for all blocks of a batch size.
 
@@ -323,9 +357,8 @@ class TrtSteps:
     def __init__(self, backend: TrtBackend, batch: int, branches: int) -> None:
         self._backend, self.shape = backend, (batch, branches)
         self._memory: dict[tuple[str, int], Memory] = {}
-        self._graphs: dict[tuple[int, int, int], Any] = {}
+        self._graphs: dict[tuple[int, int, int], Captured] = {}  # by block, window and turn
         self._warm: set[tuple[int, int, int]] = set()
-        self._scratch = 0
         self._turn, self._block = 0, 0
         self._aliases: dict[str, str | None] = {}
 
@@ -351,11 +384,10 @@ class TrtSteps:
             key = self._block, window, self._turn
             launch = self._prepare(window)
             if key in self._graphs:
-                cuda.replay(self._graphs[key])
+                cuda.replay(self._graphs[key].graph)
             elif key in self._warm and self._backend.cuda_graph:
-                self._graphs[key] = cuda.capture(launch)
-                weakref.finalize(self, cuda.forget, self._graphs[key]).atexit = False
-                cuda.replay(self._graphs[key])
+                self._graphs[key] = Captured(cuda, launch)
+                cuda.replay(self._graphs[key].graph)
             else:  # the first run of a shape may still load kernels, which cannot be captured
                 launch()
                 self._warm.add(key)
@@ -366,15 +398,16 @@ class TrtSteps:
         if clean:
             self._backend.give(self)
 
+    def forget(self, kept: int | None = None) -> None:
+        """Destroy what was captured of all blocks but one: their engine, or memory it works in, is about to go."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] == kept}
+        self._warm = {key for key in self._warm if key[0] == kept}
+
     def _prepare(self, window: int) -> Any:
         """A function that puts one step on the stream."""
         backend, config = self._backend, self._backend.config
         profile = backend.profile("step", self.shape[1], window)
         backend.engine(self._block, "step")
-        scratch = backend.scratch[True].address
-        if scratch != self._scratch:  # every captured graph works in memory that is gone
-            self._graphs.clear()
-            self._scratch = scratch
         inputs = tensor_shapes(config, "step", *self.shape, window)
         addresses = {name: self._address(name, window=window) for name in inputs}
         for name, alias in self._aliases.items():

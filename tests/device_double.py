@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum, IntEnum
@@ -55,6 +56,7 @@ class DoubleCuda:
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: set[int] = set()
         self.calls: list[str] = []
+        self.streams = 0
 
     def array(self, address: int, size: int) -> np.ndarray[Any, Any]:
         """Bytes of device memory; an address outside all allocations is an error of the caller."""
@@ -83,7 +85,12 @@ class DoubleCuda:
         return (CudaError.cudaSuccess,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Result:
+        self.streams += 1
         return CudaError.cudaSuccess, 77
+
+    def cudaStreamDestroy(self, stream: int) -> Result:
+        self.streams -= 1
+        return (CudaError.cudaSuccess,)
 
     def cudaMalloc(self, size: int) -> Result:
         if size + sum(map(len, self.allocated.values())) > self.memory:
@@ -169,6 +176,9 @@ class DoubleTensorRT:
     DataType = DataType
     __spec__ = ModuleSpec("tensorrt", None)  # what import machinery asks of a module
 
+    class LayerInformationFormat(Enum):
+        JSON = 1
+
     class ExecutionContextAllocationStrategy(Enum):
         STATIC = 0
         USER_MANAGED = 2
@@ -223,6 +233,8 @@ class DoubleEngine:
         self.trt, self.logger, self.plan = trt, logger, plan
         self.device_memory_size_v2 = int(plan["scratch"])
         self.session: Any = None
+        self.inputs: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = {}
         if not plan["stripped"]:
             self.open(plan["graph"])
 
@@ -233,6 +245,13 @@ class DoubleEngine:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
 
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.inputs) + len(self.outputs)
+
+    def get_tensor_name(self, number: int) -> str:
+        return [*self.inputs, *self.outputs][number]
+
     def get_tensor_dtype(self, name: str) -> DataType:
         return TYPES[{**self.inputs, **self.outputs}[name].type][1]
 
@@ -240,6 +259,12 @@ class DoubleEngine:
         """TensorScatter writes in place; a graph without it, and the position, do not."""
         source = name.removesuffix("_next")
         return source if self.plan["in_place"] and source in self.inputs and source != "position" else None
+
+    def create_engine_inspector(self) -> SimpleNamespace:
+        """Says of its layers what TensorRT says; nothing of an engine that has no weights yet."""
+        tensors = [{"Format/Datatype": "Half" if self.plan["precision"] == "fp16" else "Float"}]
+        layers = [{"Name": "MatMul_1", "Inputs": tensors, "Outputs": tensors}] if self.session else []
+        return SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
 
     def create_execution_context(self, strategy: Any) -> DoubleContext:
         assert strategy is self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -289,7 +314,14 @@ class DoubleContext:
             alias = self.engine.get_aliased_input_tensor(output)
             if alias and addresses[output] != addresses[alias]:
                 return self._error(f"{output} must lie on {alias}")
-        self.trt.cuda.put(lambda: self._run(shapes, addresses, scratch))
+        alive = weakref.ref(self)  # a captured graph keeps neither context nor engine: it launches what it was told
+
+        def work() -> None:
+            context = alive()
+            assert context is not None, "a graph was replayed whose engine is gone"
+            context._run(shapes, addresses, scratch)
+
+        self.trt.cuda.put(work)
         return True
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: tuple[int, int]) -> None:
@@ -359,6 +391,7 @@ def build_double(
                 "graph": str(folder / graph),
                 "in_place": graph.endswith(".resident.onnx"),
                 "stripped": record.strip_weights,
+                "precision": record.precision,
                 "scratch": 1000 * (number + 1),
                 "profiles": [
                     {
@@ -371,7 +404,7 @@ def build_double(
             name = f"block_{block:02d}.{kind}.engine"
             (place / name).write_text(json.dumps(plan))
             engines[name] = Engine(
-                block, kind, graph, "", sha256(place / name), 0, 0.0, record.precision, record.precision, "engine"
+                block, kind, graph, "0" * 64, sha256(place / name), 0, 0.0, record.precision, record.precision, "engine"
             )
     record = replace(record, engines=engines)
     record.write(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from polygraphy.backend.trt import CreateConfig
+
+from tarflow.export import attest
+from tarflow.export.engine import _sm
+from tarflow.runtime.trt import CACHE_TYPE
 
 from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntime, DoubleTensorRT
 
@@ -53,7 +59,34 @@ OURS = {
     "get",
     "search",
 }  # members of our own, on variables of these names
-LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
+# Names that a text reaches: what every getattr and hasattr of FILES may ask for.
+BY_TEXT = {
+    "getattr(self._trt.DataType, CACHE_TYPE[self.record.precision])": {("DataType", n) for n in CACHE_TYPE.values()},
+    "hasattr(trt, 'Builder')": {("", "Builder")},
+    "hasattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED')": set(),  # gone in 11, asked for in 10
+    "getattr(trt.ComputeCapability, _sm(capability))": {
+        ("ComputeCapability", _sm(one)) for one in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+    },
+    "getattr(dtype, 'name', str(dtype))": {("DataType", name) for name in attest.NAMES},
+}
+# What Polygraphy does with the arguments of CreateConfig.
+BY_POLYGRAPHY = {
+    "profiles": {
+        ("Builder", "create_optimization_profile"),
+        ("IOptimizationProfile", "set_shape"),
+        ("IBuilderConfig", "add_optimization_profile"),
+    },
+    "tf32": {("BuilderFlag", "TF32"), ("IBuilderConfig", "clear_flag")},
+    "profiling_verbosity": {("IBuilderConfig", "profiling_verbosity")},
+    "builder_optimization_level": {("IBuilderConfig", "builder_optimization_level")},
+    "load_timing_cache": {("IBuilderConfig", "create_timing_cache"), ("IBuilderConfig", "set_timing_cache")},
+    "version_compatible": {("BuilderFlag", "VERSION_COMPATIBLE"), ("IBuilderConfig", "set_flag")},
+    "exclude_lean_runtime": {("BuilderFlag", "EXCLUDE_LEAN_RUNTIME")},
+    "strip_plan": {("BuilderFlag", "STRIP_PLAN")},
+}
+BUILDS = ("tensorrt_bindings", "tensorrt_rtx")
+LEAN = "tensorrt_lean_bindings"  # runs engines, and has neither builder nor parser
+LIBRARIES = ("libnvinfer_lean.so.11", "libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -80,7 +113,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, "empty.c"]
         subprocess.run(command, cwd=folder, check=True, timeout=60)
     found = {}
-    for package, version in (("tensorrt_bindings", "11.4."), ("tensorrt_rtx", "")):
+    for package, version in (("tensorrt_bindings", "11.4."), (LEAN, "11.4."), ("tensorrt_rtx", "")):
         environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)} if version else None
         command = [sys.executable, "-c", DUMP, package]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -104,10 +137,10 @@ def attributes(file: str) -> list[list[str]]:
     return [chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
 
 
-def used() -> set[tuple[str, str]]:
+def used(files: tuple[str, ...] = FILES) -> set[tuple[str, str]]:
     """(class or "", member) of TensorRT that the code uses."""
     found: set[tuple[str, str]] = set()
-    for file in FILES:
+    for file in files:
         for parts in attributes(file):
             for module in ("trt", "_trt"):
                 if module in parts[:-1]:
@@ -123,6 +156,51 @@ def used() -> set[tuple[str, str]]:
     return found
 
 
+def calls(file: str, *names: str) -> list[ast.Call]:
+    """Calls of a function that has one of these names."""
+    nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+    found = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [call for call in found if isinstance(call.func, ast.Name) and call.func.id in names]
+
+
+def test_names_that_only_a_text_reaches_exist_too(names: dict[str, dict[str, list[str]]]) -> None:
+    reached = {ast.unparse(call) for file in FILES for call in calls(file, "getattr", "hasattr")}
+    assert reached == BY_TEXT.keys(), "a name is asked for by a text that is not checked here"
+    for owner, member in set().union(*BY_TEXT.values()):
+        for package in BUILDS:
+            if owner != "ComputeCapability" or package == "tensorrt_rtx":
+                assert member in (names[package][owner] if owner else names[package]), f"{package}: {owner}.{member}"
+
+
+def test_the_flags_that_polygraphy_sets_for_us_exist(names: dict[str, dict[str, list[str]]]) -> None:
+    (call,) = calls("export/engine.py", "CreateConfig")
+    arguments = {keyword.arg for keyword in call.keywords}
+    assert arguments == BY_POLYGRAPHY.keys(), "an argument whose flags are not checked here"
+    taken = {name for base in CreateConfig.__mro__ for name in inspect.signature(base.__init__).parameters}
+    for argument in sorted(BY_POLYGRAPHY):
+        assert argument in taken
+        for owner, member in BY_POLYGRAPHY[argument]:
+            for package in BUILDS:
+                assert member in names[package][owner], f"{package}: {owner}.{member}"
+
+
+def test_the_lean_runtime_has_what_running_takes_but_cannot_fill_in_weights(
+    names: dict[str, dict[str, list[str]]],
+) -> None:
+    """Why engines that are both version-compatible and stripped are refused."""
+    lean = names[LEAN]
+    building = {"OnnxParserRefitter", "Refitter"}
+    for owner, member in used(("runtime/trt.py",)):
+        if member not in building and owner not in building:
+            assert member in (lean[owner] if owner else lean), f"lean: {owner}.{member}"
+    for member in CACHE_TYPE.values():
+        assert member in lean["DataType"]
+    assert "OnnxParserRefitter" not in lean
+    for package in BUILDS:
+        assert "refit_from_file" in names[package]["OnnxParserRefitter"]
+        assert "refit_cuda_engine" in names[package]["Refitter"]
+
+
 def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[str, list[str]]]) -> None:
     wanted = used()
     assert len(wanted) > 60, "the search for names no longer finds them"
@@ -133,7 +211,8 @@ def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[s
         "set_optimization_profile_async",
     ):
         assert member in {name for _, name in wanted}
-    for package, members in names.items():
+    for package in BUILDS:
+        members = names[package]
         for owner, member in sorted(wanted):
             if package == "tensorrt_bindings" and (member in RTX_ONLY or owner in RTX_ONLY):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 import threading
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tarflow.cli.doctor import _self_test
 from tarflow.runtime import cuda as cuda_module
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.decode import serial
-from tarflow.runtime.engines import read_record
+from tarflow.runtime.engines import Here, Target, read_record, rebuild
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.trt import TrtBackend, open_tensorrt
+from tarflow.runtime.ort import PROVIDERS, OrtBackend
+from tarflow.runtime.trt import TrtBackend, import_tensorrt, open_tensorrt
 
 from .conftest import Golden, largest
 from .device_double import DoubleCuda, DoubleTensorRT, build_double
@@ -41,6 +44,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     gc.collect()
     assert not cuda.allocated, "device memory was not given back"
     assert not cuda.graphs, "captured graphs were not destroyed"
+    assert not cuda.streams, "streams were not destroyed"
 
 
 @pytest.fixture
@@ -200,12 +204,64 @@ def test_low_memory_keeps_one_block_and_stays_right(device: Device, built: Calla
     assert len({block for block, _ in trt_backend(flow)._engines}) == 1
 
 
+def test_a_captured_graph_does_not_outlive_the_engine_that_low_memory_lets_go(
+    device: Device, built: Callable[..., Path]
+) -> None:
+    """What two threads do: each decodes a block, and each step loads its engine in place of the other's."""
+    folder = built()
+    flow, cpu = Flow.open(folder, provider="tensorrt", low_memory=True), Flow.open(folder)
+    z, plain = cpu.noise(0, range(2)), Branches.plain(np.array([0, 1]), cpu.config.tokens)
+    decodings = {block: flow.backend.decoding(block, z, plain) for block in (3, 2)}
+    for start in range(0, cpu.config.tokens - 1, 5):
+        for decoding in decodings.values():
+            for position in range(start, start + 5):  # the first plain, the second captured, the others replayed
+                decoding.step(position)
+    for block, decoding in decodings.items():
+        expected = serial(cpu.backend.decoding(block, z, plain), cpu.config.tokens)
+        assert largest(decoding.patches(), expected) < 1e-5
+    assert device[0].calls.count("replay") > 20
+
+
+def test_scratch_that_moves_takes_captured_graphs_along(device: Device, built: Callable[..., Path]) -> None:
+    flow = Flow.open(built(), provider="tensorrt")
+    expected = flow.sample(2, labels=1, denoise=False)
+    backend = trt_backend(flow)
+    backend._reserve(True, 1 << 20)
+    assert not device[0].graphs
+    assert np.array_equal(flow.sample(2, labels=1, denoise=False), expected)
+
+
 def test_stripped_engines_take_the_weights_of_the_bundle(device: Device, built: Callable[..., Path]) -> None:
     _, trt = device
     folder = built(strip_weights=True)
     found = Flow.open(folder, provider="tensorrt").sample(2, labels=1)
     assert largest(found, Flow.open(folder).sample(2, labels=1)) < 1e-5
     assert "block_00.resident.onnx" in trt.refitted
+
+
+def test_the_doctors_self_test_runs_engines_too(device: Device, built: Callable[..., Path]) -> None:
+    result = _self_test(open_tensorrt, built("cond"))
+    assert result["ok"], result
+    assert result["error"] < 1e-4
+    broken = _self_test(open_tensorrt, built("cond", version="11.3.0.99"))
+    assert broken["ok"] is False
+    assert "need tensorrt 11.3.0.99 exactly" in broken["message"]
+
+
+def test_engines_that_onnx_runtime_builds_itself_are_kept_outside_the_bundle(
+    built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    backend = OrtBackend(Bundle.open(built()))
+    assert backend._first("block_00.forward") == "CPUExecutionProvider"
+    backend._providers[0] = PROVIDERS["ort-tensorrt"]
+    _, options = backend._first("block_00.forward")
+    kept = Path(options["trt_engine_cache_path"])
+    assert options["trt_engine_cache_enable"] == "1"
+    assert kept.is_dir()
+    assert kept.is_relative_to(tmp_path / "cache")
+    assert backend.bundle.hash[:16] in str(kept)  # other weights are another cache
+    assert backend._first("block_01.forward")[1] != options
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -262,8 +318,45 @@ def test_engines_that_do_not_fit_are_refused_with_the_command_that_rebuilds_them
     replace(record, target=target, **changes).write(place)
     with pytest.raises(BundleError, match=message) as refusal:
         Flow.open(folder, provider="tensorrt")
-    assert f"tarflow build '{folder}' --batch 1,8,32" in str(refusal.value)
+    assert f"tarflow build '{folder}' --engine fp32 --batch 1,8,32" in str(refusal.value)
     assert trt.deserialised == 0
+
+
+def test_the_command_that_rebuilds_names_every_flag_they_were_built_with(
+    device: Device, built: Callable[..., Path]
+) -> None:
+    options: dict[str, Any] = {"version": "11.2.0.1", "strip_weights": True, "level": 3}
+    folder = built("cond", "fp16", window=(1, 4, 8), batch=(1, 2, 4), target=Target(None, ("8.6",)), **options)
+    with pytest.raises(BundleError) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert str(refusal.value).endswith(
+        f"tarflow build '{folder}' --engine fp16 --batch 1,2,4 --window 1,4,8 --device 9.0 --strip-weights --level 3"
+    )
+    record = read_record(folder / "engines" / "double")
+    assert "--device 8.6 " in rebuild(folder, record)
+    assert "--version-compatible --level 3" in rebuild(folder, replace(record, version_compatible=True))
+    here = Here("tensorrt_rtx", "1.7", "NVIDIA Double", "9.0")
+    assert "--device 8.6,9.0 " in rebuild(folder, record, here)
+    assert "--batch 1,9,9 --window 1,3,3 " in rebuild(folder, record, here, (1, 9, 9), (1, 3, 3))
+
+
+def test_auto_says_in_one_line_why_it_did_not_take_the_engines(device: Device, built: Callable[..., Path]) -> None:
+    folder = built(version="11.3.0.99")
+    description = Flow.open(folder, provider="auto").backend.description
+    assert (
+        "CPU; not tensorrt: double: they need tensorrt 11.3.0.99 exactly, here is 11.4.0.106; not cuda" in description
+    )
+    assert "\n" not in description
+    shutil.rmtree(folder / "engines")
+    assert "has no TensorRT engines; not cuda" in Flow.open(folder, provider="auto").backend.description
+
+
+def test_cuda_graphs_can_be_turned_off_when_opening(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    plain = Flow.open(folder, provider="tensorrt", cuda_graph=False).sample(2, labels=1)
+    assert device[0].calls.count("capture") == 0
+    assert np.array_equal(Flow.open(folder, provider="auto").sample(2, labels=1), plain)
+    assert device[0].calls.count("capture") > 0
 
 
 def test_a_version_compatible_engine_runs_in_the_lean_runtime_of_a_later_version(
@@ -290,7 +383,7 @@ def test_a_batch_out_of_range_is_refused_before_anything_runs(device: Device, bu
     with pytest.raises(InputError, match=r"a batch of 6 is more than these engines take \(4\)"):
         flow.backend.decoding(0, flow.noise(0, range(6)), Branches.plain(np.zeros(6, np.int64), 16))
     decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.zeros(2, np.int64), 16))
-    with pytest.raises(InputError, match=r"windows of 1 to 1 .* --window 1,3,3"):
+    with pytest.raises(InputError, match=r"windows of 1 to 1 .* --batch 1,2,4 --window 1,3,3"):
         decoding.step(0, 3)
     assert trt.executed == 0
 
@@ -322,6 +415,17 @@ def test_a_record_that_lies_about_the_precision_is_found_out(device: Device, bui
         Flow.open(folder, provider="tensorrt").sample(1)
 
 
+def damage(folder: Path, path: str, value: Any) -> None:
+    """Change one place of a record; "engines.*" is its first engine."""
+    place = folder / "engines" / "double" / "engines.json"
+    document = json.loads(place.read_text())
+    inner, names = document, path.split(".")
+    for name in names[:-1]:
+        inner = inner[0] if isinstance(inner, list) else inner[min(inner) if name == "*" else name]
+    inner[names[-1]] = value
+    place.write_text(json.dumps(document))
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"\xff\xfe", b'{"format": "tarflow-engines", "schema": 2}', b"[" * 100_000],
@@ -330,7 +434,88 @@ def test_a_record_that_lies_about_the_precision_is_found_out(device: Device, bui
 def test_a_damaged_record_is_an_error_of_the_bundle(device: Device, built: Callable[..., Path], content: bytes) -> None:
     folder = built()
     (folder / "engines" / "double" / "engines.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"engines\.json' is damaged or of another version"):
+    with pytest.raises(BundleError, match=r"engines\.json'( is damaged|: ).*remove '.*' and build .* tarflow build"):
+        Flow.open(folder, provider="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("bundle", "abc", "no SHA-256"),
+        ("precision", "int8", "'precision' is 'int8'; expected one of fp32, fp16, bf16"),
+        ("precision", "fp99", "'precision' is 'fp99'"),
+        ("package", "os", "'package' is 'os'; expected one of tensorrt, tensorrt_rtx"),
+        ("package", "tensorrt_lean", "'package' is 'tensorrt_lean'"),
+        ("version", "new", "'version' is 'new'"),
+        ("version_compatible", 1, "'version_compatible' is int; expected bool"),
+        ("strip_weights", "no", "'strip_weights' is str; expected bool"),
+        ("level", 9, "'level' is 9; expected null or an integer from 0 to 5"),
+        ("target", [], "'target' is list; expected dict"),
+        ("target.gpu", 5, "'target.gpu' is 5"),
+        ("target.capabilities", "9.0", "'capabilities' is str; expected list"),
+        ("target.capabilities", ["sm90"], r"'target.capabilities' is \['sm90'\]"),
+        ("profiles.step", [], "'profiles.step' is empty"),
+        ("profiles.forward", [], "'profiles.forward' is empty"),
+        ("profiles.gradient", None, "'gradient' is NoneType; expected list"),
+        ("profiles.step.0.branches", 3, "'branches' is 3"),
+        ("profiles.step.0.batch", [8, 4, 1], r"'batch' is \[8, 4, 1\]; expected three integers"),
+        ("profiles.step.0.batch", [1, 2, 1 << 40], "'batch' is"),
+        ("profiles.step.0.window", [1, True, 1], "'window' is"),
+        ("engines", [], "'engines' is list; expected dict"),
+        ("engines.*.sha256", 5, "'sha256' is int; expected str"),
+        ("engines.*.block", -1, "'block' is -1"),
+        ("engines.*.block", 3, "2 engines are block 3's"),
+        ("engines.*.kind", "steps", "'kind' is 'steps'; expected one of step, forward, gradient"),
+        ("engines.*.graph", "../x.onnx", "not a plain relative path"),
+        ("engines.*.seconds", "long", "'seconds' of"),
+        ("engines.*.parity", 0.5, "'parity' of"),
+    ],
+)
+def test_every_field_of_a_record_is_checked_before_it_is_used(
+    device: Device, built: Callable[..., Path], path: str, value: Any, message: str
+) -> None:
+    folder = built()
+    damage(folder, path, value)
+    with pytest.raises(BundleError, match=message) as refusal:
+        read_record(folder / "engines" / "double")
+    assert "double/engines.json" in str(refusal.value)
+    with pytest.raises(BundleError, match=message) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert f"tarflow build '{folder}'" in str(refusal.value)
+    assert "ONNX Runtime" in Flow.open(folder, provider="auto").backend.description
+
+
+def test_a_record_never_names_what_is_imported(
+    device: Device, built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = built()
+    damage(folder, "package", "planted")
+    with pytest.raises(BundleError, match="'package' is 'planted'"):
+        Flow.open(folder, provider="tensorrt")
+    with pytest.raises(InputError, match="'planted' is no TensorRT"):
+        import_tensorrt("planted")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_folder_does_not_keep_good_engines_from_running(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    damaged, good = folder / "engines" / "a damaged one", folder / "engines" / "double"
+    shutil.copytree(good, damaged)
+    (damaged / "engines.json").write_bytes(b"{")
+    assert largest(Flow.open(folder, provider="tensorrt").sample(1), Flow.open(folder).sample(1)) < 1e-5
+    damage(folder, "version", "11.3.0.99")
+    with pytest.raises(BundleError) as refusal:
+        Flow.open(folder, provider="tensorrt")
+    assert "a damaged one: " in str(refusal.value)
+    assert "double: they need tensorrt 11.3.0.99 exactly" in str(refusal.value)
+
+
+def test_an_engine_of_a_graph_the_bundle_does_not_have_is_refused(device: Device, built: Callable[..., Path]) -> None:
+    folder = built()
+    damage(folder, "engines.*.graph", "engines/double/planted.onnx")
+    with pytest.raises(BundleError, match="they name graphs that this bundle does not have"):
         Flow.open(folder, provider="tensorrt")
 
 

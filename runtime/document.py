@@ -1,0 +1,123 @@
+"""Reading JSON that may be damaged, edited or made to deceive: typed, bounded, and every refusal names the place."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .errors import BundleError
+
+_DEEPEST = 64  # levels of a document; ours have five
+_HEX = re.compile(r"[0-9a-f]{64}")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Typed access to a JSON document that names the place when something is wrong.
+
+    ``noun`` is what the document is, ``advice`` what to do about a damaged one.
+    """
+
+    source: str
+    noun: str
+    advice: str
+
+    def wrong(self, what: str) -> BundleError:
+        return BundleError(f"'{self.source}': {what}. The {self.noun} is damaged or was edited; {self.advice}")
+
+    def parse(self, content: bytes) -> dict[str, Any]:
+        """The document, whose outermost value is an object. Numbers are finite, nesting is shallow."""
+        try:
+            document = json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+            if _depth(document) > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise BundleError(
+                f"'{self.source}' is damaged: it cannot be parsed ({str(error)[:120]}); {self.advice}"
+            ) from None
+        return self.typed(document, dict, "the document")
+
+    def typed(self, value: object, kind: type[T], where: str) -> T:
+        if not isinstance(value, kind):
+            raise self.wrong(f"{where} is {type(value).__name__}; expected {kind.__name__}")
+        return value
+
+    def get(self, mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:
+        if key not in mapping:
+            raise self.wrong(f"'{key}' is missing")
+        return self.typed(mapping[key], kind, f"'{key}'")
+
+    def natural(self, mapping: Mapping[str, Any], key: str, least: int) -> int:
+        value = self.get(mapping, key, int)
+        if isinstance(value, bool) or not least <= value < 2**63:
+            raise self.wrong(f"'{key}' is {short(value)}; expected an integer of {least} or more")
+        return value
+
+    def one_of(self, mapping: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
+        value = self.get(mapping, key, str)
+        if value not in names:
+            raise self.wrong(f"'{key}' is {short(value)}; expected one of {', '.join(names)}")
+        return value
+
+    def hash(self, value: str) -> str:
+        if not _HEX.fullmatch(value):
+            raise self.wrong(f"'{value[:70]}' is no SHA-256 in lower-case hexadecimal")
+        return value
+
+    def confined(self, name: str) -> str:
+        """A relative path of plain components, with forward slashes, that stays inside the bundle."""
+        parts = name.split("/")
+        if (
+            not name
+            or "\\" in name
+            or ":" in name
+            or "\0" in name
+            or any(part in ("", ".", "..") for part in parts)
+            or not _encodes(name)
+        ):
+            raise BundleError(
+                f"'{self.source}' names the file {short(name)}, which is not a plain relative path inside the "
+                "bundle; it was not opened"
+            )
+        return name
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is beyond a float64")
+    return number
+
+
+def _depth(document: object) -> int:
+    """How deep a JSON document nests, without recursion."""
+    depth, level = 0, [document]
+    while level:
+        depth += 1
+        lists = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
+        level = [x for inner in lists for x in inner]
+    return depth
+
+
+def _encodes(name: str) -> bool:
+    """Whether a file can have this name: JSON may hold half a surrogate pair, a file system not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def short(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
