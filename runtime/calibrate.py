@@ -59,10 +59,9 @@ class _Work:
         decoding.close()
         return time.perf_counter() - began, passes, x
 
-    def compare(self, window: int, tolerance: float, batches: int) -> _Outcome:
-        """Solve the first ``batches`` batches both ways by turns."""
-        tokens = self.flow.config.tokens
-        how = Parallel(window, tolerance, tokens - 1)
+    def compare(self, window: int, tolerance: float, limit: int, batches: int) -> _Outcome:
+        """Solve the first ``batches`` batches both ways by turns, in parallel for at most ``limit`` passes."""
+        how = Parallel(window, tolerance, limit)
         runs = [(self.time(i, None), self.time(i, how)) for i in range(batches)]
         return _Outcome(
             window,
@@ -76,11 +75,13 @@ class _Work:
         seconds = median(self.time(i, None)[0] for i in range(len(self.starts)))
         return _Outcome(1, self.flow.config.tokens - 1, seconds, seconds, 0.0)
 
-    def windows(self, serial_seconds: float) -> list[int]:
-        """Windows that could win: each patch takes two passes or more, one to find it and one to find it again."""
-        tokens = self.flow.config.tokens
-        sizes = sorted({min(window, tokens - 1) for window in WINDOWS})
-        return [w for w in sizes if w > 1 and 2 * (tokens - 1) / w * self._pass_seconds(w) < serial_seconds]
+    def windows(self, serial_seconds: float) -> dict[int, int]:
+        """Windows that could win, and the passes after which each has lost: no window takes fewer than two for each
+        patch, one to find it and one to find it again.
+        """
+        steps = self.flow.config.tokens - 1
+        most = {w: int(serial_seconds / self._pass_seconds(w)) for w in {min(window, steps) for window in WINDOWS}}
+        return {w: min(most[w], steps) for w in sorted(most) if w > 1 and 2 * steps / w < most[w]}
 
     def _pass_seconds(self, window: int) -> float:
         """One pass in the middle of the sequence, where the cache has its mean length."""
@@ -135,14 +136,15 @@ def _measure(flow: Flow, batch: int, samples: int, watch: Watch) -> dict[str, Ro
     return {mode: _row(batch, found[::-1]) for mode, found in chosen.items()}
 
 
-def _choose(work: _Work, mode: str, tolerance: float, windows: list[int]) -> _Outcome | None:
+def _choose(work: _Work, mode: str, tolerance: float, windows: dict[int, int]) -> _Outcome | None:
     """The fastest window, if it is faster than serial decoding on every sample there is."""
     few = -(-_SCREENED // len(work.starts[0]))
-    tried = [work.compare(window, tolerance, min(few, len(work.starts))) for window in windows]
+    few = min(few, len(work.starts))
+    tried = [work.compare(window, tolerance, most, few) for window, most in windows.items()]
     best = min(tried, key=lambda outcome: outcome.ratio, default=None)
     if best is None or best.ratio > _GAIN:
         return None
-    best = work.compare(best.window, tolerance, len(work.starts))
+    best = work.compare(best.window, tolerance, windows[best.window], len(work.starts))
     return best if best.ratio <= _GAIN and (mode != "exact" or best.error <= _EXACT_ERROR) else None
 
 
