@@ -23,7 +23,7 @@ types: $(DEV)/done
 	$(DEV)/bin/mypy
 
 unit: $(DEV)/done $(DEV)/chromium cpp-dev
-	$(DEV)/bin/pytest -n 2 --dist worksteal
+	$(DEV)/bin/pytest -n 2 --dist worksteal --durations=12
 
 cpp: $(CPP_BUILD)/needs ## libtarflow, in runtime/cpp/build/release
 	cd $(CPP) && cmake --preset release $(CMAKE_FLAGS) && cmake --build --preset release

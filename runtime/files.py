@@ -109,8 +109,8 @@ def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str | N
         return
     if not force:
         raise InputError(f"'{path}' exists; pass --force to replace it, or another name with -o")
-    ours = marker is None or _has_format(path / marker) or _holds_only_ours(path)
-    if path.is_symlink() or not path.is_dir() or not ours:
+    folder = path.is_dir() and not path.is_symlink()
+    if not folder or not (marker is None or _has_format(path / marker) or _holds_only_ours(path)):
         raise InputError(f"'{path}' was not made by this command, so --force does not replace it; choose another name")
 
 

@@ -152,6 +152,9 @@ def _from_json(data: Any, dtype: np.dtype[Any], shape: list[int], name: str) -> 
         _refuse(f"input '{name}' has no data: expected a list of numbers, or binary_data_size")
     try:
         found = np.array(data) if data else np.zeros(0, dtype)
+        if found.dtype.kind == "f" and dtype.kind == "u":  # numpy has no type for both signs of 64 bits
+            whole = np.array(data, object)
+            found = whole.astype(np.uint64) if all(type(number) is int for number in whole.flat) else found
     except (ValueError, OverflowError):
         _refuse(f"input '{name}': data is no regular list of numbers")
     if found.dtype.kind not in _KINDS[dtype.kind] or found.size != math.prod(shape):

@@ -79,10 +79,10 @@ def test_every_int8_product_of_a_step_is_fused(int8: Path, tmp_path: Path) -> No
     optimised = tmp_path / "optimised.onnx"
     start = backend._start  # type: ignore[attr-defined]
 
-    def keep(path: Path, options: object, kind: str) -> object:
+    def keep(path: Path, options: object, kind: str, name: str) -> object:
         if kind == "step":
             options.optimized_model_filepath = str(optimised)  # type: ignore[attr-defined]
-        return start(path, options, kind)
+        return start(path, options, kind, name)
 
     backend._start = keep  # type: ignore[attr-defined]
     flow.sample(1)

@@ -305,7 +305,7 @@ def raw(service: Running, content: bytes, half: bool = False) -> int:
     """The status of the answer to these bytes, after which, if ``half``, no more can come; 0 for no answer."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
         answer = b""
-        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+        with contextlib.suppress(OSError):  # refused before all of it was sent, or gone before half of it was shut
             connection.sendall(content)
             if half:
                 connection.shutdown(socket.SHUT_WR)
