@@ -148,7 +148,6 @@ def contenders(case: Case, model: TarFlow, fp32: Path, int8: Path) -> list[Conte
         found += [
             of_flow(flow, "exact", "exact"),
             of_flow(flow, "fast", "fast"),
-            of_flow(small, "fast, int8", "fast"),
             of_flow(whole_sequence(fp32), "fast, whole sequence", "fast"),
         ]
     return found
@@ -161,9 +160,9 @@ def measure(case: Case, work: Path) -> Iterator[list[Result]]:
     bundles = [work / f"{case.name}-{engine}" for engine in ("fp32", "int8")]
     for folder, engine in zip(bundles, ("fp32", "int8"), strict=True):
         export(checkpoint, folder, engine, check=case.trained)
-        flow = Flow.open(folder)
-        if case.batches:
-            calibrate(flow, case.batches, SAMPLES, lambda stage: print(f"  {stage}", flush=True)).write(flow.bundle)
+    if case.batches:  # int8 rounds by more than fast mode's tolerance in every pass: it is decoded serially
+        flow = Flow.open(bundles[0])
+        calibrate(flow, case.batches, SAMPLES, lambda stage: print(f"  {stage}", flush=True)).write(flow.bundle)
     field_, judge = contenders(case, model, *bundles), Flow.open(bundles[0])
     for batch, scale, rounds in case.rows:
         results = race(field_, judge, batch, Guidance(scale), rounds)
