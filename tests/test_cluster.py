@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tarflow.runtime import cluster
 from tarflow.runtime.crew import Lost, Ready, Report, Task, carry_out
 from tarflow.runtime.errors import BundleError, MachineError
 from tarflow.runtime.flow import Flow
@@ -21,8 +22,6 @@ from tarflow.runtime.shards import INDEX, Record, claimed, write_index
 
 from .conftest import DEMO, Cli
 from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
-
-cluster = pytest.importorskip("tarflow.runtime.cluster")
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +39,11 @@ def job() -> Job:
     return Job(Flow.open(DEMO, threads=1).bundle.hash, n=80, first_sample=20, labels=(0, 1, 2), shard_size=16)
 
 
-def crew_of(size: int, task: Task) -> cluster.RayCrew:  # type: ignore[name-defined]
+def crew_of(size: int, task: Task) -> cluster.RayCrew:
     return cluster.RayCrew(task, cluster.Share(size, 1, 0.5, 0), print)
 
 
-def draw_with(crew: cluster.RayCrew, job: Job, folder: Path) -> None:  # type: ignore[name-defined]
+def draw_with(crew: cluster.RayCrew, job: Job, folder: Path) -> None:
     records: list[Record] = []
     try:
         with claimed(folder, job):
@@ -55,7 +54,7 @@ def draw_with(crew: cluster.RayCrew, job: Job, folder: Path) -> None:  # type: i
 
 
 def test_two_workers_one_of_them_killed_write_what_one_process_writes(address: str, job: Job, tmp_path: Path) -> None:
-    class Deadly(cluster.RayCrew):  # type: ignore[misc, name-defined]
+    class Deadly(cluster.RayCrew):
         """Kills the first worker that is handed a shard, while it draws."""
 
         pids: dict[int, int]

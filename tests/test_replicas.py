@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.serve import replicas
 
 from .conftest import DEMO, Cli
-
-replicas = pytest.importorskip("tarflow.serve.replicas")
 
 
 @pytest.fixture(scope="module")
