@@ -211,6 +211,8 @@ def read_images(path: Path, channels: int, size: int) -> tuple[NDArray[Any], lis
         from ..runtime.image import read_folder
 
         return read_folder(path, channels, size)
+    if not path.exists():
+        raise InputError(f"no images at '{path}'; expected a folder of pictures, or an array saved with numpy.save")
     return read_array(path, "images"), None
 
 
