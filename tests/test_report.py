@@ -188,7 +188,7 @@ def test_samples_that_are_not_finite_are_named_and_a_failure_leaves_the_old_page
     page.write_text("old")
     for arguments, code, message in (
         (("--guidance", 1e6), 1, "none of 160 samples is finite"),
-        (("--data", "nothing"), 2, "no file 'nothing'"),
+        (("--data", "nothing"), 2, "no images at 'nothing'"),
         (("--n", 1), 2, "--n is 1"),
         (("--labels", "12"), 2, "label 12 is out of range"),
     ):
