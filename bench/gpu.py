@@ -179,12 +179,12 @@ def with_wheels(folder: Path, arguments: Sequence[str]) -> int:
 def build_engines(bundle: Bundle, batches: Sequence[int]) -> str | None:
     """TensorRT engines for the batches, beside the bundle's graphs; what is built stays. Returns why not, or None."""
     from tarflow.export.engine import Options, build
-    from tarflow.runtime.decode import DEFAULT_WINDOW
+    from tarflow.runtime.backend import WINDOW
 
     from .device import FAILURES
 
     sizes = min(batches), sorted(batches)[len(batches) // 2], max(batches)
-    options = Options(batch=sizes, window=(1, 1, DEFAULT_WINDOW))
+    options = Options(batch=sizes, window=(1, 1, WINDOW))
     try:
         build(bundle, options=options, watch=lambda progress: None, package="tensorrt")
     except FAILURES as error:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -84,41 +85,55 @@ def below(pid: int) -> list[int]:
     return found
 
 
-def kills(folder: Path, kills: int, seed: int, samples: int = 1600, shard: int = 32) -> None:
-    """Runs that lose workers or their driver to SIGKILL at random moments, until each job is whole and right."""
+def kills(folder: Path, runs: int, seed: int, samples: int = 3200, shard: int = 32) -> None:
+    """Runs that lose workers or their driver to SIGKILL, twice each, until each job is whole and right. A kill falls at
+    a random moment after a random number of finished shards; one that comes too late does not count.
+    """
     chance, whole = random.Random(seed), folder / "undisturbed"
     fast = ("--no-certify", "--no-denoise")
     timed(command(whole, samples, shard, *fast, "--workers", "2"))
     expected = contents(whole)
-    drivers = workers = redone = 0
-    for run in range(kills):
-        out, way = folder / f"killed-{run}", ("--ray", "--workers", "2") if run % 2 else ("--workers", "2")
-        whom, drawn = "driver" if run % 4 < 2 else "worker", 0
-        for attempt in range(10):
-            process = subprocess.Popen(
-                command(out, samples, shard, *fast, *way, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-            if attempt < 2:  # two kills a run, then leave it alone
-                if attempt == 1 or run % 2:  # let it get so far that something is lost
-                    wait_for(out, process, 1)
-                time.sleep(chance.uniform(0.0, 4.0))
-                victims = [process.pid] if whom == "driver" else below(process.pid)
-                if process.poll() is None and victims:
-                    os.kill(chance.choice(victims), signal.SIGKILL)
-                    drivers, workers = drivers + (whom == "driver"), workers + (whom == "worker")
-            answer, _ = process.communicate()
-            if process.returncode == 0:
-                drawn = json.loads(answer)["drawn"]
-                if attempt > 1 or whom == "worker":
-                    break
-        redone += drawn
+    hits = Counter[str]()
+    for run in range(runs):
+        way = ("--ray", "--workers", "2") if run % 2 else ("--workers", "2")
+        whom = "driver" if run % 4 < 2 else "worker"
+        moments = sorted(chance.randrange(samples // shard * 4 // 5) for _ in range(2))
+        out = folder / f"killed-{run}"
+        hit, drawn = disturbed(command(out, samples, shard, *fast, *way, "--json"), out, whom, moments, chance)
+        hits[whom] += hit
         found = contents(out)
         assert found == expected, f"run {run}: {sorted(set(found) ^ set(expected))[:5]}"
         index = json.loads((out / "index.json").read_text())
         covered = [i for s in index["shards"] for i in range(s["first_sample"], s["first_sample"] + s["samples"])]
         assert covered == list(range(samples)), "lost or doubled"
-        print(f"run {run}: {whom} of {' '.join(way)} killed, all files the same; the last attempt drew {drawn}")
-    print(f"{kills} runs, {drivers} drivers and {workers} workers killed: nothing lost, nothing doubled")
+        kind = "Ray" if run % 2 else "local"
+        print(f"run {run}: {hit} times a {whom} of {kind} workers killed, after {moments} shards; the last run drew "
+              f"{drawn}; all files the same", flush=True)  # fmt: skip
+    print(f"{runs} runs, {hits['driver']} drivers and {hits['worker']} workers killed: nothing lost, nothing doubled")
+
+
+def disturbed(job: list[str], out: Path, whom: str, moments: list[int], chance: random.Random) -> tuple[int, int]:
+    """Run a job to its end through a kill after each number of shards. Returns kills that hit, and the number of
+    shards that the last run drew.
+    """
+    hits, process = 0, start(job)
+    for shards in moments:
+        wait_for(out, process, shards)
+        time.sleep(chance.uniform(0.0, 0.1))
+        victims = [process.pid] if whom == "driver" else below(process.pid)
+        if process.poll() is None and victims:
+            os.kill(chance.choice(victims), signal.SIGKILL)
+            hits += 1
+        if whom == "driver":
+            process.communicate()
+            process = start(job)
+    answer, _ = process.communicate()
+    assert process.returncode == 0
+    return hits, json.loads(answer)["drawn"]
+
+
+def start(job: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def wait_for(out: Path, process: subprocess.Popen[bytes], shards: int) -> None:

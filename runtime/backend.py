@@ -18,6 +18,7 @@ from .errors import BundleError, InputError, MachineError
 from .memory import USUAL, Budget
 
 Array = NDArray[np.float32]
+WINDOW = 64  # on a device a pass costs the same for any small window; larger ones gain little more
 _LONGEST_REASON = 300  # characters, of why "auto" did not take a provider
 NAMES = ("auto", "cpu", "cuda", "tensorrt", "ort-tensorrt")
 
@@ -53,10 +54,13 @@ class Decoding(Protocol):
     def step(self, position: int, window: int = 1) -> None:
         """From the patches at ``position ... position + window - 1`` (block order), compute the next ones."""
 
-    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+    def evaluate(
+        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
+    ) -> Array:
         """What :meth:`step` would write, (B, W, D), without writing it; valid until the next call.
 
-        Keys and values of the window are stored; those of images not in ``rows`` (B,) may be left as they are.
+        Keys and values of the window are stored. Images not in ``rows`` (B,) need not be computed, and what is returned
+        for them means nothing; ``steady`` computes them nevertheless, so that the batch keeps its shape.
         """
 
     def patches(self) -> Array:
@@ -72,6 +76,7 @@ class Backend(Protocol):
     description: str  # which engine on which device, for people
     machine: str  # provider and device: what a measured plan is true for
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
+    window: int  # positions a parallel pass takes where nothing was measured
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         """Begin inverting ``block`` on z (B, T, D)."""

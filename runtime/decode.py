@@ -21,19 +21,20 @@ from .errors import InputError
 
 TOLERANCES = {"exact": 1e-5, "fast": 1e-3}  # largest change of a patch, in units of the flow's state
 MODES = ("serial", *TOLERANCES)
-DEFAULT_WINDOW = 64  # without a plan: where a pass costs the same for any window, larger ones gain little more
 Watch = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
     """How a block is solved in parallel. After ``limit`` passes, or for a batch its share of them in a window, what is
-    left is solved serially.
+    left is solved serially. Images that are done leave the batch, unless it is ``steady``: then an image's bits
+    do not depend on its mates either, where the engine computes rows alike in a batch of one shape.
     """
 
     window: int
     tolerance: float
     limit: int
+    steady: bool = False
 
 
 def tolerance_of(mode: str, tolerance: float | None) -> float:
@@ -80,7 +81,7 @@ def _parallel(decoding: Decoding, tokens: int, how: Parallel, on_step: Watch) ->
         if single:
             reached, spent = _slide(decoding, position, window, how.tolerance), 1
         else:
-            reached, spent = _settle(decoding, position, window, how.tolerance, share)
+            reached, spent = _settle(decoding, position, window, how, share)
         passes += spent
         for finished in range(position, reached):
             on_step(finished)
@@ -104,7 +105,7 @@ def _slide(decoding: Decoding, position: int, window: int, tolerance: float) -> 
     return position + 1 + kept
 
 
-def _settle(decoding: Decoding, position: int, window: int, tolerance: float, limit: int) -> tuple[int, int]:
+def _settle(decoding: Decoding, position: int, window: int, how: Parallel, limit: int) -> tuple[int, int]:
     """Pass over one window until every image is done, none of which changes afterwards; images that are not after
     ``limit`` passes are finished serially. Returns the next window's start and the number of passes.
     """
@@ -113,15 +114,15 @@ def _settle(decoding: Decoding, position: int, window: int, tolerance: float, li
     waiting = np.ones(len(x), bool)
     most = min(limit, stop - position)  # of so many patches each pass finishes one or more
     for passes in range(1, most + 1):
-        found = decoding.evaluate(start, window, None if waiting.all() else waiting)[:, position - start :]
-        done = waiting & _unchanged(found[:, :-1], x[:, position + 1 : stop], tolerance).all(1)
+        found = decoding.evaluate(start, window, waiting, how.steady)[:, position - start :]
+        done = waiting & _unchanged(found[:, :-1], x[:, position + 1 : stop], how.tolerance).all(1)
         x[done, stop] = found[done, -1]
         waiting &= ~done
         if not waiting.any():
             return stop, passes
         x[waiting, position + 1 : stop + 1] = found[waiting]
     for single in range(position, stop):
-        x[waiting, single + 1] = decoding.evaluate(single, 1, waiting)[waiting, 0]
+        x[waiting, single + 1] = decoding.evaluate(single, 1, waiting, how.steady)[waiting, 0]
     return stop, most + stop - position
 
 

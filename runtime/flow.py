@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import noise as noise_source
 from .backend import Array, Backend, Branches, open_backend
 from .bundle import Bundle, ModelShape
-from .decode import DEFAULT_WINDOW, Parallel, solve, tolerance_of
+from .decode import Parallel, solve, tolerance_of
 from .errors import InputError
 from .image import patchify, unpatchify
 from .memory import USUAL, Budget, cache_row, peak, spend
@@ -559,7 +559,7 @@ class Flow:
             return "serial", serially
         words = f"parallel to {limit:g}"
         if plan is None:
-            return words, [Parallel(DEFAULT_WINDOW, limit, self.config.tokens - 1)] * self.config.blocks
+            return words, [Parallel(self.backend.window, limit, self.config.tokens - 1, reproducible)] * self.config.blocks
         ways = plan.ways(chosen, rows, limit) or serially
         return f"{words if any(ways) else 'serially'}, as calibrated", ways
 

@@ -102,7 +102,9 @@ class ResidentDecoding:
         self._mirror = None
         self._steps.write("x", self._ordered(patches)[:, None])
 
-    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+    def evaluate(
+        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
+    ) -> Array:  # all rows, always: what was captured has one shape
         before = self.x
         self._launch(position, window)
         found: Array = self._steps.read("x")[: self._batch, 0, position + 1 : position + 1 + window]

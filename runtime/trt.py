@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, Decoding, pad_rows
+from .backend import WINDOW, Array, Branches, Decoding, pad_rows
 from .bundle import Bundle
 from .cuda import INSTALL, Cuda
 from .engines import PACKAGES, Here, Profile, Range, Record, folders, read_record, rebuild, tensor_shapes
@@ -140,6 +140,7 @@ class TrtBackend:
         self.here = Here(record.package, str(trt.__version__), cuda.name, cuda.capability)
         self.low_memory = low_memory
         self.largest_batch: int | None = record.largest_batch
+        self.window = WINDOW
         self.description = f"{record.package} {trt.__version__} {record.precision}, {cuda.name}"
         self.machine = f"tensorrt {cuda.name}"
         self.launching = threading.RLock()

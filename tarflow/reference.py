@@ -35,6 +35,7 @@ class Twin:
     description = f"PyTorch {torch.__version__}"
     machine = "PyTorch"  # for which nothing is calibrated
     largest_batch: int | None = None
+    window = 16
 
     def __init__(self, model: TarFlow) -> None:
         self.model = model
@@ -91,7 +92,9 @@ class TwinDecoding:
         self.x[:, position + 1 : position + 1 + window] = self.evaluate(position, window)
 
     @torch.no_grad()
-    def evaluate(self, position: int, window: int, rows: NDArray[np.bool_] | None = None) -> Array:
+    def evaluate(
+        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
+    ) -> Array:
         found = []
         for i in range(position, position + window):
             known = torch.from_numpy(self.x[:, i : i + 1]).to(self.z)

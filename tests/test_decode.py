@@ -81,14 +81,36 @@ def test_a_sample_does_not_depend_on_its_batch_mates(flow: Flow) -> None:
     """To the bit: the same image beside easy mates, hard ones, and one that overflows."""
     z = flow.noise(7, range(4))
     branches = flow.branches(Guidance(1.0), LABELS[:4])
-    how = Parallel(5, 1e-3, 12)
+    how = Parallel(5, 1e-3, 12, steady=True)
     expected, _ = whole(how, flow, z, branches)
     for scale in (0.0, 3.0, 1e4):
         mates = z.copy()
         mates[1:] *= scale
         with np.errstate(all="ignore"):
             found, _ = whole(how, flow, mates, branches)
+            left, _ = whole(replace(how, steady=False), flow, mates, branches)
         assert np.array_equal(found[0], expected[0]), scale
+        assert largest(left[0], expected[0]) < 1e-5, scale  # rounding: the batch changes its shape
+
+
+def test_images_that_are_done_leave_the_batch(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mates of zeros settle in fewer passes; from then on, fewer rows are computed, and the same patches found."""
+    z = flow.noise(7, range(4))
+    z[1:] = 0
+    branches = flow.branches(Guidance(1.0), LABELS[:4])
+    expected, _ = whole(Parallel(15, 1e-5, 15, steady=True), flow, z, branches)
+    computed: list[int] = []
+    run = flow.backend.run  # type: ignore[attr-defined]
+
+    def counted(session: object, block: int, kind: str, feeds: dict[str, Array]) -> list[Array]:
+        computed.append(len(feeds["x"]) // 15)
+        found: list[Array] = run(session, block, kind, feeds)
+        return found
+
+    monkeypatch.setattr(flow.backend, "run", counted)
+    found, _ = whole(Parallel(15, 1e-5, 15), flow, z, branches)
+    assert computed and max(computed) <= 2
+    assert largest(found, expected) < 1e-5
 
 
 def test_a_limit_of_passes_ends_in_serial_decoding(flow: Flow) -> None:

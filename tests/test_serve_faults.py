@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -163,6 +164,31 @@ def test_slow_readers_and_slow_writers_hold_up_nobody_and_get_all_of_it(service:
             answer += chunk
         assert np.array_equal(array(answer.split(b"\r\n\r\n", 1)[1]), expected)
         connection.close()
+
+
+def test_a_reader_that_stops_is_cut_off_and_others_are_served(tmp_path: Path) -> None:
+    """It asks for megabytes, one answer after the other on one connection, and takes none of them."""
+    with running(tmp_path, "--timeout", 1) as service:
+        sockets = Path(f"/proc/{service.process.pid}/fd")
+
+        def connections() -> int:
+            return sum(os.readlink(entry).startswith("socket:") for entry in sockets.iterdir())
+
+        before = connections()
+        with socket.socket() as stuck:
+            stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            stuck.connect(("127.0.0.1", service.port))
+            stuck.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+            deadline = time.monotonic() + 20
+            while connections() == before and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert connections() > before
+            assert service.ask("POST", "/v1/samples", {"seed": 6})[0] == 200
+            while connections() > before and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert connections() == before
+        assert service.ask("GET", "/v2/health/ready")[0] == 200
+        assert service.stop() == 0
 
 
 def test_sigterm_under_load_drains(flow: Flow, tmp_path: Path) -> None:
