@@ -126,8 +126,8 @@ def main() -> None:
         "A step of serial decoding, averaged over a block's positions; the weights it must read, over the memory's "
         "bandwidth; the same products alone in PyTorch; and the keys and values it must read, half a cache on average, "
         "over the bandwidth. All: the cache, and the larger of weights and products. The processor's caches can beat "
-        "what memory allows for small models. Below, seconds for one block of the second model by threads and spinning: the defaults are ONNX "
-        "Runtime's, one thread a core, spinning."
+        "what memory allows for small models. Below, seconds for one block of the second model by threads and "
+        "spinning: the defaults are ONNX Runtime's, one thread a core, spinning."
     )
     replace_section(RESULTS, "\n\n".join([HEADING, machine(), "\n".join(head + rows), text, "\n".join(chosen)]))
 

@@ -559,7 +559,8 @@ class Flow:
             return "serial", serially
         words = f"parallel to {limit:g}"
         if plan is None:
-            return words, [Parallel(self.backend.window, limit, self.config.tokens - 1, reproducible)] * self.config.blocks
+            how = Parallel(self.backend.window, limit, self.config.tokens - 1, steady=reproducible)
+            return words, [how] * self.config.blocks
         ways = plan.ways(chosen, rows, limit) or serially
         return f"{words if any(ways) else 'serially'}, as calibrated", ways
 

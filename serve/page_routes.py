@@ -137,11 +137,15 @@ def _add_stream(router: APIRouter, service: Service) -> None:
             ),
         ] = None,
         guidance: Annotated[float, Query(ge=0, le=1e6, description="Strength of guidance; 0 is none.")] = 0.0,
+        attention_temperature: Annotated[
+            float, Query(gt=0, le=1e6, description="Of the branch guided away from: what guides without classes.")
+        ] = 1.0,
         seed: Annotated[int, Query(ge=0, lt=2**64)] = 0,
         first_sample: Annotated[int, Query(ge=0, lt=2**63, description="Index of the first sample.")] = 0,
     ) -> StreamingResponse:
         """Samples as server-sent events: the noise, the images after each block, the images that were asked for."""
-        wish = _wish(service, n, labels, Guidance(guidance), seed, first_sample)
+        how = Guidance(guidance, attention_temperature=attention_temperature)
+        wish = _wish(service, n, labels, how, seed, first_sample)
         told: asyncio.Queue[bytes | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

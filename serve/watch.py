@@ -34,6 +34,8 @@ class Wish:
         query = [] if self.labels is None or self.labels[i] < 0 else [f"label={self.labels[i]}"]
         if self.guidance.scale:
             query.append(f"guidance={self.guidance.scale!r}")
+        if self.guidance.attention_temperature != 1:
+            query.append(f"attention_temperature={self.guidance.attention_temperature!r}")
         return f"v1/samples/{self.seed}/{self.first_sample + i}.png" + ("?" if query else "") + "&".join(query)
 
 

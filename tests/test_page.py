@@ -292,13 +292,23 @@ def test_class_guidance_seed_and_number_are_what_is_drawn(visit: Visit, server: 
 
 
 def test_an_unconditional_model_offers_no_class(browser: Browser, bundle: Callable[..., Path]) -> None:
-    with serving(Flow.open(bundle("uncond"), spinning=False)) as server:
+    flow = Flow.open(bundle("uncond"), spinning=False)
+    with serving(flow) as server:
         visiting = Visit(browser)
         page = visiting.open(server.url)
         expect(page.locator("#classes")).to_be_hidden()
-        expect(page.get_by_label("Guidance", exact=True)).to_be_hidden()
+        expect(page.get_by_label("Guidance", exact=True)).to_have_value("0")
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.get_by_role("status").first).to_contain_text("8 images in")
+        page.get_by_label("Guidance", exact=True).fill("0.5")
+        page.get_by_label("Attention temperature").fill("0.4")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.locator("#draw-error")).to_be_hidden()
+        guided = flow.sample(8, guidance=Guidance(0.5, attention_temperature=0.4), reproducible=True)
+        expect(page.locator("#stage")).to_have_attribute("aria-busy", "false")
+        assert np.array_equal(pixels(page.locator(".cell canvas").first), to_uint8(guided)[0, 0])
+        assert "guidance=0.5" in page.url
+        assert "temperature=0.4" in page.url
         page.get_by_role("tab", name="Likelihood").click()
         page.locator("#file").set_input_files({"name": "any.png", "mimeType": "image/png", "buffer": picture()})
         expect(page.locator("#bits")).to_be_visible()

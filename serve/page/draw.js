@@ -86,11 +86,16 @@ function fillForm(model) {
     at("class-number").max = model.classes - 1;
     if (single) at("class-number").value = chosen;
     at("chips").addEventListener("change", () => follow());
-    at("classes").hidden = at("guidance-field").hidden = false;
+    at("classes").hidden = false;
     follow();
+  } else {
+    at("guidance").value = 0;
+    at("guidance-note").textContent = "0 is none; without classes, 0.1 to 1 is usual.";
+    at("temperature-field").hidden = false;
   }
+  at("guidance-field").hidden = false;
   at("n").max = model.largest_n;
-  for (const name of ["seed", "n", "guidance"]) if (given.has(name)) at(name).value = given.get(name);
+  for (const name of ["seed", "n", "guidance", "temperature"]) if (given.has(name)) at(name).value = given.get(name);
   at("guidance-slide").value = at("guidance").value;
   at("guidance-slide").addEventListener("input", () => (at("guidance").value = at("guidance-slide").value));
   at("guidance").addEventListener("input", () => (at("guidance-slide").value = at("guidance").value));
@@ -126,7 +131,8 @@ function follow() {
 
 function wrong(model) {
   const fields = [["seed", "Seed"], ["n", "Images"]];
-  if (model.classes && !at("guidance").disabled) fields.push(["guidance", "Guidance"]);
+  if (!at("guidance").disabled) fields.push(["guidance", "Guidance"]);
+  if (!model.classes) fields.push(["temperature", "Attention temperature"]);
   if (chosenClass() === "one") fields.push(["class-number", "Class"]);
   let first;
   for (const [id, name] of fields) {
@@ -145,6 +151,10 @@ function wrong(model) {
 
 function asked(model) {
   const query = new URLSearchParams({ n: at("n").value, seed: at("seed").value });
+  if (!model.classes && Number(at("guidance").value)) {
+    query.set("guidance", at("guidance").value);
+    query.set("attention_temperature", at("temperature").value);
+  }
   if (!model.classes || chosenClass() === "none") return query;
   const each = Array.from({ length: Math.min(model.classes, Number(at("n").value)) }, (_, k) => k);
   query.set("labels", { each: each.join(","), one: at("class-number").value }[chosenClass()] ?? chosenClass());
@@ -155,9 +165,8 @@ function asked(model) {
 /** The form's state in the page's address, so that a drawing can be shared. */
 function remembered(model) {
   const query = new URLSearchParams({ seed: at("seed").value, n: at("n").value });
-  if (model.classes) {
-    query.set("class", chosenClass() === "one" ? at("class-number").value : chosenClass());
-    query.set("guidance", at("guidance").value);
-  }
+  if (model.classes) query.set("class", chosenClass() === "one" ? at("class-number").value : chosenClass());
+  else query.set("temperature", at("temperature").value);
+  query.set("guidance", at("guidance").value);
   return query;
 }
