@@ -8,12 +8,16 @@ CPP_BUILD := $(CPP)/build
 ONNXRUNTIME_ROOT ?= $(CURDIR)/$(CPP_BUILD)/onnxruntime
 CMAKE_FLAGS := -DONNXRUNTIME_ROOT=$(ONNXRUNTIME_ROOT)
 
-.PHONY: generate test lint types unit cpp cpp-dev cpp-test bench demo clean
+.PHONY: generate test prepare lint types unit cpp cpp-dev cpp-test bench demo clean
 
 generate: $(RUN)/done ## 64 demo images in samples.png, with nothing but the runtime installed
 	$(RUN)/bin/tarflow generate --n 64 --labels 0-9 --guidance 1 -o samples.png
 
-test: lint types unit cpp-test ## everything that is checked before a change lands
+test: ## everything that is checked before a change lands
+	$(MAKE) -j 2 prepare
+	$(MAKE) unit cpp-test
+
+prepare: lint types $(DEV)/chromium cpp-dev # what needs no idle machine: one core each
 
 lint: $(DEV)/done
 	$(DEV)/bin/ruff check .
@@ -53,7 +57,7 @@ $(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py
 	mkdir -p $(@D)
 	touch $@
 
-$(DEV)/chromium: $(DEV)/done ## the browser that the page is tested in
+$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in
 	$(CPP)/cmake/debian-packages.sh chromium
 	touch $@
 

@@ -74,6 +74,8 @@ def evaluate(
     from ..runtime.flow import Flow, Guidance
     from ..runtime.frechet import estimate, write_statistics
 
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; expected 0 or more")
     if n < 2 or resamples < 2:
         raise InputError(f"--n is {n} and --resamples {resamples}; expected 2 or more of each, thousands of samples")
     guided = Guidance(guidance, guide, annealed, attention_temperature)
@@ -177,7 +179,8 @@ def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
     if path.is_dir():
         return read_images(path, shape[0], shape[1])[0]
     stored = read_images(path, shape[0], shape[1])[0]
-    if stored.ndim != 4 or stored.shape[1:] != shape or not (stored.dtype.kind == "f" or stored.dtype == "uint8"):
+    known = stored.dtype.kind == "f" or stored.dtype == "uint8"
+    if stored.ndim != 4 or stored.shape[1:] != shape or not len(stored) or not known:
         raise InputError(
             f"'{path}' holds {stored.dtype} of shape {stored.shape}; expected (N, {', '.join(map(str, shape))}), uint8 "
             "or floats in [-1, 1]"
@@ -193,6 +196,7 @@ def _draw(
 
     from ..runtime.image import to_uint8
 
+    flow.resolve(n, labels=labels, guidance=how["guidance"], seed=how["seed"])
     rows = []
     with step_bar("sampling") as bar:
         for start in range(0, n, _PART):
@@ -201,6 +205,7 @@ def _draw(
                 stop - start,
                 labels=None if labels is None else labels[start:stop],
                 first_sample=start,
+                part_of_more=True,
                 progress=_scaled(bar, start / n, (stop - start) / n),
                 **how,
             )

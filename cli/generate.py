@@ -115,7 +115,7 @@ def generate(
             format=format or "npy",
             shard_size=shard_size if shard_size is not None else DEFAULT_SHARD,
         )
-        draw_shards(opened, job, out, Means(workers, ray, provider, threads, spinning, low_memory), json)
+        draw_shards(opened, job, out, Means(workers, ray, provider, threads, spinning, low_memory, cuda_graph), json)
         return
     refuse("without --out", format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None

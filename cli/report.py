@@ -95,9 +95,17 @@ def report(
 
 def _images(flow: Flow, data: Path, labels: str | None, seed: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The data as the model was trained on it, and its labels."""
+    from ..runtime.errors import InputError
+
     stored, _ = read_images(data, flow.config.channels, flow.config.image_size)
+    shape = flow.config.image
+    if stored.ndim != 4 or stored.shape[1:] != shape or not len(stored) or stored.dtype.kind not in "uf":
+        raise InputError(
+            f"'{data}' holds {stored.dtype} of shape {stored.shape}; expected (N, {', '.join(map(str, shape))}), uint8 "
+            "or floats in [-1, 1]"
+        )
     x = flow.dequantise(stored, seed) if stored.dtype == "uint8" else stored
-    return x, parse_labels(labels, 0, x.shape[0] if x.ndim else 0)
+    return x, parse_labels(labels, 0, len(x))
 
 
 def _command() -> str:

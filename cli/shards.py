@@ -33,6 +33,7 @@ class Means:
     threads: int | None
     spinning: bool | None
     low_memory: bool
+    cuda_graph: bool
 
 
 def refuse(where: str, **options: object) -> None:
@@ -57,7 +58,7 @@ def turns(text: str | None, first: int, n: int) -> tuple[int, ...] | None:
 
 def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -> None:
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
-    are not finite.
+    are not finite, or have no round trip.
     """
     from ..runtime.shards import check_space, claimed, finished, forget_index, write_index
 
@@ -103,7 +104,14 @@ def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shar
     from ..runtime.crew import Task, carry_out
 
     task = Task(
-        job, bundle.folder.absolute(), out.absolute(), means.provider, means.threads, means.spinning, means.low_memory
+        job,
+        bundle.folder.absolute(),
+        out.absolute(),
+        means.provider,
+        means.threads,
+        means.spinning,
+        means.low_memory,
+        means.cuda_graph,
     )
     records: list[Record] = []
     with sample_bar(job.n, kept) as show:
@@ -165,10 +173,16 @@ def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds:
         if index["certificate"] is not None:
             print(f"round-trip error {index['certificate']:.2g} at most")
         print(index["level"])
+    if index["uncertified"]:
+        say(
+            f"tarflow: check failed: {len(index['uncertified'])} samples are finite but overflow when encoded again, "
+            f"the first {index['uncertified'][0]}; '{out / 'index.json'}' lists them"
+        )
     if index["nonfinite"]:
         say(
             f"tarflow: check failed: {len(index['nonfinite'])} of {index['samples']} samples are not finite, the first "
             f"{index['nonfinite'][0]}; '{out / 'index.json'}' lists them. Lower the guidance, or draw them again with "
             " --redraw-nonfinite and another --out"
         )
+    if index["nonfinite"] or index["uncertified"]:
         raise typer.Exit(1)

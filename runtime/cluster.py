@@ -18,7 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do by default; it warns until then
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from .crew import Lost, Report, Task, Worker, attempt
 from .errors import MachineError
@@ -126,15 +126,16 @@ def share(workers: int | None, threads: int | None, provider: str, most: int) ->
     if on_gpu and not gpus:
         raise MachineError(f"--provider {provider} needs GPUs, and Ray knows of none here; use --provider cpu")
     count = min(workers or (gpus if on_gpu else len(nodes)) or 1, most)
-    largest = max((int(node["CPU"]) for node in nodes), default=1)
-    each = threads or max(1, min(largest, cpus // count))
+    sizes = [int(node["CPU"]) for node in nodes]
+    fitting = (t for t in range(max(sizes, default=1), 0, -1) if sum(size // t for size in sizes) >= count)
+    each = threads or next(fitting, 1)  # a worker's cores are on one machine
     return Share(count, each, min(each, max(cpus, 1) / count), int(on_gpu))
 
 
 class RayCrew:
     """Actors that each hold an opened bundle; a dead one is replaced. Needs :func:`connected`.
 
-    ``notice`` is told once if no worker can be placed for a while.
+    ``notice`` is told once if workers cannot be placed for a while.
     """
 
     def __init__(self, task: Task, parts: Share, notice: Callable[[str], None]) -> None:
@@ -146,6 +147,7 @@ class RayCrew:
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}  # reference to a report to come -> worker
         self._patient_until: float | None = time.monotonic() + _PATIENCE
+        self._unready = set(range(self.size))
         for worker in range(self.size):
             self._start(worker)
 
@@ -160,24 +162,26 @@ class RayCrew:
         done: list[Any] = []
         while not done:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=1.0)
-            self._grow_impatient(bool(done))
+            self._grow_impatient()
         worker = self._pending.pop(done[0])
+        self._unready.discard(worker)
         try:
             report: Report = ray.get(done[0])
-        except (RayActorError, OutOfMemoryError) as error:
+        except (RayActorError, OutOfMemoryError, RayTaskError) as error:  # a task's: of that machine's disk, say
             ray.kill(self._actors[worker])  # one that is merely out of reach must not come back
             self._start(worker)
             return worker, Lost(" ".join(str(error).split())[:300])
         return worker, report
 
-    def _grow_impatient(self, something_came: bool) -> None:
-        if something_came:
+    def _grow_impatient(self) -> None:
+        if not self._unready:
             self._patient_until = None
         elif self._patient_until is not None and time.monotonic() > self._patient_until:
             self._patient_until = None
-            parts = self._parts
+            parts, missing = self._parts, len(self._unready)
+            which = "still no worker" if missing == self.size else f"{missing} of {self.size} workers have not begun"
             self._notice(
-                f"still no worker: each asks for {parts.cpus:g} CPUs{f' and {parts.gpus} GPU' if parts.gpus else ''}, "
+                f"{which}: each asks for {parts.cpus:g} CPUs{f' and {parts.gpus} GPU' if parts.gpus else ''}, "
                 f"and Ray has free {_free()}; waiting"
             )
 

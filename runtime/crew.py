@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ class Task:
     threads: int | None = None
     spinning: bool | None = None
     low_memory: bool = False
+    cuda_graph: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Worker:
         """Open the bundle, which must be the job's. Raises BundleError or MachineError where something is amiss."""
         task = self.task
         try:
-            flow = Flow.open(task.bundle, task.provider, task.threads, task.spinning, task.low_memory)
+            how = {"spinning": task.spinning, "low_memory": task.low_memory, "cuda_graph": task.cuda_graph}
+            flow = Flow.open(task.bundle, task.provider, task.threads, **how)
         except BundleError as error:
             raise BundleError(f"on {socket.gethostname()}: {error}") from None
         if flow.bundle.hash != task.job.bundle:
@@ -208,12 +211,21 @@ class Local:
 
 def _serve(task: Task, connection: Connection) -> None:
     """A local worker's life: open, then shards until the other end is closed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the crew stops its workers itself
     worker = Worker(task)
     with contextlib.suppress(EOFError, OSError):
         connection.send(attempt(worker, None))
         while True:
             connection.send(attempt(worker, connection.recv()))
+
+
+def _end_with_parent() -> None:
+    """A driver that was killed cannot stop its workers; half a shard is swept up by the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def attempt(worker: Worker, shard: Shard | None) -> Report:

@@ -6,7 +6,9 @@ the same features.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ _TYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8,
 }
+_EXTERNAL = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])", re.S)  # of a tensor's external_data; its name follows
 _BATCH = 64
 _LARGEST = 4096  # pixels a side
 
@@ -90,7 +93,7 @@ class FeatureNetwork:
         session = _open_session(path, threads)
         batch, prepare = _preparation(session, path, size, values)
         layer = _output(session, path, output)
-        identity = f"{sha256(path)} {layer} {prepare.size or 'own size'} {prepare.values}"
+        identity = f"{_hash(path)} {layer} {prepare.size or 'own size'} {prepare.values}"
         return cls(session, layer, batch, prepare, identity)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -121,6 +124,14 @@ class FeatureNetwork:
             )
         rows: NDArray[np.float32] = features[: len(images)].reshape(len(images), features.shape[1], -1).mean(2)
         return rows
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of an ONNX file; of one whose weights lie in other files, of all their hashes."""
+    content = path.read_bytes()
+    places = {content[m.end() : m.end() + m[1][0]].decode("utf-8", "replace") for m in _EXTERNAL.finditer(content)}
+    others = [sha256(path.parent / place) for place in sorted(places) if (path.parent / place).is_file()]
+    return hashlib.sha256(" ".join([sha256(path), *others]).encode()).hexdigest() if others else sha256(path)
 
 
 def _open_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:

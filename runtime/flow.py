@@ -175,6 +175,7 @@ class Flow:
         redraw_nonfinite: bool = False,
         decode: str | None = None,
         tolerance: float | None = None,
+        part_of_more: bool = False,
         progress: Callable[[Progress], None] | None = None,
         preview: Callable[[Preview], None] | None = None,
     ) -> Samples:
@@ -185,7 +186,8 @@ class Flow:
         ``reproducible`` computes in aligned tiles of 16 rows, so that a sample is bitwise the same whatever n, batch
         size and thread count on one machine. ``decode`` is "serial", "exact" (in parallel, until a patch changes by no
         more than 1e-5) or "fast" (1e-3); ``tolerance`` is another limit. None means exact by the plan of
-        ``tarflow calibrate``, or serial where there is none. ``progress`` is told each finished position,
+        ``tarflow calibrate``, or serial where there is none. ``part_of_more`` says that guidance need not do anything
+        for these very samples: :meth:`resolve` has seen all. ``progress`` is told each finished position,
         ``preview`` is shown each batch after each block, blocks last to first; an exception of either cancels.
         Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
         """
@@ -193,7 +195,8 @@ class Flow:
         images = np.empty((count, *self.config.image), np.float32)  # first: too many fail here, at once
         classes = self._labels(labels, count)
         guidance = guidance or Guidance()
-        self._refuse_idle_guidance(guidance, classes)
+        if not part_of_more:
+            refuse_idle_guidance(self.config, guidance, classes)
         if redraw_nonfinite and latents is not None:
             raise InputError("samples of given noise cannot be redrawn: drop redraw_nonfinite, or draw by seed")
         strength = self._strength(denoise)
@@ -274,7 +277,7 @@ class Flow:
         """
         _, count = self._noise(n, None, seed, first_sample)
         classes = self._labels(labels, count)
-        self._refuse_idle_guidance(guidance or Guidance(), classes)
+        refuse_idle_guidance(self.config, guidance or Guidance(), classes)
         return classes, self._strength(denoise)
 
     def noise(self, seed: int | Sequence[int], samples: Sequence[int], stream: int = noise_source.SAMPLING) -> Array:
@@ -513,23 +516,6 @@ class Flow:
             raise InputError(f"denoising strength is {denoise}; expected a number of 0 or more, 1 is the theory's")
         return float(denoise)
 
-    def _refuse_idle_guidance(self, guidance: Guidance, classes: NDArray[np.int64]) -> None:
-        if not guidance.scale and guidance.attention_temperature != 1:
-            raise InputError(
-                f"attention temperature {guidance.attention_temperature:g} does nothing without guidance; "
-                "give a guidance scale above 0 too"
-            )
-        if guidance.scale and guidance.what == "a" and not self.config.nvp:
-            raise InputError("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'")
-        if guidance.scale and guidance.attention_temperature == 1 and (classes < 0).all():
-            kind = "an unconditional model" if not self.config.classes else "samples without a label"
-            cure = "" if not self.config.classes else "give labels, or "
-            raise InputError(
-                f"guidance {guidance.scale:g} does nothing for {kind} at attention temperature 1: both "
-                "branches are the "
-                f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
-            )
-
     def branches(self, guidance: Guidance, classes: NDArray[np.int64]) -> Branches:
         """The branches that draw samples of ``classes`` (B,), below 0 for the null class, with this guidance."""
         tokens = self.config.tokens
@@ -572,6 +558,24 @@ class Flow:
         if loosest > 1e-5:
             agreement = f"the tolerance of {loosest:g} they are solved to, a few times over"
         return f"L2: noise the same anywhere to the bit; samples agree across batch sizes to {agreement}"
+
+
+def refuse_idle_guidance(config: ModelShape, guidance: Guidance, classes: NDArray[np.int64]) -> None:
+    """Raise InputError for guidance that does nothing for samples of these classes, below 0 for the null class."""
+    if not guidance.scale and guidance.attention_temperature != 1:
+        raise InputError(
+            f"attention temperature {guidance.attention_temperature:g} does nothing without guidance; "
+            "give a guidance scale above 0 too"
+        )
+    if guidance.scale and guidance.what == "a" and not config.nvp:
+        raise InputError("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'")
+    if guidance.scale and guidance.attention_temperature == 1 and (classes < 0).all():
+        kind = "samples without a label" if config.classes else "an unconditional model"
+        cure = "give labels, or " if config.classes else ""
+        raise InputError(
+            f"guidance {guidance.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
+            f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
+        )
 
 
 class _Counter:

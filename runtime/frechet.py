@@ -145,7 +145,10 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | Non
     Raises InputError for a file that holds none.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array, as .npy")
+        with file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, FileNotFoundError):

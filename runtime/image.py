@@ -92,8 +92,8 @@ def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tup
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise InputError(f"no images below '{folder}'; expected files ending in {', '.join(SUFFIXES)}")
-    images = []
-    for path in paths:
+    images = np.empty((len(paths), channels, size, size), np.uint8)
+    for image, path in zip(images, paths, strict=True):
         try:
             with Image.open(path) as opened:
                 if opened.mode.startswith(("I", "F")):
@@ -107,5 +107,5 @@ def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tup
             if isinstance(error, InputError):
                 raise
             raise InputError(f"'{path}' cannot be read as an image ({error}); remove or replace it") from None
-        images.append(pixels.reshape(size, size, channels).transpose(2, 0, 1))
-    return np.stack(images), [str(p.relative_to(root)) for p in paths]
+        image[:] = pixels.reshape(size, size, channels).transpose(2, 0, 1)
+    return images, [str(p.relative_to(root)) for p in paths]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from .bundle import ModelShape
 from .errors import InputError
-from .flow import REPRODUCIBLE_TILE, Guidance
+from .flow import REPRODUCIBLE_TILE, Guidance, refuse_idle_guidance
 
 FORMAT = "tarflow-job"
 SCHEMA = 1
@@ -36,7 +38,7 @@ class Shard:
     samples: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
     """Samples ``first_sample ... first_sample + n - 1`` of a bundle, by its hash, with all that fixes their bits.
 
@@ -70,6 +72,9 @@ class Job:
                 f"--shard-size is {self.shard_size}; expected a multiple of {REPRODUCIBLE_TILE}, the rows that are "
                 f"computed together, such as {max(1, round(self.shard_size / REPRODUCIBLE_TILE)) * REPRODUCIBLE_TILE}"
             )
+        for name, value in (("--tolerance", self.tolerance), ("--denoise-strength", self.denoise)):
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}; expected a number of 0 or more")
         if self._count > _MOST_SHARDS:
             least = -(-self.n // (_MOST_SHARDS - 1))
             raise InputError(
@@ -99,16 +104,21 @@ class Job:
         if self.labels is None:
             return np.full(shard.samples, -1, np.int64)
         turn = (shard.first - self.first_sample + np.arange(shard.samples)) % len(self.labels)
-        return np.array(self.labels, np.int64)[turn]
+        return self._turns[turn]
 
-    def text(self) -> str:
+    @cached_property
+    def _turns(self) -> NDArray[np.int64]:
+        return np.array(self.labels, np.int64)
+
+    @cached_property
+    def text(self) -> bytes:
         """The job as its file ``job.json`` holds it: equal jobs, equal bytes."""
-        return document({"format": FORMAT, "schema": SCHEMA, "job": asdict(self)})
+        return document({"format": FORMAT, "schema": SCHEMA, "job": asdict(self)}).encode()
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """SHA-256 of :meth:`text`: what a finished shard names as its job."""
-        return hashlib.sha256(self.text().encode()).hexdigest()
+        """SHA-256 of :attr:`text`: what a finished shard names as its job."""
+        return hashlib.sha256(self.text).hexdigest()
 
     def differences(self, other: object) -> list[str]:
         """How ``other``, the value of "job" in another job's file, departs from this job, in words."""
@@ -122,7 +132,8 @@ class Job:
         ]
 
     def check(self, shape: ModelShape) -> None:
-        """Raise InputError if images of this shape cannot be written in the job's format."""
+        """Raise InputError if images of this shape cannot be written in the job's format, or guidance does nothing."""
+        refuse_idle_guidance(shape, self.guidance, np.array(self.labels or (-1,), np.int64)[: self.n])
         if self.format in ("png", "tar") and shape.channels not in (1, 3):
             raise InputError(
                 f"pictures have 1 or 3 channels; this model has {shape.channels}: pass --format npy or safetensors"

@@ -15,7 +15,7 @@ from .flow import Flow, Guidance, Preview
 from .image import unpatchify
 
 SHOWN = 10  # samples followed from block to block
-_ENCODED = 1024  # images encoded at a time
+_ENCODED = 256  # images encoded at a time: their states after every block are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def examine(
     :meth:`Flow.encode` do.
     """
     n = len(labels)
-    flow.sample(1, labels=labels[:1], guidance=guidance, seed=seed, certify=True)  # opens the graphs
+    flow.sample(1, labels=labels[:1], guidance=guidance, seed=seed, certify=True, part_of_more=True)  # opens the graphs
     watch = _Watch(flow.config.blocks)
     raw = np.asarray(drawn := flow.sample(n, labels=labels, guidance=guidance, seed=seed, denoise=False, preview=watch))
     assert drawn.report is not None
@@ -76,7 +76,9 @@ def examine(
         raise CheckFailed(f"none of {n} samples is finite: lower the guidance, which is {guidance.scale:g}")
 
     noise = flow.noise(seed, range(n))
-    certificate = np.nan_to_num(flow.certify(raw[finite], noise[finite], labels[finite], guidance), nan=np.inf)
+    parts = np.array_split(finite, -(-len(finite) // _ENCODED))
+    errors = [flow.certify(raw[part], noise[part], labels[part], guidance) for part in parts]
+    certificate = np.nan_to_num(np.concatenate(errors), nan=np.inf)
     started = time.perf_counter()
     populations = [_population(flow, "samples", raw[finite], labels[finite])]
     encode_seconds = time.perf_counter() - started

@@ -29,14 +29,15 @@ from .image import png, to_uint8
 from .job import SCHEMA, Job, Shard, document
 from .machine import processor
 
-JOB, INDEX, RECORDS = "job.json", "index.json", "records"
+JOB, INDEX, RECORDS, LOCK = "job.json", "index.json", "records", ".lock"
 _UNFINISHED = re.compile(r"\.(shard-\d+|job\.json|index\.json)\.\S+")
 _LARGEST = 64 << 20  # bytes of a job or a record
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A finished shard. ``certificate`` is the largest of its finite samples, None if none was asked for.
+    """A finished shard. ``certificate`` is the largest of its samples, None if none was asked for; ``uncertified``
+    are finite samples that overflow when they are encoded again.
 
     ``sha256`` and ``size`` are the file's. Of a folder of pictures: the SHA-256 of what ``sha256sum *`` prints in it,
     and the sum of the sizes.
@@ -50,6 +51,7 @@ class Record:
     size: int
     certificate: float | None
     nonfinite: tuple[int, ...]
+    uncertified: tuple[int, ...]
     redrawn: tuple[int, ...]
     engine: str
     level: str
@@ -61,7 +63,9 @@ class Record:
 def draw(
     flow: Flow, job: Job, shard: Shard, folder: Path, progress: Callable[[Progress], None] | None = None
 ) -> Record:
-    """Draw a shard, write it, then its record. Raises what ``Flow.sample`` raises, MachineError for a full disk."""
+    """Draw a shard, write it, then its record. Raises what ``Flow.sample`` raises, MachineError for a full disk and for
+    a folder that is not, or no longer, the job's.
+    """
     samples = flow.sample(
         shard.samples,
         labels=job.labels_of(shard),
@@ -74,13 +78,17 @@ def draw(
         redraw_nonfinite=job.redraw_nonfinite,
         decode=job.decode,
         tolerance=job.tolerance,
+        part_of_more=True,
         progress=progress,
     )
     report = samples.report
     assert report is not None
+    check_claim(folder, job)  # the driver may be gone, and the folder another's, while this worker lived on
     _write(folder / job.name(shard), job, shard, samples)
-    errors = None if report.certificate is None else report.certificate[np.isfinite(report.certificate)]
+    errors = np.zeros(0) if report.certificate is None else report.certificate
+    suspects = (shard.first + int(i) for i in np.flatnonzero(~np.isfinite(errors)))
     digest, size = _measure(folder / job.name(shard))
+    check_claim(folder, job)
     record = Record(
         job=job.hash,
         name=job.name(shard),
@@ -88,8 +96,9 @@ def draw(
         samples=shard.samples,
         sha256=digest,
         size=size,
-        certificate=None if errors is None or not errors.size else float(errors.max()),
+        certificate=max(map(float, errors[np.isfinite(errors)]), default=None),
         nonfinite=report.nonfinite,
+        uncertified=tuple(i for i in suspects if i not in report.nonfinite),
         redrawn=report.redrawn,
         engine=f"{report.backend}, {processor()}",
         level=report.level,
@@ -104,6 +113,8 @@ def _write(path: Path, job: Job, shard: Shard, samples: Samples) -> None:
         with replacing_folder(path, force=True, marker=None) as partial:
             for name, picture in _pictures(shard, samples):
                 (partial / name).write_bytes(picture)
+            if len(list(partial.iterdir())) != shard.samples:
+                raise MachineError(f"'{path}': pictures vanished while they were written; run the same command again")
         return
     if path.is_dir():  # something else took the name; the shard is ours to write
         shutil.rmtree(path)
@@ -195,6 +206,7 @@ def write_index(folder: Path, job: Job, records: Sequence[Record]) -> dict[str, 
         "samples": sum(record.samples for record in records),
         "certificate": max(errors, default=None),
         "nonfinite": [i for record in records for i in record.nonfinite],
+        "uncertified": [i for record in records for i in record.uncertified],
         "redrawn": [i for record in records for i in record.redrawn],
         "engines": engines,
         "level": records[0].level
@@ -226,7 +238,7 @@ def _record_path(folder: Path, shard: Shard) -> Path:
 
 def _read_record(path: Path) -> Record:
     content = json.loads(_read(path))
-    for name in ("nonfinite", "redrawn"):
+    for name in ("nonfinite", "uncertified", "redrawn"):
         content[name] = tuple(content[name])
     return Record(**content)
 
@@ -253,29 +265,33 @@ def claimed(folder: Path, job: Job) -> Iterator[None]:
     _refuse_strangers(folder, job)
     with disk_errors(folder):
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _lock(descriptor, folder)
-        _refuse_strangers(folder, job)  # again: nobody else changes it from here on
-        _sweep(folder)
-        if not (folder / JOB).is_file() or _read(folder / JOB) != job.text().encode():
-            with replacing(folder / JOB) as file:
-                file.write(job.text().encode())
-        yield
+        with _held(folder) as alone:
+            _refuse_strangers(folder, job)  # again: nobody else changes it from here on
+            if alone:
+                _sweep(folder)
+            if not (folder / JOB).is_file() or _read(folder / JOB) != job.text:
+                with replacing(folder / JOB) as file:
+                    file.write(job.text)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # it may have been removed meanwhile
+                    if alone:
+                        _sweep(folder)
+                    if fresh and not any((folder / RECORDS).iterdir()):
+                        (folder / RECORDS).rmdir()
+                        (folder / JOB).unlink(missing_ok=True)
     finally:
-        with contextlib.suppress(OSError):  # it may have been removed meanwhile
-            _sweep(folder)
-            if fresh and not any((folder / RECORDS).iterdir()):
-                (folder / RECORDS).rmdir()
-                (folder / JOB).unlink(missing_ok=True)
+        if fresh:
+            with contextlib.suppress(OSError):  # unless something is in it
                 folder.rmdir()
-        os.close(descriptor)
 
 
 def check_claim(folder: Path, job: Job) -> None:
     """Raise MachineError unless ``folder`` is the job's as seen from here: a worker may be on another machine."""
     path = folder / JOB
-    if not path.is_file() or _read(path) != job.text().encode():
+    if not path.is_file() or _read(path) != job.text:
         raise MachineError(f"'{folder}' is not the folder that the job writes to: put it where every machine sees it")
 
 
@@ -318,7 +334,7 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
             f"'{path}' is not a job this version reads ({str(error)[:80]}); choose another --out, or remove '{folder}'"
         ) from None
     begun = (folder / RECORDS).is_dir() and any((folder / RECORDS).glob("shard-*.json"))
-    if text != job.text().encode() and begun:
+    if text != job.text and begun:
         found = job.differences(other) or ["it was written by another version"]
         raise InputError(
             f"'{folder}' holds another job: {'; '.join(found[:4])}. To continue that one, give its options (they are "
@@ -326,16 +342,47 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
         )
 
 
-def _lock(descriptor: int, folder: Path) -> None:
-    """Hold the folder until the descriptor is closed; a process that dies lets go of it."""
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold the folder while the block runs; a process that dies lets go of it. Yields whether nobody else can be in it:
+    not where the file system has no locks. There, two runs write the same bytes, at worst twice.
+    """
+    path = folder / LOCK  # a file, not the folder: network file systems lock files alone
+    while True:
+        with disk_errors(folder):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            alone = _lock(descriptor, folder)
+            if _is_open_as(path, descriptor):
+                try:
+                    yield alone
+                finally:
+                    with contextlib.suppress(OSError):
+                        path.unlink()  # while it is held: whoever opened this very file looks again
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    """Whether a file is still the one that was opened: its last holder may have removed it since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Whether a lock could be taken. Raises InputError if another run has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
             f"another run is writing to '{folder}'; wait for it or stop it: what it finishes is kept"
         ) from None
-    except OSError:  # a file system without locks: two runs would write the same bytes, at worst twice
-        pass
+    except OSError:
+        return False
+    return True
 
 
 def _sweep(folder: Path) -> None:

@@ -120,6 +120,19 @@ def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(addres
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "each"),
+    [([4], None, 4), ([8, 4], None, 4), ([8, 4], 3, 4), ([2, 64, 64, 64], None, 32), ([2], 8, 1), ([3, 3], 4, 1)],
+)
+def test_a_worker_s_cores_are_those_of_one_machine(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[int], workers: int | None, each: int
+) -> None:
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
+    parts = cluster.share(workers, None, "cpu", 100)
+    assert (parts.workers, parts.threads) == (workers or len(nodes), each)
+    assert sum(int(n / parts.cpus) for n in nodes) >= parts.workers, "each of them has a place"
+
+
 def test_no_cluster_at_an_address_is_said_at_once(cli: Cli, tmp_path: Path) -> None:
     done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", "127.0.0.1:9", timeout=60)
     assert done.returncode == 3

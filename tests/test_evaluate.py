@@ -19,6 +19,7 @@ from tarflow.cli.evaluate import DIGITS
 from tarflow.data import digits
 from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.features import FeatureNetwork
+from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.frechet import Statistics, distance, estimate, read_statistics, write_statistics
 from tarflow.runtime.image import to_uint8
@@ -108,6 +109,10 @@ def test_statistics_that_are_none_are_refused(arrays: dict[str, Any], message: s
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(InputError, match=message):
         read_statistics(tmp_path / "s.npz")
+    with (tmp_path / "s.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InputError, match="one array, as"):
+        read_statistics(tmp_path / "s.npz")
     (tmp_path / "s.npz").write_bytes(b"no zip")
     with pytest.raises(InputError, match="cannot be read"):
         read_statistics(tmp_path / "s.npz")
@@ -173,6 +178,18 @@ def test_grey_images_are_repeated_for_a_network_of_colours_and_resized_for_a_fix
     np.testing.assert_allclose(found[:, 0], MEANS[:, 0] / 127.5 - 1, atol=0.02)  # bicubic keeps the mean, nearly
     np.testing.assert_array_equal(found[:, 0], found[:, 2])
     assert opened.identity != FeatureNetwork.open(tmp_path / "n.onnx", values="0,1").identity
+
+
+def test_weights_in_a_file_of_their_own_are_part_of_what_a_network_is(tmp_path: Path) -> None:
+    path = network(tmp_path / "n.onnx")
+    whole = FeatureNetwork.open(path).identity
+    assert whole.startswith(sha256(path)), "as statistics that were made before say"
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="n.onnx.data", size_threshold=0)
+    apart = FeatureNetwork.open(path).identity
+    weights = (tmp_path / "n.onnx.data").read_bytes()
+    (tmp_path / "n.onnx.data").write_bytes(weights[:-8] + np.int64(3).tobytes())
+    assert len({whole.split()[0], apart.split()[0], FeatureNetwork.open(path).identity.split()[0]}) == 3
 
 
 def test_a_network_that_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -252,6 +269,7 @@ def test_evaluate_says_what_is_missing_or_does_not_fit(cli: Cli, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "wrong").mkdir()
     Image.new("L", (9, 9)).save(tmp_path / "wrong" / "a.png")
+    np.save(tmp_path / "none.npy", np.zeros((0, 1, 8, 8), np.uint8))
     np.save(tmp_path / "rgb.npy", np.zeros((4, 3, 8, 8), np.uint8))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3), network=np.array("another"))
     (tmp_path / "no.onnx").write_text("text")
@@ -264,7 +282,9 @@ def test_evaluate_says_what_is_missing_or_does_not_fit(cli: Cli, tmp_path: Path)
         ([DEMO, "--against", "other.npz"], 2, "made with another network"),
         ([DEMO, "--features", "no.onnx"], 4, "cannot be opened as an ONNX network"),
         ([DEMO, "--features", DIGITS], 2, "against what?"),
+        ([DEMO, "--against", "none.npy"], 2, "expected (N, 1, 8, 8)"),
         ([DEMO, "--n", 1], 2, "--n is 1"),
+        ([DEMO, "--seed", -1], 2, "--seed is -1"),
         ([DEMO, "--save-stats", "no/where.npz"], 2, "does not exist"),
     ]
     for arguments, code, message in cases:

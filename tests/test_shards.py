@@ -79,6 +79,10 @@ def run(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def wait_for_shards(folder: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while len(list((folder / "records").glob("shard-*.json"))) < count:
@@ -222,8 +226,14 @@ def test_a_driver_that_is_killed_loses_nothing_finished(job: Job, cli: Cli, tmp_
     options = ("--n", 512, "--shard-size", 16, "--no-certify", "--no-denoise")
     killed = run(*options, "--out", tmp_path / "killed", "--workers", 2)
     wait_for_shards(tmp_path / "killed", 3)
+    workers = [Path(f"/proc/{pid}") for pid in children(killed.pid)]
+    assert len(workers) >= 2
     killed.kill()
     killed.communicate()
+    deadline = time.monotonic() + 10
+    while any(worker.exists() for worker in workers):  # they do not write on, in what may be another's folder by then
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert not (tmp_path / "killed" / INDEX).exists()
     again = cli(*ARGUMENTS, *options, "--out", tmp_path / "killed", "--json")
     assert again.returncode == 0, again.stderr
@@ -268,6 +278,58 @@ def test_two_runs_do_not_write_to_one_folder_and_an_idle_one_leaves_none(job: Jo
     assert not (tmp_path / "out").exists(), "nothing was finished, nothing is left"
 
 
+@pytest.mark.parametrize("form", ["npy", "png"])
+def test_a_run_that_is_refused_touches_nothing_of_the_one_that_has_the_folder(
+    job: Job, tmp_path: Path, form: str
+) -> None:
+    out, this = tmp_path / "out", replace(job, format=form)
+    with claimed(out, this):
+        half = out / ".shard-000000.npy.abcdef"
+        half.write_bytes(b"half of it")
+        (out / ".shard-000001.uvwxyz").mkdir()
+        (out / ".shard-000001.uvwxyz" / "0000000000000000032.png").write_bytes(b"a picture")
+        before = contents(out)
+        with pytest.raises(InputError, match="another run"), claimed(out, this):
+            pass
+        assert contents(out) == before
+    assert not out.exists()
+
+
+def test_a_worker_whose_driver_is_gone_does_not_write_into_another_job_s_folder(
+    flow: Flow, job: Job, tmp_path: Path
+) -> None:
+    with claimed(tmp_path / "out", other := replace(job, seed=6)):
+        record = draw(flow, other, other.shards()[0], tmp_path / "out")
+        with pytest.raises(MachineError, match="not the folder that the job writes to"):
+            draw(flow, job, job.shards()[0], tmp_path / "out")
+        assert finished(tmp_path / "out", other, other.shards()[0]) == record
+
+
+def test_a_shard_without_a_label_is_drawn_in_a_job_that_has_some(flow: Flow, tmp_path: Path) -> None:
+    job = Job(flow.bundle.hash, n=17, labels=(-1, 0), guidance=Guidance(1.0), denoise=1.0, shard_size=16)
+    job.check(flow.config)
+    whole(flow, job, tmp_path / "out", job.shards())
+    expected = flow.sample(17, labels=job.labels_of(Shard(0, 0, 17)), guidance=Guidance(1.0), reproducible=True)
+    assert np.array_equal(np.load(tmp_path / "out" / "shard-000001.npy"), expected[16:])
+    with pytest.raises(InputError, match="does nothing"):
+        replace(job, labels=(-1,)).check(flow.config)
+
+
+def test_a_finite_sample_that_cannot_be_encoded_again_is_listed(flow: Flow, job: Job, tmp_path: Path) -> None:
+    class Overflowing(Flow):
+        def _round_trip(self, found: np.ndarray, z: np.ndarray) -> np.ndarray:
+            error = super()._round_trip(found, z)
+            error[3] = np.inf
+            return error
+
+    with claimed(tmp_path / "out", job):
+        record = draw(Overflowing(flow.bundle, flow.backend), job, job.shards()[1], tmp_path / "out")
+    assert record.uncertified == (32 + 3, 48 + 3)
+    assert record.certificate is not None
+    assert record.certificate < 1e-3
+    assert record.nonfinite == ()
+
+
 def test_a_record_of_another_job_counts_for_nothing(job: Job, drawn: Path) -> None:
     assert finished(drawn, job, job.shards()[0]) is not None
     assert finished(drawn, replace(job, guidance=Guidance(2.0)), job.shards()[0]) is None
@@ -302,6 +364,8 @@ def test_samples_that_are_not_finite_are_listed_and_fail_the_check(cli: Cli, tmp
         (("--out", "o", "--shard-size", 20), "multiple of 16"),
         (("--out", "o", "--format", "zip"), "expected one of npy"),
         (("--out", "o", "--workers", 0), "expected 1 or more"),
+        (("--out", "o", "--tolerance", "nan"), "--tolerance is nan"),
+        (("--out", "o", "--denoise", "--denoise-strength", "nan"), "--denoise-strength is nan"),
         (("--out", "o", "--labels", "7-12"), "label 12 is out of range"),
         (("--out", "o", "--n", 10**12), "pass --shard-size"),
     ],
