@@ -110,7 +110,7 @@ def _token(file: Path | None) -> str | None:
     from ..runtime.errors import InputError
 
     if file is None:
-        return os.environ.get(TOKEN) or None
+        return os.environ.get(TOKEN, "").strip() or None
     try:
         return file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +43,8 @@ class Result:
     rounds: tuple[float, ...]  # seconds of every round: the same place in two results is the same round
 
     def faster_than(self, other: Result) -> float:
-        """The other's seconds over these: median over interleaved rounds."""
-        return median(theirs / own for theirs, own in zip(other.rounds, self.rounds, strict=True))
+        """The other's seconds over these: median over the interleaved rounds that both took part in."""
+        return median(theirs / own for theirs, own in zip(other.rounds, self.rounds, strict=False))
 
 
 def of_flow(flow: Flow, name: str, mode: str) -> Contender:
@@ -62,18 +63,27 @@ def of_flow(flow: Flow, name: str, mode: str) -> Contender:
 
 
 def race(
-    field: Sequence[Contender], judge: Flow, batch: int, guidance: Guidance, repeats: int, warm: int = 1
+    field: Sequence[Contender],
+    judge: Flow,
+    batch: int,
+    guidance: Guidance,
+    repeats: int,
+    warm: int = 1,
+    patience: float = math.inf,
 ) -> list[Result]:
-    """Let all draw the same samples by turns, so that a slow spell of the machine hits all of them."""
+    """Let all draw the same samples by turns, so that a slow spell of the machine hits all of them. Whoever took longer
+    than ``patience`` seconds takes part in one round alone.
+    """
     noise = judge.noise(0, range(batch))
     labels = np.arange(batch) % judge.config.classes if judge.config.classes else np.full(batch, -1)
     seconds: list[list[float]] = [[] for _ in field]
-    images: list[Array] = []
+    images: list[Array] = [np.zeros(0, np.float32)] * len(field)
     for turn in range(warm + repeats):
-        images = []
-        for contender, times in zip(field, seconds, strict=True):
+        for place, (contender, times) in enumerate(zip(field, seconds, strict=True)):
+            if times and times[-1] > patience:
+                continue
             started = time.perf_counter()
-            images.append(contender.draw(noise, labels, guidance))
+            images[place] = contender.draw(noise, labels, guidance)
             if turn >= warm:
                 times.append(time.perf_counter() - started)
     return [

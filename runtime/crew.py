@@ -86,8 +86,14 @@ class Worker:
         """Open the bundle, which must be the job's. Raises BundleError or MachineError where something is amiss."""
         task = self.task
         try:
-            how = {"spinning": task.spinning, "low_memory": task.low_memory, "cuda_graph": task.cuda_graph}
-            flow = Flow.open(task.bundle, task.provider, task.threads, **how)
+            flow = Flow.open(
+                task.bundle,
+                task.provider,
+                task.threads,
+                task.spinning,
+                task.low_memory,
+                cuda_graph=task.cuda_graph,
+            )
         except BundleError as error:
             raise BundleError(f"on {socket.gethostname()}: {error}") from None
         if flow.bundle.hash != task.job.bundle:

@@ -360,8 +360,8 @@ class OrtDecoding:
     def _evaluate_few(self, position: int, end: int, rows: NDArray[np.bool_]) -> Array:
         """The same for ``rows`` alone, whose part of the cache is copied: cheap beside the products it saves."""
         cached = self._cached(rows)
-        shapes = {"x": self._x_in, "z": self._z_in, "index": self._index_in}
-        feeds = {name: array[rows].reshape(-1, *array.shape[2:]) for name, array in shapes.items()}
+        parts: Feeds = {"x": self._x_in, "z": self._z_in, "index": self._index_in}
+        feeds: Feeds = {name: array[rows].reshape(-1, *array.shape[2:]) for name, array in parts.items()}
         feeds |= {"labels": self._labels[:, rows].repeat(end - position, 1), "bias": self._bias}
         feeds["mix"] = self._mix_in[:, rows].reshape(len(self._labels), -1, self._mix_in.shape[3])
         feeds["query_scale"] = self._query_scale[cached]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -72,8 +73,9 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _said(status: int, message: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
+def _said(status: int, message: str, headers: Any = None) -> Response:
+    content = json.dumps({"error": message})  # in ASCII: a message may quote what UTF-8 has no bytes for
+    return Response(content, status, headers, "application/json")
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ class Batcher:
         return [outcome for job in batch for outcome in self._compute([job])]
 
     def _attempt(self, batch: list[Job]) -> list[Any]:
-        watch = _Watch(batch, self.metrics)
+        watch = partial(_watch, batch)
         work = batch[0].work
         if not isinstance(work, Draw):
             return [work(watch)]
@@ -239,6 +240,7 @@ class Batcher:
             decode=self.settings.decode,
             tolerance=self.settings.tolerance,
             progress=watch,
+            preview=lambda seen: self.metrics.inverted(seen.block, seen.seconds),
         )
         report = samples.report
         assert report is not None
@@ -263,15 +265,22 @@ class Batcher:
         """Whether a sample has the same bits in any row of a tile, whoever is in the others, on this engine."""
         noise = self.flow.noise(0, range(REPRODUCIBLE_TILE))
         order = np.roll(np.arange(REPRODUCIBLE_TILE), 5)[:-3]  # other places, other mates
-        labels = np.arange(REPRODUCIBLE_TILE) % self.flow.config.classes if self.flow.config.classes else None
-        how: dict[str, Any] = {
-            "reproducible": True,
-            "decode": self.settings.decode,
-            "tolerance": self.settings.tolerance,
-        }
-        whole = self.flow.sample(noise=noise, labels=labels, **how)
-        moved = self.flow.sample(noise=noise[order], labels=None if labels is None else labels[order], **how)
-        return np.array_equal(np.asarray(whole)[order], np.asarray(moved))
+        labels = np.arange(REPRODUCIBLE_TILE) % max(self.flow.config.classes, 1) - (not self.flow.config.classes)
+
+        def draw(rows: NDArray[np.intp], guidance: Guidance) -> Array:
+            found = self.flow.sample(
+                noise=noise[rows],
+                labels=labels[rows],
+                guidance=guidance,
+                reproducible=True,
+                decode=self.settings.decode,
+                tolerance=self.settings.tolerance,
+                part_of_more=True,
+            )
+            return np.asarray(found)
+
+        every = np.arange(REPRODUCIBLE_TILE)
+        return all(np.array_equal(draw(every, g)[order], draw(order, g)) for g in (Guidance(), Guidance(1.0)))
 
 
 def _whole_tiles(rows: int) -> int:
@@ -279,22 +288,7 @@ def _whole_tiles(rows: int) -> int:
     return -(-rows // REPRODUCIBLE_TILE) * REPRODUCIBLE_TILE
 
 
-class _Watch:
-    """Told every step of a batch: times blocks, and ends the batch when nobody waits for it."""
-
-    def __init__(self, batch: list[Job], metrics: Metrics) -> None:
-        self.batch, self.metrics = batch, metrics
-        self.block, self.since = -1, time.perf_counter()
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.block != self.block:
-            self._end_block()
-            self.block = progress.block
-        if all(job.abandoned for job in self.batch):
-            raise Abandoned
-
-    def _end_block(self) -> None:
-        now = time.perf_counter()
-        if self.block >= 0:
-            self.metrics.block_seconds.labels(str(self.block)).observe(now - self.since)
-        self.since = now
+def _watch(batch: list[Job], progress: Progress) -> None:
+    """Told every step of a batch: ends it when nobody waits for it."""
+    if all(job.abandoned for job in batch):
+        raise Abandoned

@@ -77,11 +77,12 @@ class Gate:
         return right and scheme.lower() == b"bearer"
 
     def limit(self, scope: Scope) -> int:
-        """The largest body: parsing JSON holds everybody up, so that is short."""
-        names = dict(scope["headers"])
-        kind = names.get(b"content-type", b"application/json")
-        plain = b"json" in kind.lower() and HEADER.lower().encode() not in names
-        return min(LARGEST_JSON, self.service.settings.largest_body) if plain else self.service.settings.largest_body
+        """The largest body: parsing JSON holds everybody up, so that is short. Of a binary request the JSON part is."""
+        binary = any(name == HEADER.lower().encode() for name, _ in scope["headers"])
+        infer = scope["path"].startswith("/v2/models/") and scope["path"].endswith("/infer")
+        if scope["path"] == "/v1/likelihood" or (infer and binary):
+            return self.service.settings.largest_body
+        return min(LARGEST_JSON, self.service.settings.largest_body)
 
     def hold(self, size: int) -> None:
         """Count bytes of a body. Raises Refusal when there are too many in memory."""
@@ -124,6 +125,8 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             raise Refusal(408, f"the body did not arrive within {self._timeout:g} s") from None
+        if message["type"] == "http.disconnect":
+            raise Refusal(499, "the client left before its body was here")
         size = len(message.get("body", b""))
         self.size += size
         self._gate.hold(size)

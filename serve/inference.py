@@ -95,11 +95,13 @@ def routes(service: Service) -> APIRouter:
             raise Refusal(404, f"there is no such model here; expected {', '.join(models)}, version {VERSION}")
         return models[name]
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> dict[str, bool]:
         """Whether the process answers."""
         return {"live": True}
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready")
     async def ready() -> dict[str, bool]:
         """Whether to send requests here: 503 until the graphs are loaded, and once the service is told to stop."""

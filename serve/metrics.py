@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..runtime.flow import Report
@@ -65,8 +66,12 @@ class Metrics:
         for block, passes in enumerate(report.passes):
             self.passes.labels(str(block)).inc(passes)
         if report.certificate is not None:
-            for error in report.certificate:
+            for error in report.certificate[np.isfinite(report.certificate)]:  # one that is not would spoil the sum
                 self.certificate.observe(float(error))
+
+    def inverted(self, block: int, seconds: float) -> None:
+        """Count one block of one tile."""
+        self.block_seconds.labels(str(block)).observe(seconds)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

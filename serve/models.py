@@ -211,7 +211,10 @@ def _number(asked: Asked, name: str, default: Any) -> Any:
     value = asked.parameters.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, type(default))):
         raise InputError(f"parameter '{name}' is no {'integer' if isinstance(default, int) else 'number'}")
-    return value
+    try:
+        return type(default)(value)
+    except OverflowError:
+        raise InputError(f"parameter '{name}' is larger than any number of its type") from None
 
 
 def _fits(shape: tuple[int, ...], spec: tuple[int, ...]) -> bool:

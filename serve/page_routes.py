@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from ..runtime.flow import Flow, Guidance, Progress
 from .metrics import Metrics
 from .picture import LARGEST_BYTES, MEDIA_TYPES, open_picture, sheet
+from .samples import edition_of
 from .score import DRAWS, score
 from .service import Refusal, Service
 from .watch import Wish, draw
@@ -150,6 +151,8 @@ def _add_stream(router: APIRouter, service: Service) -> None:
         loop = asyncio.get_running_loop()
 
         def tell(name: str, data: dict[str, Any]) -> None:  # from the thread that draws
+            if name == "block":
+                service.metrics.inverted(data["block"], data["seconds"])
             loop.call_soon_threadsafe(told.put_nowait, _event(name, data))
 
         def work(progress: Callable[[Progress], None]) -> None:
@@ -194,7 +197,7 @@ def _wish(service: Service, n: int, labels: str | None, guidance: Guidance, seed
         choices = [int(label) for label in labels.split(",")]
         dealt = tuple(choices[i % len(choices)] for i in range(first_sample, first_sample + n))
     service.flow.resolve(n, labels=dealt, guidance=guidance, seed=seed, first_sample=first_sample)
-    return Wish(n, seed, first_sample, dealt, guidance, settings.decode, settings.tolerance)
+    return Wish(n, seed, first_sample, dealt, guidance, edition_of(service), settings.decode, settings.tolerance)
 
 
 async def _events(told: asyncio.Queue[bytes | None], drawing: asyncio.Task[None]) -> AsyncIterator[bytes]:

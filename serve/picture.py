@@ -69,7 +69,7 @@ def _refuse_size(opened: Image.Image) -> None:
 def _fit(opened: Image.Image, channels: int, size: int) -> Picture:
     notes = []
     upright = ImageOps.exif_transpose(opened)
-    if opened.getexif().get(_ORIENTATION, 1) > 1:
+    if opened.getexif().get(_ORIENTATION) in range(2, 9):
         notes.append("turned upright, as its EXIF data says")
     if "A" in upright.getbands() or "transparency" in upright.info:
         clear = upright.convert("RGBA")

@@ -26,6 +26,7 @@ TYPES: dict[str, np.dtype[Any]] = {
 LARGEST_JSON = 4 << 20  # bytes: parsing holds the interpreter, and more belongs into binary tensors
 _MOST_TENSORS = 32
 _MOST_AXES = 8
+_MOST_NUMBERS = 1 << 40
 _KINDS = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}  # what JSON may hold for a kind of type
 
 
@@ -134,7 +135,7 @@ def _tensor(entry: dict[str, Any], tail: memoryview) -> tuple[str, NDArray[Any],
     if size > len(tail):
         _refuse(f"input '{name}' has {size} bytes, but {len(tail)} follow: the body is cut short")
     content = tail[:size]
-    if datatype == "BOOL" and any(byte > 1 for byte in content):
+    if datatype == "BOOL" and np.frombuffer(content, np.uint8).max(initial=0) > 1:
         _refuse(f"input '{name}': a BOOL is 0 or 1")
     return name, np.frombuffer(content, dtype).reshape(shape).copy(), size
 
@@ -143,6 +144,8 @@ def _shape(entry: dict[str, Any], name: str) -> list[int]:
     shape = _list(entry, "shape", _MOST_AXES)
     if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         _refuse(f"input '{name}': a shape is a list of sizes, 0 or more")
+    if math.prod(max(size, 1) for size in shape) > _MOST_NUMBERS:  # numpy refuses it even if one size is 0
+        _refuse(f"input '{name}': its shape is larger than any body")
     return shape
 
 
@@ -150,21 +153,35 @@ def _from_json(data: Any, dtype: np.dtype[Any], shape: list[int], name: str) -> 
     """Numbers in a flat or nested list, none of which the type would change but by rounding."""
     if not isinstance(data, list):
         _refuse(f"input '{name}' has no data: expected a list of numbers, or binary_data_size")
-    try:
-        found = np.array(data) if data else np.zeros(0, dtype)
-        if found.dtype.kind == "f" and dtype.kind == "u":  # numpy has no type for both signs of 64 bits
-            whole = np.array(data, object)
-            found = whole.astype(np.uint64) if all(type(number) is int for number in whole.flat) else found
-    except (ValueError, OverflowError):
+    flat = _flat(data)
+    if flat is None:
         _refuse(f"input '{name}': data is no regular list of numbers")
-    if found.dtype.kind not in _KINDS[dtype.kind] or found.size != math.prod(shape):
-        _refuse(f"input '{name}': data is {found.size} of {found.dtype}; expected {math.prod(shape)} of {dtype}")
+    if len(flat) != math.prod(shape):
+        _refuse(f"input '{name}': data is {len(flat)} numbers; its shape takes {math.prod(shape)}")
+    try:
+        found = np.array(flat) if flat else np.zeros(0, dtype)
+        if found.dtype.kind == "f" and dtype.kind == "u" and set(map(type, flat)) == {int}:
+            found = np.array(flat, object).astype(np.uint64)  # numpy has no type for both signs of 64 bits
+    except (ValueError, OverflowError):
+        _refuse(f"input '{name}': data holds numbers that {dtype} does not")
+    if found.dtype.kind not in _KINDS[dtype.kind]:
+        _refuse(f"input '{name}': data is {found.dtype}; expected {dtype}")
     if found.size and dtype.kind in "iu":
         limits = np.iinfo(dtype)
         if int(found.min()) < limits.min or int(found.max()) > limits.max:
             _refuse(f"input '{name}' holds numbers that {dtype} does not")
     with np.errstate(over="ignore"):  # becomes infinite, and is refused where that matters
         return found.astype(dtype).reshape(shape)
+
+
+def _flat(data: list[Any]) -> list[Any] | None:
+    """The numbers of a flat or nested list; None if lists of one level differ in length, or anything else is in it."""
+    while data and isinstance(data[0], list):
+        length = len(data[0])
+        if not all(isinstance(part, list) and len(part) == length for part in data):
+            return None
+        data = [item for part in data for item in part]
+    return data if set(map(type, data)) <= {int, float, bool} else None
 
 
 def _finite(tensor: NDArray[Any]) -> list[Any]:

@@ -64,12 +64,22 @@ class TritonPythonModel:
         good = [i for i, answer in enumerate(answers) if not isinstance(answer, TarflowError)]
         if good:
             rows = [answer for answer in answers if not isinstance(answer, TarflowError)]
-            together = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-            ends = np.cumsum([len(row["label"]) for row in rows])[:-1]
-            found = {name: np.split(array, ends) for name, array in self.run(together, certified).items()}
-            for position, i in enumerate(good):
-                answers[i] = {name: parts[position] for name, parts in found.items()}
+            for i, answer in zip(good, self._answers(rows, certified), strict=True):
+                answers[i] = answer
         return [_response(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+    def _answers(self, requests: list[Rows], certified: bool) -> list[Rows | TarflowError]:
+        """All requests computed together; if the engine fails on them, each by itself: the guilty one fails alone."""
+        together = {name: np.concatenate([rows[name] for rows in requests]) for name in requests[0]}
+        try:
+            found = self.run(together, certified)
+        except TarflowError as error:
+            if len(requests) == 1:
+                return [error]
+            return [answer for rows in requests for answer in self._answers([rows], certified)]
+        ends = np.cumsum([len(rows["label"]) for rows in requests])[:-1]
+        parts = {name: np.split(array, ends) for name, array in found.items()}
+        return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(requests))]
 
     # --- the three tasks: rows in, rows out ---------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ Format = Literal["png", "zip", "npy"]
 MEDIA: dict[Format, str] = {"png": "image/png", "zip": "application/zip", "npy": "application/x-npy"}
 _LAST = 2**64 - 1
 _YEAR = 31_536_000  # seconds: what caches take for for ever
+_MINUTES = 300  # seconds: for how long a picture may be another bundle's, served here before
+_MOST_PIXELS = 1 << 25  # of all pictures in an answer
 
 Whole = Annotated[int, Field(ge=0, le=_LAST)]
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -85,10 +87,13 @@ def routes(service: Service) -> APIRouter:
         """Draw samples: a grid as PNG, single PNGs in a zip, or an array (n, channels, size, size) float32 as npy."""
         form = drawing.format or accepted(request.headers.get("accept", "*/*"))
         draw = draw_of(service, drawing)
+        if form != "npy":
+            _refuse_large(service, len(draw.classes), drawing.zoom)
         drawn = await service.draw(request, draw)
         body = await aside(_size(service, drawn, drawing.zoom), _PACK[form], service, draw, drawn, drawing.zoom)
         return Response(body, media_type=MEDIA[form], headers=headers_of(draw, drawn))
 
+    @router.head("/samples/{seed}/{index}.png", include_in_schema=False)
     @router.get("/samples/{seed}/{index}.png", response_class=Response)
     async def one_sample(
         request: Request,
@@ -103,17 +108,30 @@ def routes(service: Service) -> APIRouter:
         attention_temperature: Annotated[float, Query(gt=0, allow_inf_nan=False)] = 1.0,
         denoise: Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="Strength; 0 for none.")] = None,
         zoom: Annotated[int | None, Query(ge=1, le=32)] = None,
+        edition: Annotated[
+            str | None, Query(max_length=64, description="Of bundle, engine and version, as the page's links have it.")
+        ] = None,
     ) -> Response:
-        """One sample as PNG. It never changes, so caches may keep it for ever."""
+        """One sample as PNG. With the edition in its address it never changes, so caches may keep it for ever; without,
+        they ask again after some minutes.
+        """
         drawing = Drawing(
             n=1, labels=label, seed=seed, first_sample=index, guidance=guidance, guide=guide, annealed=annealed,
             attention_temperature=attention_temperature, denoise=False if denoise == 0 else denoise, zoom=zoom,
         )  # fmt: skip
         draw = draw_of(service, drawing)
+        _refuse_large(service, 1, zoom)
+        if edition not in (None, edition_of(service)):
+            raise Refusal(404, "this is an address of another bundle, engine or version than is served here now")
         scope = "public" if service.settings.token is None else "private"
-        caching = {"ETag": _etag(service, draw, zoom), "Cache-Control": f"{scope}, max-age={_YEAR}, immutable"}
+        age = f"max-age={_MINUTES}" if edition is None else f"max-age={_YEAR}, immutable"
+        caching = {"ETag": _etag(service, draw, zoom), "Cache-Control": f"{scope}, {age}"}
         if _matches(request.headers.get("if-none-match", ""), caching["ETag"]):
             return Response(status_code=304, headers=caching)
+        if request.method == "HEAD":
+            answer = Response(media_type="image/png", headers=caching)
+            del answer.headers["content-length"]  # which only drawing would tell
+            return answer
         drawn = await service.draw(request, draw)
         body = await aside(_size(service, drawn, zoom), _single, service, draw, drawn, zoom)
         return Response(body, media_type="image/png", headers=headers_of(draw, drawn) | caching)
@@ -121,13 +139,18 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _etag(service: Service, draw: Draw, zoom: int | None) -> str:
-    """A name for the bytes: of all they are a function of, this engine and its rounding included."""
+def edition_of(service: Service) -> str:
+    """A name for all that a sample's bits depend on beside the request: this engine and its rounding included."""
     flow, settings = service.flow, service.settings
-    parts = (
-        version("tarflow"), flow.bundle.hash, flow.backend.description, flow.backend.machine, settings.decode,
-        settings.tolerance, draw.seed, draw.first_sample, draw.classes.tolist(), asdict(draw.style), zoom,
-    )  # fmt: skip
+    machine = flow.backend.description, flow.backend.machine
+    parts = version("tarflow"), flow.bundle.hash, *machine, settings.decode, settings.tolerance
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _etag(service: Service, draw: Draw, zoom: int | None) -> str:
+    """A name for the bytes: of all they are a function of."""
+    style = asdict(draw.style)
+    parts = edition_of(service), draw.seed, draw.first_sample, draw.classes.tolist(), style, zoom
     return f'"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"'
 
 
@@ -137,22 +160,30 @@ def _matches(wanted: str, etag: str) -> bool:
 
 
 def accepted(accept: str) -> Format:
-    """The format an Accept header likes best. Raises Refusal if it likes none."""
+    """The format an Accept header likes best (RFC 9110, 12.5.1): of what fits a format, the most specific counts.
+    Raises Refusal if it likes none.
+    """
     liked: list[tuple[float, int, Format]] = []
-    for place, part in enumerate(accept.split(",")):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        try:
-            weight = float(quality)
-        except ValueError:
-            weight = 0.0
-        for form, known in MEDIA.items():
-            if weight > 0 and media in (known, f"{known.split('/')[0]}/*", "*/*"):
-                liked.append((-weight, place, form))
-                break
+    wanted = [_media_range(part, place) for place, part in enumerate(accept.split(","))]
+    for form, known in MEDIA.items():
+        names = (known, f"{known.split('/')[0]}/*", "*/*")
+        fitting = [(names.index(media), place, quality) for media, quality, place in wanted if media in names]
+        if fitting and min(fitting)[2] > 0:
+            _, place, quality = min(fitting)
+            liked.append((-quality, place, form))
     if not liked:
         raise Refusal(406, f"Accept is '{accept[:100]}'; this can be had: {', '.join(MEDIA.values())}")
-    return min(liked)[2]
+    return min(liked, key=lambda choice: choice[:2])[2]
+
+
+def _media_range(part: str, place: int) -> tuple[str, float, int]:
+    """A media range, its quality, and its place in the header."""
+    media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+    try:
+        return media, float(quality), place
+    except ValueError:
+        return media, 0.0, place
 
 
 def headers_of(draw: Draw, drawn: Drawn) -> dict[str, str]:
@@ -161,7 +192,8 @@ def headers_of(draw: Draw, drawn: Drawn) -> dict[str, str]:
     if drawn.nonfinite:
         headers["X-Tarflow-Nonfinite"] = ranges(drawn.nonfinite)
     if draw.certify and drawn.certificate is not None:
-        headers["X-Tarflow-Certificate"] = f"{drawn.certificate.max():.3g}"
+        known = drawn.certificate[np.isfinite(drawn.certificate)]
+        headers["X-Tarflow-Certificate"] = f"{known.max(initial=0):.3g}" if len(known) else "nan"
     return headers
 
 
@@ -226,6 +258,16 @@ _PACK: dict[Format, Any] = {"png": _grid, "zip": _zip, "npy": _npy}
 def _size(service: Service, drawn: Drawn, zoom: int | None) -> int:
     """About how many bytes of pictures there are to pack."""
     return int(drawn.images.nbytes * (zoom or _zoom(service)) ** 2)
+
+
+def _refuse_large(service: Service, n: int, zoom: int | None) -> None:
+    """Raise Refusal for pictures that would take seconds and gigabytes to pack."""
+    zoom = zoom or _zoom(service)
+    pixels = n * (service.flow.config.image_size * zoom) ** 2
+    if pixels > _MOST_PIXELS:
+        cure = "ask for less zoom" if zoom > 1 else "ask for npy, or for fewer"
+        found = f"{n} images at zoom {zoom} are {pixels:,} pixels"
+        raise Refusal(400, f"{found}; expected {_MOST_PIXELS:,} at most: {cure}")
 
 
 def _zoom(service: Service) -> int:

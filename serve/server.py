@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..runtime.errors import InputError, MachineError
 from .log import Lines, log
@@ -19,6 +22,8 @@ from .service import Service
 
 _BACKLOG = 1024  # connections of a burst that wait to be accepted
 _MOST_CONNECTIONS = 1000  # and 16 for each place in the queue
+_HEADER_SECONDS = 30.0  # until a new connection must have said what it wants
+_OTHER_FILES = 100
 
 
 def listen(host: str, port: int, stall: float) -> socket.socket:
@@ -54,9 +59,11 @@ def serve(app: FastAPI, listener: socket.socket, grace: float, announce: Callabl
     for name in ("uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [Lines(logging.WARNING)], False
+    most = _MOST_CONNECTIONS + 16 * service.settings.queue
+    _allow_files(most + _OTHER_FILES)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=type("Connection", (_Connection,), {"patience": min(_HEADER_SECONDS, service.settings.timeout)}),
         loop="asyncio",
         ws="none",
         lifespan="off",  # the server starts the service itself: what fails there is an error of the command
@@ -64,10 +71,35 @@ def serve(app: FastAPI, listener: socket.socket, grace: float, announce: Callabl
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,
-        limit_concurrency=_MOST_CONNECTIONS + 16 * service.settings.queue,
+        limit_concurrency=most,
         timeout_graceful_shutdown=int(service.settings.timeout) + 5,
     )
     _Server(config, service, grace, announce).run([listener])
+
+
+def _allow_files(count: int) -> None:
+    """Let the process have so many files open, or as many as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _Connection(H11Protocol):
+    """A connection; one too many is cut off at once, one that asks for nothing after ``patience`` seconds."""
+
+    patience: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) >= (self.limit_concurrency or math.inf):
+            transport.abort()
+            return
+        self.loop.call_later(self.patience, self._end_if_silent)
+
+    def _end_if_silent(self) -> None:
+        if not self.scope:  # no request has begun
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):

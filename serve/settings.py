@@ -33,3 +33,5 @@ class Settings:
             raise InputError(f"delay is {self.delay:g} s; expected 0 or more, and less than the timeout")
         if self.token is not None and not (8 <= len(self.token) <= 4096 and self.token.isascii()):
             raise InputError("the token is too short, too long or not ASCII; expected 8 to 4096 characters")
+        if self.token is not None and any(character.isspace() for character in self.token):
+            raise InputError("the token holds spaces or line ends, which no header carries; expected one word")

@@ -26,17 +26,20 @@ class Wish:
     first_sample: int
     labels: tuple[int, ...] | None
     guidance: Guidance
+    edition: str
     decode: str | None = None
     tolerance: float | None = None
 
     def address(self, i: int) -> str:
         """Where sample ``i`` of these can be had alone, for good."""
-        query = [] if self.labels is None or self.labels[i] < 0 else [f"label={self.labels[i]}"]
+        query = [f"edition={self.edition}"]
+        if self.labels is not None and self.labels[i] >= 0:
+            query.append(f"label={self.labels[i]}")
         if self.guidance.scale:
             query.append(f"guidance={self.guidance.scale!r}")
         if self.guidance.attention_temperature != 1:
             query.append(f"attention_temperature={self.guidance.attention_temperature!r}")
-        return f"v1/samples/{self.seed}/{self.first_sample + i}.png" + ("?" if query else "") + "&".join(query)
+        return f"v1/samples/{self.seed}/{self.first_sample + i}.png?" + "&".join(query)
 
 
 def draw(flow: Flow, wish: Wish, tell: Tell, progress: Callable[[Progress], None]) -> Report:

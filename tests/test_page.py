@@ -28,6 +28,7 @@ from tarflow.runtime.flow import Flow, Guidance, Preview, Samples
 from tarflow.runtime.image import grid, png, to_uint8
 from tarflow.serve.app import create_app
 from tarflow.serve.batcher import Job
+from tarflow.serve.picture import open_picture
 from tarflow.serve.service import Service
 from tarflow.serve.settings import Settings
 
@@ -638,12 +639,14 @@ def test_what_is_no_picture_is_refused(server: Server) -> None:
 
 def test_what_is_done_to_a_picture_is_said(server: Server) -> None:
     photo = Image.new("RGB", (40, 30), (200, 30, 90))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    photo.save(file, format="JPEG", exif=exif)
+    odd, usual = io.BytesIO(), io.BytesIO()
+    for file, orientation in ((odd, "6"), (usual, 6)):  # of the wrong type it is as good as none
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo.save(file, format="JPEG", exif=exif)
+    assert "turned" not in " ".join(open_picture(odd.getvalue(), 1, 8).notes)
     answer = httpx.post(
-        f"{server.url}v1/likelihood", content=file.getvalue(), headers={"Content-Type": "image/jpeg; q=1"}
+        f"{server.url}v1/likelihood", content=usual.getvalue(), headers={"Content-Type": "image/jpeg; q=1"}
     ).json()
     assert answer["notes"] == [
         "turned upright, as its EXIF data says",

@@ -78,6 +78,11 @@ def test_numbers_json_has_no_word_for_become_null_and_travel_whole_as_binary() -
         request(data=None),
         request(data="12"),
         request(data=["1", "2"]),
+        request(data=[1, "x" * 10_000] + [""] * 50_000),  # as one array of text: 2 GB
+        request(shape=[0, 2**31 - 1, 2**31 - 1, 2**31 - 1], data=[]),
+        request(data=[[1], [2, 3]]),
+        request(data=[[1], 2]),
+        request(data=[{"a": 1}, 2]),
         request(data=[1, [2]]),
         request(data=[1.5, 2]),
         request(data=[True, False]),
@@ -149,6 +154,10 @@ WRONG = [
     ("denoise", {}, "needs input 'images'"),
     ("denoise", {"inputs": [{"name": "images", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0] * 64}],
                  "parameters": {"strength": "much"}}, "strength"),
+    ("denoise", {"inputs": [{"name": "images", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0] * 64}],
+                 "parameters": {"strength": 10**400}}, "larger than any number"),
+    ("sample", {"inputs": [{"name": "\ud800", "datatype": "INT64", "shape": [1], "data": [1]}]}, "no input '\ud800'"),
+    ("sample", {"parameters": {"\ud800": 1}}, "unknown"),
 ]  # fmt: skip
 
 
@@ -156,7 +165,7 @@ def test_what_a_model_cannot_do_is_refused_by_name() -> None:
     async def scenario() -> None:
         async with calling(Flow.open(DEMO, threads=1)) as (client, service):
             for model, body, reason in WRONG:
-                answer = await client.post(f"/v2/models/{model}/infer", json=body)
+                answer = await client.post(f"/v2/models/{model}/infer", content=json.dumps(body))
                 assert answer.status_code == 400, (model, body, answer.text)
                 assert reason in answer.json()["error"]
             for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):

@@ -10,6 +10,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from schemathesis.specs.openapi import checks as document_checks
 
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
-from tarflow.serve.samples import ranges
+from tarflow.serve.metrics import Metrics
+from tarflow.serve.samples import accepted, ranges
+from tarflow.serve.service import Refusal
 
 from .conftest import DEMO, Cli
 from .serving import Running, alone, array, calling, running
@@ -209,7 +212,7 @@ def test_one_sample_may_be_kept_for_ever_and_is_not_drawn_to_say_that_it_has_not
     path = "/v1/samples/9/123456789012.png?label=4&guidance=1&zoom=1"
     status, headers, content = service.ask("GET", path)
     assert status == 200
-    assert headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert headers["cache-control"] == "public, max-age=300", "another bundle may be served here tomorrow"
     with Image.open(io.BytesIO(content)) as picture:
         body = {"labels": 4, "guidance": 1.0, "seed": 9, "first_sample": 123456789012}
         assert np.array_equal(np.asarray(picture), to_uint8(alone(flow, body))[0, 0])
@@ -218,6 +221,14 @@ def test_one_sample_may_be_kept_for_ever_and_is_not_drawn_to_say_that_it_has_not
         status, again, nothing = service.ask("GET", path, headers={"If-None-Match": tag})
         assert (status, again["etag"], nothing) == (304, headers["etag"], b"")
     assert service.metric("tarflow_samples_total") == drawn
+    assert service.ask("HEAD", path)[0] == 200
+    assert service.metric("tarflow_samples_total") == drawn
+    stream = service.ask("GET", "/v1/samples/stream?n=1&seed=9&first_sample=3&labels=4&guidance=1")[2].decode()
+    (link,) = json.loads(stream.rsplit("data: ", 1)[1])["links"]
+    status, forever, _ = service.ask("GET", f"/{link}")
+    assert (status, forever["cache-control"]) == (200, "public, max-age=31536000, immutable")
+    status, _, said = service.ask("GET", "/" + re.sub("edition=[0-9a-f]+", "edition=0", link))
+    assert (status, b"another bundle" in said) == (404, True)
     other = service.ask("GET", path.replace("label=4", "label=5"))[1]["etag"]
     assert len({headers["etag"], other}) == 2
     for wrong in ("9/18446744073709551616.png", "-1/0.png", "9/x.png", "9/1.png?label=10", "9/1.png?guidance=nan"):
@@ -231,11 +242,44 @@ def test_metrics_show_samples_batches_blocks_sweeps_and_certificates(service: Ru
     text = service.ask("GET", "/metrics")[2].decode()
     for name in (
         "samples_total", "nonfinite_samples_total", "batches_total", "batched_requests_total", "compute_seconds_total",
-        "queue_requests", "batch_samples_count", 'block_seconds_count{block="3"}', 'passes_total{block="0"}',
+        "queue_requests", "batch_samples_count", 'block_seconds_count{block="0"}', 'block_seconds_count{block="3"}',
+        'passes_total{block="0"}',
         'responses_total{code="200",route="/v1/samples"}', 'request_seconds_count{route="/v1/samples"}',
     ):  # fmt: skip
         assert f"\ntarflow_{name} " in text, name
     assert service.metric("tarflow_passes_total") % 15 == 0, "15 dependent steps a block and tile"
+
+
+def test_an_error_that_is_not_finite_does_not_spoil_the_sum(flow: Flow) -> None:
+    report = flow.sample(2, certify=True).report
+    assert report is not None
+    metrics = Metrics()
+    metrics.drawn(replace(report, certificate=np.array([np.nan, 0.5], np.float32)), 1, [2], 1.0)
+    assert b"tarflow_certificate_sum 0.5" in metrics.page()
+    assert b"tarflow_certificate_count 1.0" in metrics.page()
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("*/*", "png"),
+        ("application/*", "zip"),
+        ("application/x-npy", "npy"),
+        ("image/png;q=0.5, application/zip", "zip"),
+        ("image/png;q=0, */*;q=0.5", "zip"),
+        ("application/zip;q=0, application/*", "npy"),
+        ("*/*;q=0.1, application/x-npy;q=0.2", "npy"),
+        ("image/png;q=0", None),
+        ("text/html", None),
+        ("image/png;q=much", None),
+    ],
+)
+def test_the_most_specific_range_of_an_accept_header_counts(accept: str, form: str | None) -> None:
+    if form is not None:
+        assert accepted(accept) == form
+    else:
+        with pytest.raises(Refusal):
+            accepted(accept)
 
 
 def test_the_log_is_json_lines_with_the_id_a_client_sent(service: Running) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from starlette.requests import Request
 
+from tarflow.cli.serve import _token as token_of
 from tarflow.runtime.errors import InputError, MachineError
 from tarflow.runtime.flow import Flow, Progress
 from tarflow.serve.app import create_app
@@ -175,6 +176,8 @@ def test_a_reader_that_stops_is_cut_off_and_others_are_served(tmp_path: Path) ->
             return sum(os.readlink(entry).startswith("socket:") for entry in sockets.iterdir())
 
         before = connections()
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as silent:
+            assert silent.recv(1) == b"", "closed: it never asked for anything"
         with socket.socket() as stuck:
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             stuck.connect(("127.0.0.1", service.port))
@@ -366,7 +369,7 @@ def test_without_the_token_only_probes_and_the_page_answer(service: Running) -> 
     assert TOKEN not in service.log.read_text()
 
 
-def test_a_token_comes_from_a_file_and_a_weak_one_is_refused(tmp_path: Path) -> None:
+def test_a_token_comes_from_a_file_and_a_weak_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="token"):
         Settings(token="short")
     file = tmp_path / "token"
@@ -375,6 +378,10 @@ def test_a_token_comes_from_a_file_and_a_weak_one_is_refused(tmp_path: Path) -> 
         assert service.ask("GET", "/v2")[0] == 401
         assert service.ask("GET", "/v2", headers=bearer())[0] == 200
         assert service.stop() == 0
+    monkeypatch.setenv("TARFLOW_TOKEN", TOKEN + "\n")
+    assert token_of(None) == TOKEN
+    with pytest.raises(InputError, match="one word"):
+        Settings(token="two words")
 
 
 JSON_BODIES: list[tuple[bytes, int]] = [
@@ -435,6 +442,35 @@ RAW: list[tuple[bytes, tuple[int, ...]]] = [
     (head("BREW /v2"), (405,)),
     (head("DELETE /v1/samples"), (405,)),
 ]  # fmt: skip
+
+
+def test_no_header_makes_long_json_short_and_no_zoom_a_picture_small(flow: Flow) -> None:
+    tricks: list[Any] = [
+        {"Content-Type": "application/json", "Inference-Header-Content-Length": "0"},
+        [("Content-Type", "application/json"), ("Content-Type", "text/plain")],
+        {"Content-Type": "text/plain"},
+    ]
+
+    async def scenario() -> None:
+        async with calling(flow, largest_n=1024) as (client, service):
+            for headers in tricks:
+                answer = await client.post("/v1/samples", content=b"[" + b"[]," * 1_500_000 + b"[]]", headers=headers)
+                assert answer.status_code == 413, headers
+            answer = await client.post("/v1/samples", json={"n": 1024, "zoom": 32})
+            assert (answer.status_code, "less zoom" in answer.json()["error"]) == (400, True)
+            assert b"tarflow_samples_total 0.0" in service.metrics.page()
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_service(service: Running) -> None:
+    for path in ("/v2/models/sample/infer", "/v1/likelihood", "/v1/samples"):
+        with socket.create_connection(("127.0.0.1", service.port)) as connection:
+            connection.sendall(head(f"POST {path}", 50, "Content-Type: image/png") + b"{}")
+    deadline = time.monotonic() + 10
+    while 'code="499"' not in (page := service.ask("GET", "/metrics", headers=bearer())[2].decode()):
+        assert time.monotonic() < deadline
+    assert 'code="500"' not in page
 
 
 def test_tricks_with_headers_are_refused(service: Running) -> None:

@@ -4,7 +4,7 @@
 // all images of one state, `columns` a row. reached[i] is the last state that image i has come to.
 
 import { Certificates } from "./certificates.js";
-import { ask, hasToken } from "./server.js";
+import { ask, openWithToken } from "./server.js";
 import { duration, error, summary } from "./words.js";
 
 const FILM = 8; // so many images have their states below one another; more are one large grid
@@ -22,7 +22,7 @@ export class Board {
     at("scrubber").addEventListener("change", (event) => this.show(Number(event.target.value)));
     at("sample-score").addEventListener("click", () => this.#picture(this.last).toBlob((blob) => score(blob, this.#name())));
     at("sample-copy").addEventListener("click", () => this.#copy());
-    at("sample-link").addEventListener("click", (event) => this.#open(event));
+    at("sample-link").addEventListener("click", openWithToken);
   }
 
   /** Noise has come: make room for every state. */
@@ -230,15 +230,6 @@ export class Board {
     at("sample-copy").textContent = copied ? "Copied" : "Not allowed here";
   }
 
-  /** A browser follows a link without the token; so with one the page fetches the image itself. */
-  async #open(event) {
-    if (!hasToken()) return;
-    event.preventDefault();
-    const blob = await (await ask(event.currentTarget.href)).blob();
-    const link = Object.assign(element("a"), { href: URL.createObjectURL(blob), target: "_blank", rel: "noopener" });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-  }
 }
 
 function element(name, text) {

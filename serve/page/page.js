@@ -1,6 +1,6 @@
 // The page: tabs, the model's facts, and the two things to do with a flow.
 
-import { Refusal, ask } from "./server.js";
+import { Refusal, ask, openWithToken } from "./server.js";
 import { startDrawing } from "./draw.js";
 import { startLikelihood } from "./likelihood.js";
 import { showRefusal } from "./words.js";
@@ -33,6 +33,8 @@ for (const [i, tab] of tabs.entries()) {
 for (const form of document.querySelectorAll("main form")) {
   form.addEventListener("submit", (event) => event.preventDefault()); // even while the server is not there
 }
+
+for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", openWithToken);
 
 /** What the model is, told once; asked for again with the Draw button if the server was not there. */
 async function begin() {

@@ -13,7 +13,7 @@ export class Refusal extends Error {
   }
 }
 
-export const hasToken = () => token !== "";
+const hasToken = () => token !== "";
 
 /** fetch(), with the token where one is needed; anything but success throws a Refusal in words. */
 export async function ask(path, options = {}) {
@@ -30,6 +30,16 @@ export async function ask(path, options = {}) {
     if (response.status !== 401) throw await refusal(response);
     if (!(await askForToken(attempt > 0 || token !== ""))) throw new Refusal("This server needs a token.");
   }
+}
+
+/** A browser follows a link without the token; so with one the page fetches what is there itself, and shows that. */
+export async function openWithToken(event) {
+  if (!hasToken()) return;
+  event.preventDefault();
+  const blob = await (await ask(event.currentTarget.href)).blob();
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), target: "_blank", rel: "noopener" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
 /** The events of a stream, as { name, data }. Throws a Refusal if the connection ends early. */
