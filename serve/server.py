@@ -89,13 +89,19 @@ class _Connection(H11Protocol):
     """A connection; one too many is cut off at once, one that asks for nothing after ``patience`` seconds."""
 
     patience: float
+    silence: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) >= (self.limit_concurrency or math.inf):
             transport.abort()
             return
-        self.loop.call_later(self.patience, self._end_if_silent)
+        self.silence = self.loop.call_later(self.patience, self._end_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.silence is not None:
+            self.silence.cancel()  # and let go of what it holds
+        super().connection_lost(exc)
 
     def _end_if_silent(self) -> None:
         if not self.scope:  # no request has begun
