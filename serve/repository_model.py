@@ -139,8 +139,14 @@ class TritonPythonModel:
             noise = self.flow.noise(0, range(REPRODUCIBLE_TILE))
             rows["images"] = unpatchify(noise, self.flow.config.patch_size, self.flow.config.channels)
         order = np.roll(np.arange(REPRODUCIBLE_TILE), 5)[:-3]  # other places, other mates
-        whole, moved = self.run(rows, True), self.run({name: array[order] for name, array in rows.items()}, True)
-        return all(np.array_equal(whole[name][order], moved[name]) for name in whole)
+        cases = [rows]
+        if "guidance" in rows and self.flow.config.classes:
+            cases.append(rows | {"guidance": np.ones_like(rows["guidance"])})
+        for case in cases:
+            whole, moved = self.run(case, True), self.run({name: array[order] for name, array in case.items()}, True)
+            if not all(np.array_equal(whole[name][order], moved[name]) for name in whole):
+                return False
+        return True
 
     # --- what a request says, checked by itself -----------------------------------------------------------------
 

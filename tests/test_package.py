@@ -13,7 +13,7 @@ from google.protobuf import text_format  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.errors import BundleError, InputError
+from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.serve.repository import TASKS, Serving, config_text, write_repository
 
@@ -143,6 +143,23 @@ def test_a_request_that_cannot_be_answered_fails_alone(
     before, error, after = model(good, poison, good)
     assert isinstance(error, str)
     assert message in error
+    expected = np.asarray(flow.sample(3, labels=1, seed=5, reproducible=True))
+    for answer in answered([before, after]):
+        np.testing.assert_array_equal(answer["images"], expected)
+
+
+def test_a_request_the_engine_fails_on_fails_alone(model: Model, flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = model.model.run
+
+    def failing(rows: dict[str, Any], certified: bool) -> Any:
+        if (rows["label"] == 7).any():
+            raise MachineError("out of memory in block 3's step graph")
+        return run(rows, certified)
+
+    monkeypatch.setattr(model.model, "run", failing)
+    good = request(5, range(3), label=1)
+    before, error, after = model(good, request(0, range(2), label=7), good)
+    assert error == "out of memory in block 3's step graph"
     expected = np.asarray(flow.sample(3, labels=1, seed=5, reproducible=True))
     for answer in answered([before, after]):
         np.testing.assert_array_equal(answer["images"], expected)
