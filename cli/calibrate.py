@@ -48,5 +48,6 @@ def calibrate(
         print(f"{mode}:")
         for row in rows:
             windows = ", ".join("serial" if w == 1 else str(w) for w in row.windows)
-            print(f"  batch {row.rows:>3}: {row.speedup:.2f}x serial, windows of blocks 0 ...: {windows}")
+            what = f"batch {row.rows // row.branches:>3}{', guided' if row.branches > 1 else ''}"
+            print(f"  {what}: {row.speedup:.2f}x serial, windows of blocks 0 ...: {windows}")
     print(f"kept in {path}")

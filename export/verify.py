@@ -135,7 +135,7 @@ def verify(
         found = _decode(flow.backend, block, pairs.states[place], pairs.states[place + 1], plain, pairs.serial)
         blocks.append({"block": block, **asdict(Difference.between(found, pairs.states[place + 1]))})
     watch("verify guidance")
-    guided = flow.branches(_GUIDANCE, pairs.labels)
+    guided = _GUIDANCE.branches(flow.config.tokens, pairs.labels)
     judge = oracle if pairs.serial else flow  # in PyTorch the guided inverse is a walk, too slow for a large model
     guided_worst = max(
         (

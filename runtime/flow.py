@@ -29,37 +29,15 @@ from .backend import Array, Backend, Branches, open_backend
 from .bundle import Bundle, ModelShape
 from .decode import Parallel, solve, tolerance_of
 from .errors import InputError
-from .image import patchify, unpatchify
+from .guidance import Guidance as Guidance
+from .image import unpatchify
+from .inputs import check_images, check_labels, check_noise, check_strength
 from .memory import USUAL, Budget, cache_row, peak, spend
 from .plan import Plan, find_plan
 
 REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 REDRAWS = 8  # attempts at a sample that is not finite
 _LARGEST_BATCH = 64
-_LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Classifier-free guidance (arXiv 2412.06329): (1 + scale) * conditional - scale * unconditional.
-
-    ``what`` names the parts guided: "a" (log_scale), "b" (shift) or "ab". ``annealed`` lets the scale grow linearly
-    along the sequence. ``attention_temperature`` divides the attention logits of the unconditional branch only; it
-    is what guides an unconditional model. Raises InputError for values that make no guidance.
-    """
-
-    scale: float = 0.0
-    what: str = "ab"
-    annealed: bool = False
-    attention_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.scale < math.inf:
-            raise InputError(f"guidance scale is {self.scale}; expected 0 (none) or a positive number, 1 to 3 is usual")
-        if self.what not in ("a", "b", "ab"):
-            raise InputError(f"guidance of '{self.what}' is unknown; expected ab, a (log_scale) or b (shift)")
-        if not 0 < self.attention_temperature < math.inf:
-            raise InputError(f"attention temperature is {self.attention_temperature}; expected a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +169,15 @@ class Flow:
         ``preview`` is shown each batch after each block, blocks last to first; an exception of either cancels.
         Returns :class:`Samples`; raises InputError for inputs that cannot be what was meant.
         """
-        latents, count = self._noise(n, noise, seed, first_sample)
+        latents, count = check_noise(self.config, n, noise, seed, first_sample)
         images = np.empty((count, *self.config.image), np.float32)  # first: too many fail here, at once
-        classes = self._labels(labels, count)
+        classes = check_labels(self.config, labels, count)
         guidance = guidance or Guidance()
         if not part_of_more:
-            refuse_idle_guidance(self.config, guidance, classes)
+            guidance.check(self.config, classes)
         if redraw_nonfinite and latents is not None:
             raise InputError("samples of given noise cannot be redrawn: drop redraw_nonfinite, or draw by seed")
-        strength = self._strength(denoise)
+        strength = check_strength(self.config, denoise)
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch size is {batch_size}; expected 1 or more")
         tile = REPRODUCIBLE_TILE if reproducible else (batch_size or self._default_batch(guidance))
@@ -209,8 +187,7 @@ class Flow:
                 f"batches of {tile} images are more than these engines take, which is {largest}: use a smaller "
                 f"batch size, or build others: tarflow build '{self.bundle.folder}' --batch 1,{tile},{tile}"
             )
-        rows = min(tile, count if not reproducible else tile) * (2 if guidance.scale else 1)
-        decoding, ways = self._ways(decode, tolerance, rows, reproducible)
+        decoding, ways = self._ways(decode, tolerance, min(tile, count), 2 if guidance.scale else 1, reproducible)
         tiles = list(_tiles(first_sample, count, tile, aligned=reproducible))
         counter = _Counter(progress, len(tiles) * self.config.blocks * (self.config.tokens - 1))
 
@@ -225,7 +202,7 @@ class Flow:
             z[inside] = latents[output] if latents is not None else self.noise(seed, range(start, stop)[inside])
             tile_classes = np.full(stop - start, -1, np.int64)
             tile_classes[inside] = classes[output]
-            branches = self.branches(guidance, tile_classes)
+            branches = guidance.branches(self.config.tokens, tile_classes)
             watch = None if preview is None else self._watch(preview, first_sample + output.start, inside)
 
             x = self._decode(z, branches, ways, counter, watch)
@@ -275,10 +252,10 @@ class Flow:
         """What :meth:`sample` would draw, without drawing it: a class (n,) for each sample, below 0 for the null class,
         and the strength of denoising, None for none. Raises InputError for what sample would refuse.
         """
-        _, count = self._noise(n, None, seed, first_sample)
-        classes = self._labels(labels, count)
-        refuse_idle_guidance(self.config, guidance or Guidance(), classes)
-        return classes, self._strength(denoise)
+        _, count = check_noise(self.config, n, None, seed, first_sample)
+        classes = check_labels(self.config, labels, count)
+        (guidance or Guidance()).check(self.config, classes)
+        return classes, check_strength(self.config, denoise)
 
     def noise(self, seed: int | Sequence[int], samples: Sequence[int], stream: int = noise_source.SAMPLING) -> Array:
         """Noise of the given sample indices, of one seed or one each: (N, T, D) standard normal float32. Needs no
@@ -294,15 +271,15 @@ class Flow:
         guidance: Guidance | None = None,
     ) -> Array:
         """(N,): the round-trip error of raw samples, made anywhere from ``noise`` (N, T, D); see :class:`Report`."""
-        x, classes = self._inputs(images, labels)
-        z, _ = self._noise(len(x), noise, 0, 0)
+        x, classes = check_images(self.config, images, labels)
+        z, _ = check_noise(self.config, len(x), noise)
         assert z is not None
-        states, _ = self._encode(x, self.branches(guidance or Guidance(), classes))
+        states, _ = self._encode(x, (guidance or Guidance()).branches(self.config.tokens, classes))
         return self._round_trip(states[-1], z)
 
     def encode(self, images: ArrayLike, labels: ArrayLike | None = None) -> tuple[Array, Array]:
         """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form."""
-        x, classes = self._inputs(images, labels)
+        x, classes = check_images(self.config, images, labels)
         latents, log_det = np.empty_like(x), np.empty(len(x), np.float32)
         for rows in _batches(len(x)):
             (*_, latents[rows]), log_det[rows] = self._encode(x[rows], Branches.plain(classes[rows], x.shape[1]))
@@ -313,8 +290,8 @@ class Flow:
 
         Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
         """
-        checked = self._strength(float(strength))
-        x, classes = self._inputs(images, labels)
+        checked = check_strength(self.config, float(strength))
+        x, classes = check_images(self.config, images, labels)
         assert checked is not None
         found = np.concatenate([self._denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])
         return unpatchify(found, self.config.patch_size, self.config.channels)
@@ -436,105 +413,14 @@ class Flow:
             redrawn = sorted({*redrawn, *(indices[row] for row in broken)})
         return redrawn
 
-    # --- what the caller said, checked --------------------------------------------------------------------------
-
-    def _noise(self, n: int | None, noise: ArrayLike | None, seed: int, first_sample: int) -> tuple[Array | None, int]:
-        shape = (self.config.tokens, self.config.patch_dim)
-        if noise is None:
-            if n is None:
-                raise InputError("nothing to draw: give n, the number of samples, or noise")
-            if n < 1 or n != int(n):
-                raise InputError(f"n is {n}; expected 1 or more samples")
-            if n * math.prod(self.config.image) * 4 > _LARGEST_RESULT:
-                raise InputError(
-                    f"n is {n}: more than {_LARGEST_RESULT >> 40} TiB of samples; draw them in parts, by first_sample"
-                )
-            noise_source.check(seed, (first_sample, first_sample + n - 1))
-            return None, int(n)
-        array = np.asarray(noise)
-        if array.ndim != 3 or array.shape[1:] != shape or not len(array):
-            raise InputError(
-                f"noise has shape {array.shape}; expected (N, {shape[0]}, {shape[1]}): samples, patches, "
-                "numbers in a patch"
-            )
-        if array.dtype.kind not in "fiu":
-            raise InputError(f"noise has type {array.dtype}; expected float32")
-        if n is not None and n != len(array):
-            raise InputError(f"n is {n} but noise holds {len(array)} samples; drop one of the two")
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
-            latents = np.ascontiguousarray(array, np.float32)
-        if not np.isfinite(latents).all():
-            bad = np.flatnonzero(~np.isfinite(latents).all((1, 2)))
-            raise InputError(f"noise is not finite in {len(bad)} of {len(array)} samples, the first at row {bad[0]}")
-        return latents, len(latents)
-
-    def _labels(self, labels: ArrayLike | None, count: int) -> NDArray[np.int64]:
-        if labels is None:
-            return np.full(count, -1, np.int64)
-        array = np.asarray(labels)
-        if array.dtype.kind not in "iu" or array.dtype == bool:
-            raise InputError(f"labels have type {array.dtype}; expected integers")
-        if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
-            raise InputError(f"labels have shape {array.shape}; expected one label or ({count},), one a sample")
-        if not self.config.classes:
-            if (array >= 0).any():
-                raise InputError("this model is unconditional and takes no labels; drop them")
-        elif array.size and array.max() >= self.config.classes:
-            raise InputError(
-                f"label {array.max()} is out of range; this model has classes 0 to "
-                f"{self.config.classes - 1}, and -1 for none"
-            )
-        return np.broadcast_to(array.astype(np.int64), (count,)).copy()
-
-    def _inputs(self, images: ArrayLike, labels: ArrayLike | None) -> tuple[Array, NDArray[np.int64]]:
-        array = np.asarray(images)
-        if array.ndim != 4 or array.shape[1:] != self.config.image or not len(array):
-            raise InputError(f"images have shape {array.shape}; expected (N, {', '.join(map(str, self.config.image))})")
-        if array.dtype.kind != "f":
-            raise InputError(
-                f"images have type {array.dtype}; expected floats in [-1, 1]: dequantise 8-bit images first"
-            )
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
-            raise InputError(f"{len(bad)} of {len(array)} images are not finite, the first at row {bad[0]}")
-        return patchify(array, self.config.patch_size), self._labels(labels, len(array))
-
-    def _strength(self, denoise: bool | float | None) -> float | None:
-        """The factor on sigma^2, or None for no denoising."""
-        if denoise is None:
-            return 1.0 if self.config.noise_std else None
-        if denoise is False:
-            return None
-        if self.config.noise_std is None:
-            raise InputError(
-                "this model was trained with uniform dequantisation: there is no Gaussian noise to "
-                "remove; use --no-denoise"
-            )
-        if not 0 <= float(denoise) < math.inf:
-            raise InputError(f"denoising strength is {denoise}; expected a number of 0 or more, 1 is the theory's")
-        return float(denoise)
-
-    def branches(self, guidance: Guidance, classes: NDArray[np.int64]) -> Branches:
-        """The branches that draw samples of ``classes`` (B,), below 0 for the null class, with this guidance."""
-        tokens = self.config.tokens
-        if not guidance.scale:
-            return Branches.plain(classes, tokens)
-        ramp = np.arange(1, tokens + 1) / max(tokens - 1, 1) if guidance.annealed else np.ones(tokens)
-        scale = np.stack([guidance.scale * ramp * (part in guidance.what) for part in "ab"])  # (2, T)
-        return Branches(
-            labels=np.stack([classes, np.full_like(classes, -1)]),
-            mix=np.stack([1 + scale, -scale], 1).astype(np.float32),
-            inverse_temperature=np.array([1, 1 / guidance.attention_temperature], np.float32),
-        )
+    # --- how it is computed -------------------------------------------------------------------------------------
 
     def _default_batch(self, guidance: Guidance) -> int:
         row = cache_row(self.config, self.bundle.manifest.precision) * (2 if guidance.scale else 1)
         return min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, self.budget.batch(row))
 
     def _ways(
-        self, mode: str | None, tolerance: float | None, rows: int, reproducible: bool
+        self, mode: str | None, tolerance: float | None, images: int, branches: int, reproducible: bool
     ) -> tuple[str, Sequence[Parallel | None]]:
         """How each block is decoded, and that in words. A reproducible run does not follow what was measured here."""
         plan = None if reproducible else self.plan
@@ -547,7 +433,7 @@ class Flow:
         if plan is None:
             how = Parallel(self.backend.window, limit, self.config.tokens - 1, steady=reproducible)
             return words, [how] * self.config.blocks
-        ways = plan.ways(chosen, rows, limit) or serially
+        ways = plan.ways(chosen, images, branches, limit) or serially
         return f"{words if any(ways) else 'serially'}, as calibrated", ways
 
     def _level(self, reproducible: bool, ways: Sequence[Parallel | None]) -> str:
@@ -558,24 +444,6 @@ class Flow:
         if loosest > 1e-5:
             agreement = f"the tolerance of {loosest:g} they are solved to, a few times over"
         return f"L2: noise the same anywhere to the bit; samples agree across batch sizes to {agreement}"
-
-
-def refuse_idle_guidance(config: ModelShape, guidance: Guidance, classes: NDArray[np.int64]) -> None:
-    """Raise InputError for guidance that does nothing for samples of these classes, below 0 for the null class."""
-    if not guidance.scale and guidance.attention_temperature != 1:
-        raise InputError(
-            f"attention temperature {guidance.attention_temperature:g} does nothing without guidance; "
-            "give a guidance scale above 0 too"
-        )
-    if guidance.scale and guidance.what == "a" and not config.nvp:
-        raise InputError("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'")
-    if guidance.scale and guidance.attention_temperature == 1 and (classes < 0).all():
-        kind = "samples without a label" if config.classes else "an unconditional model"
-        cure = "give labels, or " if config.classes else ""
-        raise InputError(
-            f"guidance {guidance.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
-            f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
-        )
 
 
 class _Counter:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from .bundle import ModelShape
 from .errors import InputError
-from .flow import REPRODUCIBLE_TILE, Guidance, refuse_idle_guidance
+from .flow import REPRODUCIBLE_TILE
+from .guidance import Guidance
 
 FORMAT = "tarflow-job"
 SCHEMA = 1
@@ -133,7 +134,7 @@ class Job:
 
     def check(self, shape: ModelShape) -> None:
         """Raise InputError if images of this shape cannot be written in the job's format, or guidance does nothing."""
-        refuse_idle_guidance(shape, self.guidance, np.array(self.labels or (-1,), np.int64)[: self.n])
+        self.guidance.check(shape, np.array(self.labels or (-1,), np.int64)[: self.n])
         if self.format in ("png", "tar") and shape.channels not in (1, 3):
             raise InputError(
                 f"pictures have 1 or 3 channels; this model has {shape.channels}: pass --format npy or safetensors"

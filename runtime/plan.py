@@ -30,7 +30,7 @@ class Row:
     """What was measured and chosen for batches of up to ``rows`` rows (images times guidance branches).
 
     By block: the window (1: serial), the dependent passes it took, seconds for it and for serial decoding, and the
-    largest difference between the two.
+    largest difference between the two. ``branches`` is 2 if the samples were guided.
     """
 
     rows: int
@@ -39,6 +39,7 @@ class Row:
     seconds: tuple[float, ...]
     serial_seconds: tuple[float, ...]
     errors: tuple[float, ...]
+    branches: int = 1
 
     @property
     def speedup(self) -> float:
@@ -55,15 +56,17 @@ class Plan:
     samples: int  # that were measured
     modes: Mapping[str, tuple[Row, ...]]
 
-    def ways(self, mode: str, rows: int, tolerance: float) -> tuple[Parallel | None, ...] | None:
-        """How to solve each block of a batch of so many rows; None where nothing was measured: serially."""
-        fitting = [row for row in self.modes.get(mode, ()) if row.rows >= rows]
+    def ways(self, mode: str, images: int, branches: int, tolerance: float) -> tuple[Parallel | None, ...] | None:
+        """How to solve each block of a batch of so many images; None where nothing was measured: serially."""
+        known = [row for row in self.modes.get(mode, ()) if row.branches in (1, branches)]
+        fitting = [row for row in known if row.rows >= images * branches]
         if not fitting:
             return None
+        best = min(fitting, key=lambda row: (row.rows, -row.branches))
         # Twice the passes of the measured samples are an exception, which serial decoding ends.
         return tuple(
             Parallel(window, tolerance, 2 * passes) if window > 1 else None
-            for window, passes in zip(fitting[0].windows, fitting[0].passes, strict=True)
+            for window, passes in zip(best.windows, best.passes, strict=True)
         )
 
     def write(self, bundle: Bundle) -> Path:
@@ -109,8 +112,9 @@ def _read_row(row: dict[str, Any], blocks: int) -> Row:
     windows, passes = (tuple(int(x) for x in row[name]) for name in ("windows", "passes"))
     seconds, serial, errors = (tuple(float(x) for x in row[name]) for name in ("seconds", "serial_seconds", "errors"))
     lists = (windows, passes, seconds, serial, errors)
-    if int(row["rows"]) < 1 or {len(x) for x in lists} != {blocks} or min(*windows, *passes) < 1:
+    count, branches = int(row["rows"]), int(row.get("branches", 1))
+    if count < 1 or branches not in (1, 2) or {len(x) for x in lists} != {blocks} or min(*windows, *passes) < 1:
         raise ValueError(f"a row does not describe {blocks} blocks")
     if not all(0 < x < math.inf for x in (*seconds, *serial)):
         raise ValueError("a time is not a positive number")
-    return Row(int(row["rows"]), windows, passes, seconds, serial, errors)
+    return Row(count, windows, passes, seconds, serial, errors, branches)

@@ -104,7 +104,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _end_if_silent(self) -> None:
-        if not self.scope:  # no request has begun
+        if not self.headers:  # of a request
             self.transport.close()
 
 

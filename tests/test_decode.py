@@ -46,7 +46,7 @@ def whole(how: Parallel, flow: Flow, z: Array, branches: Branches, backend: Back
 @pytest.mark.parametrize("guidance", GUIDANCES)
 def test_exact_decoding_is_serial_decoding(flow: Flow, batch: int, window: int, guidance: Guidance) -> None:
     z = flow.noise(0, range(batch))
-    branches = flow.branches(guidance, LABELS[:batch])
+    branches = guidance.branches(flow.config.tokens, LABELS[:batch])
     expected, steps = whole(Parallel(1, 0.0, 15), flow, z, branches)
     assert steps == 60
     found, passes = whole(Parallel(window, 1e-5, 15), flow, z, branches)
@@ -64,7 +64,7 @@ def test_every_patch_fulfils_its_equation(flow: Flow, resident: bool) -> None:
     """
     backend = OrtBackend(flow.bundle, resident=resident)
     for batch in (1, 3):
-        branches = flow.branches(Guidance(1.0), LABELS[:batch])
+        branches = Guidance(1.0).branches(flow.config.tokens, LABELS[:batch])
         z = flow.noise(4, range(batch))
         for window in (4, 15):
             solved = backend.decoding(2, z, branches)
@@ -80,7 +80,7 @@ def test_every_patch_fulfils_its_equation(flow: Flow, resident: bool) -> None:
 def test_a_sample_does_not_depend_on_its_batch_mates(flow: Flow) -> None:
     """To the bit: the same image beside easy mates, hard ones, and one that overflows."""
     z = flow.noise(7, range(4))
-    branches = flow.branches(Guidance(1.0), LABELS[:4])
+    branches = Guidance(1.0).branches(flow.config.tokens, LABELS[:4])
     how = Parallel(5, 1e-3, 12, steady=True)
     expected, _ = whole(how, flow, z, branches)
     for scale in (0.0, 3.0, 1e4):
@@ -97,7 +97,7 @@ def test_images_that_are_done_leave_the_batch(flow: Flow, monkeypatch: pytest.Mo
     """Mates of zeros settle in fewer passes; from then on, fewer rows are computed, and the same patches found."""
     z = flow.noise(7, range(4))
     z[1:] = 0
-    branches = flow.branches(Guidance(1.0), LABELS[:4])
+    branches = Guidance(1.0).branches(flow.config.tokens, LABELS[:4])
     expected, _ = whole(Parallel(15, 1e-5, 15, steady=True), flow, z, branches)
     computed: list[int] = []
     run = flow.backend.run  # type: ignore[attr-defined]
@@ -115,11 +115,11 @@ def test_images_that_are_done_leave_the_batch(flow: Flow, monkeypatch: pytest.Mo
 
 
 def test_a_limit_of_passes_ends_in_serial_decoding(flow: Flow) -> None:
-    branches = flow.branches(Guidance(), LABELS)
+    branches = Guidance().branches(flow.config.tokens, LABELS)
     z = flow.noise(1, range(5))
     expected, _ = whole(Parallel(1, 0.0, 1), flow, z, branches)
     for batch in (1, 5):
-        few = flow.branches(Guidance(), LABELS[:batch])
+        few = Guidance().branches(flow.config.tokens, LABELS[:batch])
         found, passes = whole(Parallel(8, 1e-5, 1), flow, z[:batch], few)
         assert largest(found, expected[:batch]) < 1e-5
         assert 60 <= passes <= 76
@@ -196,6 +196,16 @@ def test_sampling_follows_the_plan(copy: Path) -> None:
     assert report.decoding == "serial"
 
 
+def test_guided_samples_follow_a_row_of_their_own() -> None:
+    times = (0.01,) * 2
+    rows = [Row(n, (w, 1), (2, 3), times, times, times, b) for n, w, b in ((1, 2, 1), (2, 3, 2), (8, 4, 1))]
+    plan = Plan("", "", 1, {"fast": tuple(rows)})
+    cases = {(1, 1): 2, (1, 2): 3, (2, 1): 4, (2, 2): 4, (4, 2): 4, (8, 1): 4}
+    for (images, branches), window in cases.items():
+        assert plan.ways("fast", images, branches, 0.1) == (Parallel(window, 0.1, 4), None), (images, branches)
+    assert plan.ways("fast", 5, 2, 0.1) is None
+
+
 def test_a_plan_of_another_machine_or_bundle_is_not_followed(copy: Path) -> None:
     flow = Flow.open(copy)
     plan = a_plan(flow, (4, 4, 4, 4))
@@ -228,7 +238,7 @@ def test_calibration_measures_and_chooses(copy: Path) -> None:
     flow = Flow.open(copy)
     plan = calibrate(flow, batches=(4, 1), samples=5)
     for mode in ("exact", "fast"):
-        assert [row.rows for row in plan.modes[mode]] == [1, 4]
+        assert [(row.rows, row.branches) for row in plan.modes[mode]] == [(1, 1), (2, 2), (4, 1)]
         for row in plan.modes[mode]:
             chosen = zip(row.windows, row.passes, row.seconds, row.serial_seconds, row.errors, strict=True)
             for window, passes, seconds, serial, error in chosen:

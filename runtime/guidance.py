@@ -1,0 +1,65 @@
+"""Guidance: what pulls samples towards a class, or away from a blunted copy of the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backend import Branches
+from .bundle import ModelShape
+from .errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2412.06329): (1 + scale) * conditional - scale * unconditional.
+
+    ``what`` names the parts guided: "a" (log_scale), "b" (shift) or "ab". ``annealed`` lets the scale grow linearly
+    along the sequence. ``attention_temperature`` divides the attention logits of the unconditional branch only; it
+    is what guides an unconditional model. Raises InputError for values that make no guidance.
+    """
+
+    scale: float = 0.0
+    what: str = "ab"
+    annealed: bool = False
+    attention_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < math.inf:
+            raise InputError(f"guidance scale is {self.scale}; expected 0 (none) or a positive number, 1 to 3 is usual")
+        if self.what not in ("a", "b", "ab"):
+            raise InputError(f"guidance of '{self.what}' is unknown; expected ab, a (log_scale) or b (shift)")
+        if not 0 < self.attention_temperature < math.inf:
+            raise InputError(f"attention temperature is {self.attention_temperature}; expected a positive number")
+
+    def branches(self, tokens: int, classes: NDArray[np.int64]) -> Branches:
+        """The branches that draw samples of ``classes`` (B,), below 0 for the null class; ``tokens`` is T."""
+        if not self.scale:
+            return Branches.plain(classes, tokens)
+        ramp = np.arange(1, tokens + 1) / max(tokens - 1, 1) if self.annealed else np.ones(tokens)
+        scale = np.stack([self.scale * ramp * (part in self.what) for part in "ab"])  # (2, T)
+        return Branches(
+            labels=np.stack([classes, np.full_like(classes, -1)]),
+            mix=np.stack([1 + scale, -scale], 1).astype(np.float32),
+            inverse_temperature=np.array([1, 1 / self.attention_temperature], np.float32),
+        )
+
+    def check(self, config: ModelShape, classes: NDArray[np.int64]) -> None:
+        """Raise InputError if it does nothing for samples of these classes, below 0 for the null class."""
+        if not self.scale and self.attention_temperature != 1:
+            raise InputError(
+                f"attention temperature {self.attention_temperature:g} does nothing without guidance; "
+                "give a guidance scale above 0 too"
+            )
+        if self.scale and self.what == "a" and not config.nvp:
+            raise InputError("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'")
+        if self.scale and self.attention_temperature == 1 and (classes < 0).all():
+            kind = "samples without a label" if config.classes else "an unconditional model"
+            cure = "give labels, or " if config.classes else ""
+            raise InputError(
+                f"guidance {self.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
+                f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
+            )
