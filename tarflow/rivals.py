@@ -6,14 +6,19 @@ Both are our own words for them, on our own model's weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .config import Config
 from .model import Block, TarFlow
 
 GrowingCache = list[tuple[Tensor, Tensor]]
+StaticCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (rows, heads, T, head_dim)
+_PROGRAMS = 200  # blocks times shapes
 Caches = tuple[list[GrowingCache], list[GrowingCache]]  # a layer each, with labels and without
 
 
@@ -78,6 +83,21 @@ def _growing_step(
     return block.read_out(h)
 
 
+def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for every block and shape: by default PyTorch gives up after eight, and runs the rest eagerly."""
+    torch._dynamo.config.recompile_limit = _PROGRAMS
+    return torch.compile(step, dynamic=False)
+
+
+def _static_cache(config: Config, rows: int, like: Tensor) -> StaticCache:
+    """Empty, a tensor for the keys of each layer and one for its values: the compiler writes those in place, but copies
+    all of one tensor that holds them together.
+    """
+    shape = (rows, config.heads, config.tokens, config.head_dim)
+    new = partial(torch.zeros, shape, dtype=like.dtype, device=like.device)
+    return [(new(), new()) for _ in range(config.layers)]
+
+
 class Compiled:
     """A step on a cache of full length, position as a tensor, compiled once for all positions of a block.
 
@@ -86,26 +106,25 @@ class Compiled:
 
     def __init__(self, model: TarFlow) -> None:
         self.model = model
-        self.steps = [torch.compile(_static_step, dynamic=False) for _ in model.blocks]
+        self.step = _compiled(_static_step)
 
     @torch.inference_mode()
     def __call__(self, noise: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
         """Noise (B, T, D) -> raw patches (B, T, D)."""
         config, x = self.model.config, noise * self.model.prior.sqrt()
         rows = len(x) * (2 if guidance > 0 else 1)
-        shape = (config.layers, 2, rows, config.width // config.head_dim, config.tokens, config.head_dim)
-        cache = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        cache = _static_cache(config, rows, x)
         doubled = labels
         if guidance > 0 and labels is not None:
             doubled = torch.cat([labels, torch.full_like(labels, -1)])
         places = torch.arange(config.tokens, device=x.device)
-        for block, step in zip(reversed(self.model.blocks), reversed(self.steps), strict=True):
+        for block in reversed(self.model.blocks):
             z = block.order(x)
             x, positions = z.clone(), block.order(block.pos_embed, 0)
             for i in range(config.tokens - 1):
                 at = places[i : i + 1]
                 patch = x[:, i : i + 1].repeat(2, 1, 1) if guidance > 0 else x[:, i : i + 1].clone()
-                log_scale, shift = step(block, patch, positions[i : i + 1].clone(), doubled, cache, at)
+                log_scale, shift = self.step(block, patch, positions[i : i + 1].clone(), doubled, cache, at)
                 if guidance > 0:
                     log_scale, shift = (
                         part[: len(x)] * (1 + guidance) - part[len(x) :] * guidance for part in (log_scale, shift)
@@ -124,7 +143,7 @@ class Captured:
 
     def __init__(self, model: TarFlow, compiled: bool = True) -> None:
         self.model = model
-        self._step = torch.compile(_whole_step, dynamic=False) if compiled else _whole_step
+        self._step = _compiled(_whole_step) if compiled else _whole_step
         self._state: _State | None = None
         self._steps: dict[int, Callable[[], object]] = {}
         self._places: dict[int, Tensor] = {}  # a recording knows addresses only: what lies there must stay
@@ -177,8 +196,7 @@ class _State:
         self.x, self.z = torch.empty_like(noise), torch.empty_like(noise)
         self.position = torch.zeros(1, dtype=torch.int64, device=noise.device)
         self.labels = None if labels is None else torch.full_like(labels, -1).repeat(branches)
-        shape = (config.layers, 2, len(noise) * branches, config.heads, config.tokens, config.head_dim)
-        self.cache = torch.zeros(shape, dtype=model.blocks[0].proj_in.weight.dtype, device=noise.device)
+        self.cache = _static_cache(config, len(noise) * branches, model.blocks[0].proj_in.weight)
 
     def label(self, labels: Tensor | None) -> None:
         if self.labels is not None and labels is not None:
@@ -192,7 +210,7 @@ def _whole_step(
     position: Tensor,
     labels: Tensor | None,
     places: Tensor,
-    cache: Tensor,
+    cache: StaticCache,
     guidance: float,
 ) -> None:
     batch, following = len(x), position + 1
@@ -208,14 +226,14 @@ def _whole_step(
 
 
 def _static_step(
-    block: Block, x: Tensor, place: Tensor, labels: Tensor | None, cache: Tensor, at: Tensor
+    block: Block, x: Tensor, place: Tensor, labels: Tensor | None, cache: StaticCache, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     h = block.embed(x, labels) + place
-    seen = (torch.arange(cache.shape[4], device=cache.device) <= at).unsqueeze(0)  # (1, T)
-    for j, layer in enumerate(block.layers):
+    seen = (torch.arange(block.config.tokens, device=x.device) <= at).unsqueeze(0)  # (1, T)
+    for layer, (keys, values) in zip(block.layers, cache, strict=True):
         query, key, value = layer.attention.split(h)
-        cache[j, 0].index_copy_(2, at, key)
-        cache[j, 1].index_copy_(2, at, value)
-        h = h + layer.attention.merge(F.scaled_dot_product_attention(query, cache[j, 0], cache[j, 1], attn_mask=seen))
+        keys.index_copy_(2, at, key)
+        values.index_copy_(2, at, value)
+        h = h + layer.attention.merge(F.scaled_dot_product_attention(query, keys, values, attn_mask=seen))
         h = h + layer.mlp(h)
     return block.read_out(h)
