@@ -48,6 +48,8 @@ def calibrate(
         print(f"{mode}:")
         for row in rows:
             windows = ", ".join("serial" if w == 1 else str(w) for w in row.windows)
+            if row.lanes > 1:
+                windows += f", in {row.lanes} lanes"
             what = f"batch {row.rows // row.branches:>3}{', guided' if row.branches > 1 else ''}"
             print(f"  {what}: {row.speedup:.2f}x serial, windows of blocks 0 ...: {windows}")
     print(f"kept in {path}")

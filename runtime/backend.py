@@ -40,6 +40,10 @@ class Branches:
         """One unguided branch; ``labels`` (B,)."""
         return Branches(labels[None], np.ones((2, 1, tokens), np.float32), np.ones(1, np.float32))
 
+    def of(self, rows: slice) -> Branches:
+        """The branches of some of the images."""
+        return Branches(self.labels[:, rows], self.mix, self.inverse_temperature)
+
 
 class Decoding(Protocol):
     """One block being inverted for one batch: owns z, the patches found so far, and the KV cache."""
@@ -77,6 +81,9 @@ class Backend(Protocol):
     machine: str  # provider and device: what a measured plan is true for
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
     window: int  # positions a parallel pass takes where nothing was measured
+
+    def lanes(self) -> tuple[Backend, int] | None:
+        """This engine for callers that are threads themselves, one thread each, and for how many; None on a device."""
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         """Begin inverting ``block`` on z (B, T, D)."""

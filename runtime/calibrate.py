@@ -71,6 +71,21 @@ class _Work:
             max(float(np.abs(x - self.solutions[i]).max()) for i, (_, (_, _, x)) in enumerate(runs)),
         )
 
+    def lanes(self) -> _Outcome | None:
+        """Divided among threads, beside undivided decoding by turns; None where that cannot be."""
+        lanes = self.flow.lanes
+        if lanes is None or len(self.starts[0]) < 2:
+            return None
+        lanes.solve(self.block, self.starts[0], self.branches[0])  # opens the graph
+        own, divided, error = [], [], 0.0
+        for number, (z, branches) in enumerate(zip(self.starts, self.branches, strict=True)):
+            own.append(self.time(number, None)[0])
+            began = time.perf_counter()
+            x = lanes.solve(self.block, z, branches)
+            divided.append(time.perf_counter() - began)
+            error = max(error, float(np.abs(x - self.solutions[number]).max()))
+        return _Outcome(1, self.flow.config.tokens - 1, median(divided), median(own), error)
+
     def serial(self) -> _Outcome:
         seconds = median(self.time(i, None)[0] for i in range(len(self.starts)))
         return _Outcome(1, self.flow.config.tokens - 1, seconds, seconds, 0.0)
@@ -104,7 +119,8 @@ def calibrate(
     """Draw ``samples`` samples serially and in every window that can win, by batch size; choose the fastest. Single
     images of a model with classes are measured guided too.
 
-    Where nothing is at least 5 % faster than serial decoding, serial decoding stays. Raises InputError for numbers
+    Batches are also divided among threads. Where nothing is at least 5 % faster than serial decoding, serial decoding
+    stays. Raises InputError for numbers
     that make no measurement.
     """
     if not batches or min(batches) < 1 or samples < 1:
@@ -129,6 +145,7 @@ def _measure(flow: Flow, batch: int, guidance: Guidance, samples: int, watch: Wa
     classes = [np.arange(i.start, i.stop) % max(config.classes, 1) for i in indices]
     branches = [guidance.branches(flow.config.tokens, labels) for labels in classes]
     chosen: dict[str, list[_Outcome]] = {mode: [] for mode in TOLERANCES}
+    divided: list[_Outcome] = []
     for block in reversed(range(config.blocks)):
         watch(f"{what}, block {block}, serially")
         work = _Work(flow, block, states, branches, [])
@@ -138,8 +155,14 @@ def _measure(flow: Flow, batch: int, guidance: Guidance, samples: int, watch: Wa
         for mode, tolerance in TOLERANCES.items():
             watch(f"{what}, block {block}, {mode}")
             chosen[mode].append(_choose(work, mode, tolerance, windows) or serial)
+        divided += [found for found in (work.lanes(),) if found is not None]
         states = work.solutions
-    return {mode: _row(batch, len(branches[0].labels), found[::-1]) for mode, found in chosen.items()}
+    rows = {}
+    for mode, found in chosen.items():
+        wins = divided and sum(o.ratio for o in divided) <= _GAIN * sum(o.ratio for o in found)
+        lanes = flow.lanes.count if wins and flow.lanes is not None else 1
+        rows[mode] = _row(batch, len(branches[0].labels), lanes, (divided if wins else found)[::-1])
+    return rows
 
 
 def _choose(work: _Work, mode: str, tolerance: float, windows: dict[int, int]) -> _Outcome | None:
@@ -154,10 +177,11 @@ def _choose(work: _Work, mode: str, tolerance: float, windows: dict[int, int]) -
     return best if best.ratio <= _GAIN and (mode != "exact" or best.error <= _EXACT_ERROR) else None
 
 
-def _row(batch: int, branches: int, blocks: list[_Outcome]) -> Row:
+def _row(batch: int, branches: int, lanes: int, blocks: list[_Outcome]) -> Row:
     return Row(
         rows=batch * branches,
         branches=branches,
+        lanes=lanes,
         windows=tuple(outcome.window for outcome in blocks),
         passes=tuple(outcome.passes for outcome in blocks),
         seconds=tuple(outcome.seconds for outcome in blocks),

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from .errors import InputError
 from .guidance import Guidance as Guidance
 from .image import unpatchify
 from .inputs import check_images, check_labels, check_noise, check_strength
+from .lanes import Lanes
 from .memory import USUAL, Budget, cache_row, peak, spend
 from .plan import Plan, find_plan
 
@@ -187,7 +188,9 @@ class Flow:
                 f"batches of {tile} images are more than these engines take, which is {largest}: use a smaller "
                 f"batch size, or build others: tarflow build '{self.bundle.folder}' --batch 1,{tile},{tile}"
             )
-        decoding, ways = self._ways(decode, tolerance, min(tile, count), 2 if guidance.scale else 1, reproducible)
+        decoding, ways, lanes = self._ways(
+            decode, tolerance, min(tile, count), 2 if guidance.scale else 1, reproducible
+        )
         tiles = list(_tiles(first_sample, count, tile, aligned=reproducible))
         counter = _Counter(progress, len(tiles) * self.config.blocks * (self.config.tokens - 1))
 
@@ -205,9 +208,9 @@ class Flow:
             branches = guidance.branches(self.config.tokens, tile_classes)
             watch = None if preview is None else self._watch(preview, first_sample + output.start, inside)
 
-            x = self._decode(z, branches, ways, counter, watch)
+            x = self._decode(z, branches, ways, counter, lanes, watch)
             if redraw_nonfinite:
-                redrawn += self._redraw(x, z, branches, ways, range(start, stop), inside, seed)
+                redrawn += self._redraw(x, z, branches, ways, lanes, range(start, stop), inside, seed)
             states: list[Array] | None = None
             if certificate is not None:
                 clock = time.perf_counter()
@@ -340,15 +343,20 @@ class Flow:
         branches: Branches,
         ways: Sequence[Parallel | None],
         counter: _Counter,
+        lanes: Lanes | None,
         watch: Callable[[int, Array, float], None] | None = None,
     ) -> Array:
         x = z * self.deviation
         for block in reversed(range(self.config.blocks)):
             clock = time.perf_counter()
-            decoding = self.backend.decoding(block, x, branches)
-            x, passes = solve(decoding, self.config.tokens, ways[block], partial(counter.step, block))
+            on_step = partial(counter.step, block)
+            if lanes is not None:
+                x, passes = lanes.solve(block, x, branches, on_step), self.config.tokens - 1
+            else:
+                decoding = self.backend.decoding(block, x, branches)
+                x, passes = solve(decoding, self.config.tokens, ways[block], on_step)
+                decoding.close()
             counter.passes[block] += passes
-            decoding.close()
             if watch is not None:
                 watch(block, x, time.perf_counter() - clock)
         return x
@@ -397,6 +405,7 @@ class Flow:
         z: Array,
         branches: Branches,
         ways: Sequence[Parallel | None],
+        lanes: Lanes | None,
         indices: range,
         inside: slice,
         seed: int,
@@ -409,11 +418,17 @@ class Flow:
                 break
             for row in broken:
                 z[row] = self.noise(seed, indices[row : row + 1], stream=attempt)[0]
-            x[broken] = self._decode(z, branches, ways, _Counter(None, 0))[broken]
+            x[broken] = self._decode(z, branches, ways, _Counter(None, 0), lanes)[broken]
             redrawn = sorted({*redrawn, *(indices[row] for row in broken)})
         return redrawn
 
     # --- how it is computed -------------------------------------------------------------------------------------
+
+    @cached_property
+    def lanes(self) -> Lanes | None:
+        """Threads to divide a batch among, where that can be faster."""
+        found = self.backend.lanes()
+        return None if found is None else Lanes(*found)
 
     def _default_batch(self, guidance: Guidance) -> int:
         row = cache_row(self.config, self.bundle.manifest.precision) * (2 if guidance.scale else 1)
@@ -421,20 +436,23 @@ class Flow:
 
     def _ways(
         self, mode: str | None, tolerance: float | None, images: int, branches: int, reproducible: bool
-    ) -> tuple[str, Sequence[Parallel | None]]:
+    ) -> tuple[str, Sequence[Parallel | None], Lanes | None]:
         """How each block is decoded, and that in words. A reproducible run does not follow what was measured here."""
         plan = None if reproducible else self.plan
         serially: list[Parallel | None] = [None] * self.config.blocks
         chosen = mode or ("serial" if plan is None and tolerance is None else "exact" if not tolerance else "fast")
         limit = tolerance_of(chosen, tolerance)
+        lanes = self.lanes if plan is not None and plan.lanes(chosen, images, branches) > 1 and images > 1 else None
+        if lanes is not None:
+            return f"serially in {lanes.count} lanes, as calibrated", serially, lanes
         if chosen == "serial":
-            return "serial", serially
+            return "serial", serially, None
         words = f"parallel to {limit:g}"
         if plan is None:
             how = Parallel(self.backend.window, limit, self.config.tokens - 1, steady=reproducible)
-            return words, [how] * self.config.blocks
+            return words, [how] * self.config.blocks, None
         ways = plan.ways(chosen, images, branches, limit) or serially
-        return f"{words if any(ways) else 'serially'}, as calibrated", ways
+        return f"{words if any(ways) else 'serially'}, as calibrated", ways, None
 
     def _level(self, reproducible: bool, ways: Sequence[Parallel | None]) -> str:
         if reproducible:

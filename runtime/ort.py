@@ -117,6 +117,12 @@ class OrtBackend:
         if provider != "cpu":
             self.session(0, "forward")  # fails here and now if the provider does not start
 
+    def lanes(self) -> tuple[OrtBackend, int] | None:
+        threads = self._threads or cores()
+        if self.copies_inputs or threads == 1 or self.budget.low_memory:
+            return None
+        return OrtBackend(self.bundle, "cpu", 1, budget=self.budget, resident=self.resident), threads
+
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         if not self.resident:
             return OrtDecoding(self, block, z, branches)

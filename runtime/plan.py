@@ -30,7 +30,8 @@ class Row:
     """What was measured and chosen for batches of up to ``rows`` rows (images times guidance branches).
 
     By block: the window (1: serial), the dependent passes it took, seconds for it and for serial decoding, and the
-    largest difference between the two. ``branches`` is 2 if the samples were guided.
+    largest difference between the two. ``branches`` is 2 if the samples were guided. With ``lanes``
+    above 1 the batch is divided among so many threads, which solve all blocks serially.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Row:
     serial_seconds: tuple[float, ...]
     errors: tuple[float, ...]
     branches: int = 1
+    lanes: int = 1
 
     @property
     def speedup(self) -> float:
@@ -58,16 +60,28 @@ class Plan:
 
     def ways(self, mode: str, images: int, branches: int, tolerance: float) -> tuple[Parallel | None, ...] | None:
         """How to solve each block of a batch of so many images; None where nothing was measured: serially."""
-        known = [row for row in self.modes.get(mode, ()) if row.branches in (1, branches)]
-        fitting = [row for row in known if row.rows >= images * branches]
-        if not fitting:
+        best = self._best(mode, images, branches)
+        if best is None:
             return None
-        best = min(fitting, key=lambda row: (row.rows, -row.branches))
         # Twice the passes of the measured samples are an exception, which serial decoding ends.
         return tuple(
             Parallel(window, tolerance, 2 * passes) if window > 1 else None
             for window, passes in zip(best.windows, best.passes, strict=True)
         )
+
+    def lanes(self, mode: str, images: int, branches: int) -> int:
+        """Among how many threads to divide a batch; a larger one than was measured, like the largest."""
+        rows = self.modes.get(mode if mode in self.modes else "exact", ())
+        best = self._best(mode if mode in self.modes else "exact", images, branches) or max(
+            rows, key=lambda row: row.rows, default=None
+        )
+        return best.lanes if best is not None else 1
+
+    def _best(self, mode: str, images: int, branches: int) -> Row | None:
+        """The row that is closest from above."""
+        known = [row for row in self.modes.get(mode, ()) if row.branches in (1, branches)]
+        fitting = [row for row in known if row.rows >= images * branches]
+        return min(fitting, key=lambda row: (row.rows, -row.branches), default=None)
 
     def write(self, bundle: Bundle) -> Path:
         """Keep the plan in the bundle's folder; one of the same machine is replaced."""
@@ -112,9 +126,10 @@ def _read_row(row: dict[str, Any], blocks: int) -> Row:
     windows, passes = (tuple(int(x) for x in row[name]) for name in ("windows", "passes"))
     seconds, serial, errors = (tuple(float(x) for x in row[name]) for name in ("seconds", "serial_seconds", "errors"))
     lists = (windows, passes, seconds, serial, errors)
-    count, branches = int(row["rows"]), int(row.get("branches", 1))
-    if count < 1 or branches not in (1, 2) or {len(x) for x in lists} != {blocks} or min(*windows, *passes) < 1:
+    count, branches, lanes = int(row["rows"]), int(row.get("branches", 1)), int(row.get("lanes", 1))
+    counts = (count, lanes, *windows, *passes)
+    if branches not in (1, 2) or {len(x) for x in lists} != {blocks} or min(counts) < 1:
         raise ValueError(f"a row does not describe {blocks} blocks")
     if not all(0 < x < math.inf for x in (*seconds, *serial)):
         raise ValueError("a time is not a positive number")
-    return Row(count, windows, passes, seconds, serial, errors, branches)
+    return Row(count, windows, passes, seconds, serial, errors, branches, lanes)

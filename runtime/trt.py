@@ -155,6 +155,9 @@ class TrtBackend:
         self._steps: weakref.WeakSet[TrtSteps] = weakref.WeakSet()
         self._memory: dict[str, Memory] = {}  # of forward and gradient, by tensor
 
+    def lanes(self) -> None:
+        """None: one launch fills the device."""
+
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         least, most = self._range("step", len(branches.labels))
         if len(z) > most:

@@ -41,6 +41,9 @@ class Twin:
         self.model = model
         self.device = next(model.parameters()).device
 
+    def lanes(self) -> None:
+        """None: PyTorch's threads are the process's."""
+
     def decoding(self, block: int, z: Array, branches: Branches) -> TwinDecoding:
         return TwinDecoding(self.model.blocks[block], self.tensor(z), branches)
 
