@@ -16,6 +16,7 @@ from .backend import Array
 from .bundle import WEIGHTS, Bundle
 from .flow import Flow, Guidance
 
+_SETTLE = 0.1  # seconds: the last one's idle threads may spin for a while, on cores that are the next one's
 Draw = Callable[[Array, NDArray[np.int64], Guidance], Array]
 
 
@@ -82,6 +83,7 @@ def race(
         for place, (contender, times) in enumerate(zip(field, seconds, strict=True)):
             if times and times[-1] > patience:
                 continue
+            time.sleep(_SETTLE)
             started = time.perf_counter()
             images[place] = contender.draw(noise, labels, guidance)
             if turn >= warm:
