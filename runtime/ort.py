@@ -119,7 +119,7 @@ class OrtBackend:
 
     def lanes(self) -> tuple[OrtBackend, int] | None:
         threads = self._threads or cores()
-        if self.copies_inputs or threads == 1 or self.budget.low_memory:
+        if self.copies_inputs or threads == 1 or self.budget != USUAL:  # it holds the weights of the steps once more
             return None
         return OrtBackend(self.bundle, "cpu", 1, budget=self.budget, resident=self.resident), threads
 

@@ -247,6 +247,7 @@ def test_lanes_end_together_when_one_is_stopped_or_fails(copy: Path, monkeypatch
         lanes.solve(0, z, branches)
     assert Flow.open(copy, threads=1).lanes is None
     assert Flow.open(copy, low_memory=True).lanes is None
+    assert Flow.open(copy, memory=1 << 40).lanes is None, "which it would exceed unseen"
 
 
 def test_a_plan_of_another_machine_or_bundle_is_not_followed(copy: Path) -> None:
