@@ -181,15 +181,22 @@ def test_grey_images_are_repeated_for_a_network_of_colours_and_resized_for_a_fix
 
 
 def test_weights_in_a_file_of_their_own_are_part_of_what_a_network_is(tmp_path: Path) -> None:
-    path = network(tmp_path / "n.onnx")
-    whole = FeatureNetwork.open(path).identity
-    assert whole.startswith(sha256(path)), "as statistics that were made before say"
-    model = onnx.load(path)
-    onnx.save(model, path, save_as_external_data=True, location="n.onnx.data", size_threshold=0)
-    apart = FeatureNetwork.open(path).identity
-    weights = (tmp_path / "n.onnx.data").read_bytes()
-    (tmp_path / "n.onnx.data").write_bytes(weights[:-8] + np.int64(3).tobytes())
-    assert len({whole.split()[0], apart.split()[0], FeatureNetwork.open(path).identity.split()[0]}) == 3
+    weights = numpy_helper.from_array(dice(3).normal(size=(192, 4)).astype(np.float32), "weights")
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["features"]),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 8, 8])
+    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", 4])
+    graph = helper.make_graph(nodes, "linear", [images], [features], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path, data = tmp_path / "n.onnx", tmp_path / "n.onnx.data"
+    onnx.save(model, path)
+    assert FeatureNetwork.open(path).identity.startswith(sha256(path)), "as statistics that were made before say"
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=0)
+    before = FeatureNetwork.open(path).identity
+    data.write_bytes(data.read_bytes()[::-1])
+    assert FeatureNetwork.open(path).identity != before
 
 
 def test_a_network_that_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
