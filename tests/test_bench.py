@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,12 +52,14 @@ def test_samples_from_anywhere_are_certified() -> None:
     assert flow.certify(samples, flow.noise(1, range(4)), [0, 1, 2, 3]).min() > 1
 
 
-def test_bundles_are_compared_on_the_command_line(cli: Cli, bundle: Callable[[str, str], Path]) -> None:
-    done = cli("bench", DEMO, "--against", bundle("demo", "int8"), "--batch", "2", "--repeats", "1", "--json")
+def test_bundles_are_compared_on_the_command_line(cli: Cli, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    twin = shutil.copytree(DEMO, tmp_path / "twin")
+    done = cli("bench", DEMO, "--against", twin, "--batch", "2", "--repeats", "1", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    names = ["serial", "exact", "fast", "demo-int8 serial", "demo-int8 fast"]
-    assert [row["name"] for row in rows] == names * 2
+    names = ["serial", "exact", "fast", "twin serial", "twin fast"]
+    assert [row["name"] for row in rows] == names * 2, "unguided and guided"
     assert all(row["rms"] < 0.05 for row in rows)
-    done = cli("bench", DEMO, "--against", bundle("cond", "fp32"))
+    assert all(row["rms"] == 0 for row in rows if row["name"] == "twin serial")
+    done = cli("bench", DEMO, "--against", bundle("cond"))
     assert (done.returncode, "holds another model" in done.stderr) == (2, True)
