@@ -63,7 +63,8 @@ def connected(address: str) -> Iterator[None]:
         raise (exits[0] if exits else end) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
+        with contextlib.redirect_stdout(sys.stderr):  # it tells what it had not told yet
+            ray.shutdown()
 
 
 def _remembering(handler: Callable[[int, FrameType | None], Any], exits: list[SystemExit]) -> Callable[..., None]:
