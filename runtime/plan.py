@@ -71,10 +71,9 @@ class Plan:
 
     def lanes(self, mode: str, images: int, branches: int) -> int:
         """Among how many threads to divide a batch; a larger one than was measured, like the largest."""
-        rows = self.modes.get(mode if mode in self.modes else "exact", ())
-        best = self._best(mode if mode in self.modes else "exact", images, branches) or max(
-            rows, key=lambda row: row.rows, default=None
-        )
+        mode = mode if mode in self.modes else "exact"  # what serial decoding is divided like
+        largest = max(self.modes.get(mode, ()), key=lambda row: row.rows, default=None)
+        best = self._best(mode, images, branches) or largest
         return best.lanes if best is not None else 1
 
     def _best(self, mode: str, images: int, branches: int) -> Row | None:
