@@ -120,8 +120,7 @@ def calibrate(
     images of a model with classes are measured guided too.
 
     Batches are also divided among threads. Where nothing is at least 5 % faster than serial decoding, serial decoding
-    stays. Raises InputError for numbers
-    that make no measurement.
+    stays. Raises InputError for numbers that make no measurement.
     """
     if not batches or min(batches) < 1 or samples < 1:
         raise InputError(f"batches {', '.join(map(str, batches))} and samples {samples} must all be 1 or more")
