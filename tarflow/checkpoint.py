@@ -86,12 +86,10 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
 
 def _heed(config: Config, hints: Hints, path: Path) -> Config:
     """The configuration a file carries, with another training noise if one was asked for."""
-    for option, said, found in (
-        ("--patch-size", hints.patch_size, config.patch_size),
-        ("--channels", hints.channels, config.channels),
-    ):
-        if said is not None and said != found:
-            raise ConfigError(f"{option} {said} contradicts '{path}', which says {found}; drop the option")
+    if hints.patch_size not in (None, config.patch_size):
+        raise ConfigError(
+            f"--patch-size {hints.patch_size} contradicts '{path}', which says {config.patch_size}; drop the option"
+        )
     return config if hints.noise is None else replace(config, noise_std=parse_noise(hints.noise))
 
 

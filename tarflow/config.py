@@ -85,7 +85,6 @@ class Hints:
     """What shapes cannot tell. ``noise`` is a standard deviation or "uniform"; None means not said."""
 
     patch_size: int | None = None
-    channels: int | None = None
     noise: float | str | None = None
 
 
@@ -110,15 +109,13 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
     if named and (int(named["width"]), int(named["blocks"]), int(named["layers"])) != (width, blocks, layers):
         named = None  # the name speaks of another model: none of it can be trusted
     patch_size = hints.patch_size
-    if patch_size is None and hints.channels is not None:
-        patch_size = math.isqrt(max(patch_dim // max(hints.channels, 1), 0))
     if patch_size is None and named:
         patch_size = int(named["patch"])
     noise = hints.noise if hints.noise is not None else (named["noise"] if named else None)
 
     missing = []
     if patch_size is None:
-        missing.append("--patch-size N (or --channels N): " + _patch_choices(patch_dim))
+        missing.append("--patch-size N: " + _patch_choices(patch_dim))
     if noise is None:
         missing.append("--noise-std X: the training noise, or 'uniform' for uniform dequantisation")
     if missing:
@@ -128,11 +125,11 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
         )
     assert patch_size is not None
     assert noise is not None
-    channels = hints.channels if hints.channels is not None else patch_dim // max(patch_size**2, 1)
+    channels = patch_dim // max(patch_size**2, 1)
     if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
         raise ConfigError(
-            f"patch size {patch_size} with {channels} channels makes patches of {channels * patch_size**2} numbers; "
-            f"these weights have {patch_dim}: {_patch_choices(patch_dim)}"
+            f"patch size {patch_size} does not make patches of {patch_dim} numbers, which these weights have: "
+            f"{_patch_choices(patch_dim)}"
         )
     return Config(
         image_size=grid * patch_size,
