@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.opening import Opening
 from .console import emit, stages
-from .options import Json, NoiseStd, PatchSize, Provider
+from .options import Json, NoiseStd, PatchSize, opens
 
 
+@opens()
 def bisect(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     checkpoint: Annotated[
@@ -23,7 +25,8 @@ def bisect(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing repro folder.")] = False,
     patch_size: PatchSize = None,
     noise_std: NoiseStd = None,
-    provider: Provider = "cpu",
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Name the first block, step and graph node that leaves tolerance of PyTorch, and write a folder that shows it.
@@ -41,7 +44,7 @@ def bisect(
 
     check_replaceable(output, force, MARKER)
     with stages(quiet=json) as watch:
-        comparison = Comparison(bundle, checkpoint, Hints(patch_size, noise_std), provider)
+        comparison = Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening)
         result = bisect_bundle(comparison, tolerance, watch)
         if result is not None:
             write_repro(output, *result, force)

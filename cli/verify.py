@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.opening import Opening
 from .console import emit, stages
-from .options import Json, NoiseStd, PatchSize, Provider
+from .options import Json, NoiseStd, PatchSize, opens
 
 
+@opens()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     checkpoint: Annotated[
@@ -19,7 +21,8 @@ def verify(
     ] = None,
     patch_size: PatchSize = None,
     noise_std: NoiseStd = None,
-    provider: Provider = "cpu",
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Compare a bundle with PyTorch where it is installed, else with its golden pairs, and certify round trips.
@@ -37,13 +40,13 @@ def verify(
 
             from ..export.comparison import Comparison, verify_bundle
 
-            card = verify_bundle(Comparison(bundle, checkpoint, Hints(patch_size, noise_std), provider), watch)
+            card = verify_bundle(Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening), watch)
         else:
             from ..quality.parity import verify_golden
             from ..runtime.flow import Flow
 
             watch("verify golden pairs")
-            card = verify_golden(Flow.open(bundle, provider))
+            card = verify_golden(Flow.open(bundle, opening))
     wrong = card.failures()
     if json:
         emit({"bundle": str(bundle), "ok": not wrong, "failures": wrong, **card.to_json()})

@@ -21,7 +21,6 @@ from ..runtime.backend import Branches
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.errors import InputError
 from ..runtime.flow import Flow
-from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
 from ..runtime.ort.library import PROVIDERS
 from ..runtime.ort.sessions import Feeds
@@ -72,10 +71,11 @@ def bisect_bundle(
     ``tolerance`` is the largest absolute error of patches or gradients; by default ten times the precision's rms.
     Raises InputError for a provider that does not run graphs, and as :meth:`Comparison.open`.
     """
-    if comparison.provider not in PROVIDERS:
+    provider = comparison.opening.provider
+    if provider not in PROVIDERS:
         raise InputError.of(
             "provider",
-            f"'{comparison.provider}'",
+            f"'{provider}'",
             f"one of {', '.join(PROVIDERS)}",
             "bisecting looks inside ONNX graphs, and engines have none",
         )
@@ -83,7 +83,7 @@ def bisect_bundle(
         raise InputError.of("tolerance", tolerance, "a number of 0 or more, such as 1e-3")
     with comparison.open(watch) as found:
         bundle, precision = found.oracle.bundle, PRECISIONS[found.flow.bundle.manifest.precision]
-        backend = OrtBackend(found.flow.bundle, Opening(comparison.provider, memory="least"), resident=False)
+        backend = OrtBackend(found.flow.bundle, comparison.opening, resident=False)
         limit = 10 * precision.tolerance.rms if tolerance is None else tolerance
         suspects = _suspects(backend, found.oracle, found.pairs(watch), watch)
         suspect = next((one for one in suspects if not one.error <= limit), None)

@@ -23,11 +23,10 @@ from ..runtime.errors import InputError
 from ..runtime.flow import Flow
 from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
-from ..runtime.providers import open_backend
 from .emulate import runnable
 
 Watch = Callable[[str], None]
-_ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
+ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +50,15 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What to compare: a bundle on ``provider`` with PyTorch on ``checkpoint``; None: on the bundle's own weights."""
+    """What to compare: a bundle, opened as ``opening`` says, with PyTorch on a checkpoint.
+
+    ``checkpoint`` None means the bundle's own weights; ``hints`` are what its name does not say.
+    """
 
     folder: str | os.PathLike[str]
     checkpoint: str | os.PathLike[str] | None = None
     hints: Hints | None = None
-    provider: str = "cpu"
+    opening: Opening = ONE_BLOCK
 
     @contextlib.contextmanager
     def open(self, watch: Watch) -> Iterator[Beside]:
@@ -75,7 +77,7 @@ class Comparison:
                 "checkpoint it was exported from",
                 field="checkpoint",
             )
-        with beside(model, bundle, self.provider) as found:
+        with beside(model, bundle, self.opening) as found:
             yield found
 
 
@@ -91,20 +93,20 @@ def verify_bundle(comparison: Comparison, watch: Watch = lambda stage: None) -> 
 
 
 @contextlib.contextmanager
-def beside(model: TarFlow, bundle: Bundle, provider: str = "cpu") -> Iterator[Beside]:
-    """A bundle on a provider, beside PyTorch; bfloat16 is emulated on a CPU, which has no product of it."""
+def beside(model: TarFlow, bundle: Bundle, opening: Opening = ONE_BLOCK) -> Iterator[Beside]:
+    """A bundle as it is opened, beside PyTorch; bfloat16 is emulated on a CPU, which has no product of it."""
     oracle = oracle_flow(model, bundle)
     with torch.no_grad():
-        if provider != "cpu":
-            yield Beside(Flow(bundle, open_backend(bundle, Opening(provider))), oracle, model)
+        if opening.provider != "cpu":
+            yield Beside(Flow.open(bundle, opening), oracle, model)
             return
         with runnable(bundle) as here:
-            backend, resident = OrtBackend(here, _ONE_BLOCK), None
+            backend, resident = OrtBackend(here, opening), None
             if here is not bundle:
                 backend.description += ", bfloat16 emulated by rounding float32"
             if bundle.manifest.blocks[0].has(RESIDENT):
-                resident = OrtBackend(here, _ONE_BLOCK, resident=True)
-            yield Beside(Flow(here, backend), oracle, model, resident)
+                resident = OrtBackend(here, opening, resident=True)
+            yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, resident)
 
 
 def oracle_flow(model: TarFlow, bundle: Bundle) -> Flow:
