@@ -84,24 +84,24 @@ def test_what_the_name_does_not_say_is_asked_for_and_nothing_else(tmp_path: Path
     path = write(tmp_path, state_of(), "model.pth")
     with pytest.raises(ConfigError) as both:
         load(path)
-    assert "--patch-size" in str(both.value)
-    assert "--noise-std" in str(both.value)
+    assert "`patch_size`" in str(both.value)
+    assert "`noise_std`" in str(both.value)
     with pytest.raises(ConfigError) as one:
         load(path, Hints(patch_size=2))
-    assert "--patch-size" not in str(one.value)
-    assert load(path, Hints(patch_size=2, noise="0.05")).config == CONFIG
-    assert load(path, Hints(channels=3, noise=0.05)).config == CONFIG
-    assert load(path, Hints(channels=12, noise="uniform")).config == replace(
+    assert "patch_size" not in str(one.value)
+    assert one.value.field == "noise_std"
+    assert load(path, Hints(patch_size=2, noise_std="0.05")).config == CONFIG
+    assert load(path, Hints(patch_size=1, noise_std="uniform")).config == replace(
         CONFIG, patch_size=1, channels=12, image_size=4, noise_std=None
     )
     with pytest.raises(ConfigError, match="12"):
-        load(path, Hints(patch_size=3, noise=0.05))
-    with pytest.raises(ConfigError, match="neither a number"):
-        load(path, Hints(patch_size=2, noise="loud"))
+        load(path, Hints(patch_size=3, noise_std=0.05))
+    with pytest.raises(ConfigError, match="expected a number, or 'uniform'"):
+        load(path, Hints(patch_size=2, noise_std="loud"))
 
 
 def test_a_name_that_speaks_of_another_model_is_not_trusted(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--patch-size"):
+    with pytest.raises(ConfigError, match="`patch_size`"):
         load(write(tmp_path, state_of(), "toy_model_1_128_3_2_0.05.pth"))
 
 
