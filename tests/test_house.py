@@ -55,8 +55,8 @@ class Room:
 ROOMS = {
     "tarflow": Room("numpy torch safetensors", "runtime.files runtime.errors", {"data": "tarflow.train.data"}),
     "tarflow.train": Room(
-        "numpy torch sklearn PIL",
-        "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.pictures",
+        "numpy torch sklearn",
+        "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.picture_folder",
     ),
     "tarflow.export": Room(
         "numpy torch onnx onnx_ir onnxscript safetensors", "checkpoint config model reference runtime* quality*"

@@ -141,6 +141,13 @@ def test_a_finished_run_can_be_resumed_and_says_the_same(tmp_path: Path) -> None
     assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0)
 
 
+def test_what_a_resumed_run_has_in_common_is_named_as_ever(tmp_path: Path) -> None:
+    """A name that changes makes every run begun before another run."""
+    recipe = "steps batch_size lr warmup weight_decay drop_label ema grad_clip flip jitter seed"
+    config = "image_size channels patch_size width blocks layers classes nvp noise_std head_dim"
+    assert [*a_trainer(tmp_path).identity()] == [*recipe.split(), *config.split(), "data"]
+
+
 def test_runs_are_not_lost_or_mixed_up(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leave out `resume`"):
         finish(tmp_path, resume=True)
@@ -182,7 +189,7 @@ def test_divergence_stops_before_anything_is_overwritten(tmp_path: Path) -> None
     with pytest.raises(InputError, match="no longer finite at step 2"):
         trainer.save()
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*")), "half-written files"
 
 
 def test_volume_preserving_models_learn_their_prior(tmp_path: Path) -> None:
@@ -270,7 +277,7 @@ def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        assert process.wait(timeout=180) == 0
+        assert process.wait(timeout=900) == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
