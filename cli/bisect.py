@@ -45,33 +45,18 @@ def bisect(
     check_replaceable(output, force, MARKER)
     with stages(quiet=json) as watch:
         comparison = Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening)
-        result = bisect_bundle(comparison, tolerance, watch)
-        if result is not None:
-            write_repro(output, *result, force)
-    if result is None:
+        finding = bisect_bundle(comparison, tolerance, watch)
+        if finding is not None:
+            write_repro(output, finding, force)
+    if finding is None:
         if json:
             emit({"bundle": str(bundle), "found": None})
         else:
             print("every step, forward and gradient graph is within tolerance")
         return
-    finding, _ = result
     if json:
-        emit(
-            {
-                "bundle": str(bundle),
-                "found": {
-                    "block": finding.block,
-                    "graph": finding.kind,
-                    "step": finding.step,
-                    "node": finding.node,
-                    "op": finding.op,
-                    "error": finding.error,
-                    "node_error": finding.node_error,
-                    "reason": finding.reason,
-                },
-                "repro": str(output),
-            }
-        )
+        found = finding.to_json()
+        emit({"bundle": str(bundle), "found": {"graph": found.pop("kind"), **found}, "repro": str(output)})
     else:
-        print(f"{finding.reason}\nerror {finding.error:.3g}; repro in {output}")
+        print(f"{finding.reason}\nerror {finding.suspect.error:.3g}; repro in {output}")
     raise typer.Exit(1)

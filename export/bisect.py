@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from ..runtime.ort.sessions import Feeds
 from ..runtime.ort.stepwise import StepwiseDecoding
 from ..runtime.precision import PRECISIONS
 from .comparison import Comparison, Watch
-from .nodes import Evidence, Exposed, expose, first_difference
+from .nodes import Evidence, expose, first_difference
 from .precision import torch_type, typed
 from .trace import KINDS, place, trace
 from .weights import int8_names, rename, write_weights
@@ -35,7 +36,7 @@ from .weights import int8_names, rename, write_weights
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A graph whose result is off, and the inputs that show it. ``step`` is None for forward and gradient."""
+    """A graph's largest error, absolute, and the inputs that show it. ``step`` is None for forward and gradient."""
 
     kind: str
     block: int
@@ -43,30 +44,40 @@ class Suspect:
     error: float
     feeds: Feeds
 
-    @property
-    def place(self) -> str:
-        what = f"{self.kind} graph" if self.step is None else f"step {self.step}"
-        return f"block {self.block}, {what}"
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The first thing that leaves tolerance. ``error`` is the suspect's, ``node_error`` the node's, relative."""
+    """The first graph that leaves tolerance, and what is wrong with a node of it."""
 
-    kind: str
-    block: int
-    step: int | None
-    error: float
-    node: str | None
-    op: str | None
-    node_error: float | None
-    reason: str
+    suspect: Suspect
+    evidence: Evidence
+
+    @property
+    def reason(self) -> str:
+        where, node = self.suspect, self.evidence.node
+        what = f"{where.kind} graph" if where.step is None else f"step {where.step}"
+        why = self.evidence.reason
+        if node is None:
+            why = f"every node agrees with a fresh trace; the error of {where.error:.2g} is the precision's or the "
+            why += "provider's own"
+        return f"block {where.block}, {what}: {why}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Without tensors; ``node_error`` is the node's own, relative."""
+        node, where = self.evidence.node, self.suspect
+        told = {
+            "node": node and node.name,
+            "op": node and node.op_type,
+            "node_error": node and self.evidence.error,
+            "reason": self.reason,
+        }
+        return {"kind": where.kind, "block": where.block, "step": where.step, "error": where.error, **told}
 
 
 def bisect_bundle(
     comparison: Comparison, tolerance: float | None = None, watch: Watch = lambda stage: None
-) -> tuple[Finding, Evidence] | None:
-    """Where a bundle leaves PyTorch, and the node and tensors that show it; None if nowhere.
+) -> Finding | None:
+    """Where a bundle leaves PyTorch, with the node and tensors that show it; None if nowhere.
 
     ``tolerance`` is the largest absolute error of patches or gradients; by default ten times the precision's rms.
     Raises InputError for a provider that does not run graphs, and as :meth:`Comparison.open`.
@@ -93,7 +104,7 @@ def bisect_bundle(
         graph = bundle.path(bundle.manifest.blocks[suspect.block].graphs[suspect.kind])
         with tempfile.TemporaryDirectory(prefix="tarflow-bisect.") as folder:
             truth = expose(_traced_anew(found.model, bundle, suspect, Path(folder)), suspect.feeds)
-        return _finding(suspect, expose(graph, suspect.feeds), truth, limit)
+        return Finding(suspect, first_difference(expose(graph, suspect.feeds), truth, suspect.feeds, limit))
 
 
 def _suspects(backend: OrtBackend, oracle: Flow, pairs: Pairs, watch: Watch) -> Iterator[Suspect]:
@@ -110,12 +121,8 @@ def _suspects(backend: OrtBackend, oracle: Flow, pairs: Pairs, watch: Watch) -> 
             error = float(np.abs(decoding.patches() - x).max())
             yield Suspect("step", block, step, error, decoding.inputs)  # whose cache holds the step's own slot: masked
         watch(f"block {block}: forward graph")
-        feeds: Feeds = {
-            "x": x,
-            "labels": classes,
-            "mix": plain.mix,
-            "inverse_temperature": plain.inverse_temperature,
-        }
+        feeds: Feeds = {"x": x, "labels": classes, "mix": plain.mix}
+        feeds["inverse_temperature"] = plain.inverse_temperature
         yield Suspect("forward", block, None, float(np.abs(backend.forward(block, x, plain)[0] - z).max()), feeds)
         watch(f"block {block}: gradient graph")
         ones = np.ones(len(x), np.float32)
@@ -134,16 +141,3 @@ def _traced_anew(model: TarFlow, bundle: Bundle, suspect: Suspect, folder: Path)
     graph = trace(suspect.kind, block, torch_type(precision))
     place(graph, suspect.block, stored, rename(KINDS[suspect.kind](block), suspect.block), folder / "graph.onnx")
     return folder / "graph.onnx"
-
-
-def _finding(suspect: Suspect, shown: Exposed, truth: Exposed, limit: float) -> tuple[Finding, Evidence]:
-    """What the two graphs tell of the suspect."""
-    evidence = first_difference(shown, truth, suspect.feeds, limit)
-    if evidence.node is None:
-        reason = f"every node agrees with a fresh trace; the error of {suspect.error:.2g} is the precision's or the "
-        reason += "provider's own"
-        name = op = node_error = None
-    else:
-        reason, name, op, node_error = evidence.reason, evidence.node.name, evidence.node.op_type, evidence.error
-    where = f"{suspect.place}: {reason}"
-    return Finding(suspect.kind, suspect.block, suspect.step, suspect.error, name, op, node_error, where), evidence

@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ..runtime.bundle import WEIGHTS
 from ..runtime.ort.library import load_onnxruntime
 from ..runtime.ort.sessions import Feeds
 from .emulate import WIDE, emulate_bfloat16
@@ -41,7 +42,7 @@ class Evidence:
 def expose(path: Path, feeds: Feeds) -> Exposed:
     """Run a graph on ONNX Runtime's CPU with every node's output made an output of the graph."""
     graph = onnx.load(path, load_external_data=False)
-    weights = {tensor.name: numpy_helper.to_array(tensor, str(path.parent)) for tensor in graph.graph.initializer}
+    weights = {tensor.name: _weight(tensor, path.with_name(WEIGHTS)) for tensor in graph.graph.initializer}
     exposed = ModelProto()
     exposed.CopyFrom(graph)
     if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in graph.graph.initializer):
@@ -57,7 +58,7 @@ def expose(path: Path, feeds: Feeds) -> Exposed:
     )
     values = _run(exposed, path.parent, feeds)
     wide = {name.removesuffix(WIDE): value for name, value in values.items()}
-    return Exposed(graph, wide, {name: _readable(array) for name, array in weights.items()})
+    return Exposed(graph, wide, weights)
 
 
 def first_difference(shown: Exposed, truth: Exposed, feeds: Feeds, limit: float) -> Evidence:
@@ -103,9 +104,18 @@ def _run(graph: ModelProto, folder: Path, feeds: Feeds) -> Feeds:
     return {name: value.numpy() for name, value in zip(names, results, strict=True)}
 
 
-def _readable(array: NDArray[Any]) -> NDArray[Any]:
-    """An array in a type of numpy's own, which bfloat16 is not."""
+def _weight(tensor: TensorProto, path: Path) -> NDArray[Any]:
+    """A graph's constant, or a weight read from its place in the file; bfloat16, which numpy lacks, as float32."""
+    array = numpy_helper.to_array(tensor) if not tensor.external_data else _stored(tensor, path)
     return array if array.dtype.isbuiltin else array.astype(np.float32)
+
+
+def _stored(tensor: TensorProto, path: Path) -> NDArray[Any]:
+    place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+    with path.open("rb") as file:
+        file.seek(place["offset"])
+        content = file.read(place["length"])
+    return np.frombuffer(content, helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
 
 
 def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:

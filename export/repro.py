@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import helper
 
 from ..runtime.files import replacing_folder
-from ..runtime.ort.sessions import Feeds
 from .bisect import Finding
-from .nodes import Evidence
 
 MARKER = "finding.json"
 _README = """# {reason}
@@ -32,25 +29,22 @@ print(dict(np.load('expected.npz')))
 """
 
 
-def write_repro(folder: Path, finding: Finding, evidence: Evidence, force: bool) -> None:
+def write_repro(folder: Path, finding: Finding, force: bool) -> None:
     """Write the folder, whole or not at all. Raises InputError if it is there and not ``force``."""
+    evidence = finding.evidence
     with replacing_folder(folder, force, MARKER) as partial:
         for name, tensors in (("inputs", evidence.inputs), ("expected", evidence.expected), ("found", evidence.found)):
             np.savez(partial / f"{name}.npz", **tensors)  # type: ignore[arg-type]  # numpy has arguments of other types
         if evidence.node is not None:
-            onnx.save(_alone(evidence.node, evidence), partial / "node.onnx")
-        (partial / MARKER).write_text(json.dumps({"format": "tarflow-bisect", **asdict(finding)}, indent=1))
+            parts = (
+                [_port(*item) for item in evidence.inputs.items()],
+                [_port(*item) for item in evidence.found.items()],
+            )
+            graph = helper.make_graph([evidence.node], "node", *parts)
+            opset = helper.make_opsetid("", evidence.opset)
+            onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), partial / "node.onnx")
+        (partial / MARKER).write_text(json.dumps({"format": "tarflow-bisect", **finding.to_json()}, indent=1))
         (partial / "README.md").write_text(_README.format(reason=finding.reason))
-
-
-def _alone(node: NodeProto, evidence: Evidence) -> ModelProto:
-    """A model of one node, its weights among its inputs."""
-
-    def ports(tensors: Feeds) -> list[onnx.ValueInfoProto]:
-        return [_port(name, array) for name, array in tensors.items()]
-
-    graph = helper.make_graph([node], "node", ports(evidence.inputs), ports(evidence.found))
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", evidence.opset)], ir_version=10)
 
 
 def _port(name: str, array: NDArray[Any]) -> onnx.ValueInfoProto:

@@ -44,6 +44,7 @@ from tarflow.model import TarFlow
 from tarflow.runtime.bundle import RESIDENT, Bundle
 from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from tarflow.runtime.files import sha256
+from tarflow.runtime.flow import Flow
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.precision import PRECISIONS
@@ -463,7 +464,7 @@ def test_a_bundle_from_before_there_were_graphs_for_devices_is_asked_to_be_expor
         del manifest["files"][name]
         (folder / name).unlink()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert cli("generate", folder, "--n", "1", "-o", folder.parent / "x.png").returncode == 0
+    assert Flow.open(folder).sample(1).shape == (1, 1, 8, 8)
     done = cli("build", folder)
     assert done.returncode == 4
     assert (
