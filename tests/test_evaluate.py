@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from tarflow.cli import evaluate
 from tarflow.cli.evaluate import DIGITS
 from tarflow.quality.features import FeatureNetwork, Usage
 from tarflow.quality.frechet import Statistics, distance, estimate, read_statistics, write_statistics
@@ -22,6 +23,7 @@ from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
+from tarflow.runtime.request import Request
 from tarflow.train.data import digits
 
 from .conftest import DEMO, Cli
@@ -262,6 +264,14 @@ def test_evaluate_draws_what_generate_draws_and_statistics_stand_for_their_image
     second = cli("evaluate", DEMO, "--against", "real.npz", "--samples", "drawn.npy", *how, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert json.loads(second.stdout)["distance"] == pytest.approx(expected.distance, rel=1e-6)
+
+
+def test_samples_drawn_part_by_part_are_those_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_PART", 16)
+    flow, network = Flow.open(DEMO), FeatureNetwork.open(DIGITS)
+    request = Request(40, labels=(7, 2, 0), guidance=Guidance(1.0), seed=3, first_sample=5).resolved(flow.config)
+    expected = network(to_uint8(flow.draw(request)))
+    np.testing.assert_allclose(evaluate._draw(flow, network, request), expected, atol=0.05)
 
 
 def test_evaluate_warns_of_too_few_samples_and_says_all_in_words(cli: Cli, tmp_path: Path) -> None:
