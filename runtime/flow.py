@@ -177,7 +177,7 @@ class Flow:
 
         Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
         """
-        checked = check_strength(self.config, float(strength))
+        checked = check_strength(self.config, float(strength), "strength")
         x, classes = check_images(self.config, images, labels)
         assert checked is not None
         found = np.concatenate([self.chain.denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])
