@@ -81,8 +81,7 @@ def check_strength(config: ModelShape, denoise: bool | float | None) -> float | 
         return None
     if config.noise_std is None:
         raise InputError(
-            "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; draw without "
-            "`denoise`",
+            "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; do not denoise",
             field="denoise",
             found=denoise,
             expected="False",

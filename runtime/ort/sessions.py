@@ -35,7 +35,7 @@ class Sessions:
         self._provider, available = PROVIDERS[opening.provider], self.ort.get_available_providers()
         if self._provider not in available:
             raise MachineError(
-                f"`provider` '{opening.provider}' needs {self._provider}; this ONNX Runtime {self.ort.__version__} has "
+                f"provider '{opening.provider}' needs {self._provider}; this ONNX Runtime {self.ort.__version__} has "
                 f"{', '.join(available)}. Install onnxruntime-gpu in place of onnxruntime, or use `provider` cpu",
                 field="provider",
                 found=opening.provider,
