@@ -98,3 +98,6 @@ def test_such_a_graph_is_still_a_file_of_the_bundle(old: Path) -> None:
 def test_a_bundle_without_graphs_for_devices_is_refused_on_a_gpu(older: Path) -> None:
     with pytest.raises(BundleError, match="exported before there were graphs for devices"):
         Flow.open(older, provider="cuda")
+    with pytest.raises(CppError, match="exported before there were graphs for devices") as refused:
+        CppFlow(older, provider=b"cuda")
+    assert refused.value.status == BUNDLE
