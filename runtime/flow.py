@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import noise as noise_source
+from .backend import REPRODUCIBLE_TILE as REPRODUCIBLE_TILE
 from .backend import Array, Backend, Branches
 from .bundle import Bundle, ModelShape
 from .chain import Chain, Ways
@@ -44,7 +45,6 @@ from .samples import Report as Report
 from .samples import Samples as Samples
 from .samples import Watch
 
-REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 _LARGEST_BATCH = 64
 _UNWATCHED = Watch()
 
