@@ -89,6 +89,12 @@ class Backend(Protocol):
         """Vector-Jacobian product of an unguided ``forward``: (B, T, D)."""
 
 
+def check_window(position: int, window: int, tokens: int) -> None:
+    """Raise IndexError for a window whose last position has no next patch: a device drops such writes silently."""
+    if position < 0 or window < 1 or position + window >= tokens:
+        raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
+
+
 def block_order(sequence: NDArray[Any], reverse: bool) -> NDArray[Any]:
     """Patch order (B, T, ...) to block order and back."""
     return sequence[:, ::-1] if reverse else sequence
