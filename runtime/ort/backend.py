@@ -12,11 +12,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import WINDOW, Array, Branches, Decoding
+from ..backend import REPRODUCIBLE_TILE, WINDOW, Array, Branches, Decoding
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, Remedy
+from ..files import size_text
 from ..machine import cores, gpu, processor
-from ..memory import USUAL, spend
+from ..memory import USUAL, Budget, spend
 from ..opening import Opening
 from ..resident import ResidentDecoding
 from .resident import OrtSteps
@@ -49,6 +50,8 @@ class OrtBackend:
             )
         self.sessions = Sessions(bundle, opening, self.budget.one_block)
         self.description = self.sessions.description
+        if isinstance(opening.memory, int) and self._of_a_tile(self.budget) != self._of_a_tile(USUAL):
+            self.description += f", within {size_text(opening.memory)}"  # parts of another size round differently
         self.machine = f"cpu {processor()}, {opening.threads or cores()} threads" if on_cpu else f"cuda {gpu()}"
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
@@ -74,7 +77,7 @@ class OrtBackend:
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         parts, passes = [], len(branches.inverse_temperature)
-        for rows in self._chunks(len(x), 3 * passes, 12 * passes):
+        for rows in self._chunks(len(x), passes):
             feeds: Feeds = {
                 "x": x[rows],
                 "labels": self.classes(branches.labels[:, rows]),
@@ -87,7 +90,7 @@ class OrtBackend:
 
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
         parts = []
-        for rows in self._chunks(len(x), self.config.layers + 4, 12 * (self.config.layers + 1)):
+        for rows in self._chunks(len(x), None):
             feeds: Feeds = {
                 "x": x[rows],
                 "labels": self.classes(labels[None, rows]),
@@ -117,7 +120,16 @@ class OrtBackend:
         steps.block = block
         return steps
 
-    def _chunks(self, batch: int, attention: int, hidden: int) -> list[slice]:
-        """Sub-batches that fit the budget, if so many (H, T, T) and (T, C) arrays of each image live at once."""
-        rows = self.budget.rows(self.config, attention, hidden)
+    def _rows(self, budget: Budget, passes: int | None) -> int:
+        """Images whose arrays fit at once: those of so many forward passes, or of the gradient."""
+        if passes is None:
+            return budget.rows(self.config, self.config.layers + 4, 12 * (self.config.layers + 1))
+        return budget.rows(self.config, 3 * passes, 12 * passes)
+
+    def _of_a_tile(self, budget: Budget) -> list[int]:
+        """How many images of a reproducible tile are computed at once: plain, guided, and in the gradient."""
+        return [min(self._rows(budget, passes), REPRODUCIBLE_TILE) for passes in (1, 2, None)]
+
+    def _chunks(self, batch: int, passes: int | None) -> list[slice]:
+        rows = self._rows(self.budget, passes)
         return [slice(start, start + rows) for start in range(0, batch, rows)]
