@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, Remedy
 from .files import sha256
-from .manifest import AGAIN, read_manifest
+from .manifest import AGAIN
 from .manifest import FORMAT as FORMAT
 from .manifest import GOLDEN as GOLDEN
 from .manifest import KINDS as KINDS
