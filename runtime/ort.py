@@ -41,6 +41,7 @@ CACHE_TYPES: dict[str, Any] = {  # numpy has no bfloat16
     "int8": np.float32,
 }
 MASKED = -1e30  # exp() of it is exactly 0
+_CUDA = {"use_tf32": "0"}  # by default fp32's products would round what they multiply to 10 bits of mantissa
 _CPU_WINDOW = 16  # costs two to three steps at batch 1, and finds about as many patches where a block is hard
 _BFLOAT16 = 16  # ONNX TensorProto.BFLOAT16
 
@@ -222,14 +223,15 @@ class OrtBackend:
 
     def _start(self, path: Path, options: Any, kind: str, name: str) -> Any:
         """A session; of a resident graph, one that captures CUDA graphs if the provider lets it."""
+        rest = [(name, _CUDA) if name == PROVIDERS["cuda"] else name for name in self._providers[1:]]
         if kind == "resident" and self.cuda_graph:
             try:
-                first = (self._providers[0], {"enable_cuda_graph": "1"})
-                return self._ort.InferenceSession(str(path), options, providers=[first, *self._providers[1:]])
+                first = (self._providers[0], {**_CUDA, "enable_cuda_graph": "1"})
+                return self._ort.InferenceSession(str(path), options, providers=[first, *rest])
             except Exception as error:  # a node that has no CUDA kernel in this version: slower, not wrong
                 self.cuda_graph = False
                 self.description += f", without CUDA graphs: {_first_line(error)[:120]}"
-        return self._ort.InferenceSession(str(path), options, providers=[self._first(name), *self._providers[1:]])
+        return self._ort.InferenceSession(str(path), options, providers=[self._first(name), *rest])
 
     def _first(self, session: str) -> Any:
         """The provider asked for, with its options.
@@ -238,6 +240,8 @@ class OrtBackend:
         Runtime checks no hash of them, so they lie with the user, by the bundle's hash, and never in a bundle.
         """
         name = self._providers[0]
+        if name == PROVIDERS["cuda"]:
+            return name, _CUDA
         if name != PROVIDERS["ort-tensorrt"]:
             return name
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from tarflow.runtime.flow import Flow
 from tarflow.runtime.ort import OrtBackend
 from tarflow.runtime.resident import cache_names, is_state, next_name, shapes
 
-from .conftest import Golden, largest
+from .conftest import DEMO, Golden, largest
 from .test_golden import RUNS, SAMPLES, guidance_of
 from .test_graphs import CONFIGS, random_model
 
@@ -43,6 +44,28 @@ def test_golden_vectors_come_out_of_the_graphs_for_devices(
     assert found.report is not None
     assert found.report.certificate is not None
     assert found.report.certificate.max() < 1e-4
+
+
+@pytest.mark.parametrize("graph", ["forward", "resident"])
+@pytest.mark.parametrize("captured", [True, False])
+def test_cuda_multiplies_fp32_in_fp32(monkeypatch: pytest.MonkeyPatch, graph: str, captured: bool) -> None:
+    """What the provider is asked for: it needs a GPU to start, so the sessions here open on the CPU."""
+    asked, usual = [], onnxruntime.InferenceSession
+
+    class Session(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            asked.append(providers)
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None, raising=False)
+    OrtBackend(Bundle.open(DEMO), "cuda", cuda_graph=captured).session(0, graph)
+    options = {"use_tf32": "0", **({"enable_cuda_graph": "1"} if captured and graph == "resident" else {})}
+    assert asked[-1] == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 SHARED = """

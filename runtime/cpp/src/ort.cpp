@@ -196,6 +196,10 @@ void OrtBackend::append_provider(OrtSessionOptions* options) const {
     OrtCUDAProviderOptionsV2* made = nullptr;
     check(api_->CreateCUDAProviderOptions(&made), "its CUDA provider does not start");
     const auto provider = own(made);
+    // By default fp32's products would round what they multiply to 10 bits of mantissa.
+    const char* const key = "use_tf32";
+    const char* const value = "0";
+    check(api_->UpdateCUDAProviderOptions(made, &key, &value, 1), "its CUDA provider has no use_tf32");
     check(api_->SessionOptionsAppendExecutionProvider_CUDA_V2(options, made), "its CUDA provider does not start");
   }
 }
