@@ -1,6 +1,7 @@
 PYTHON ?= python3
 RUN := .env-run
 DEV := .env-dev
+ROOMS := tarflow export runtime shards quality serve cli
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 CPP := runtime/cpp
@@ -50,7 +51,7 @@ demo: $(DEV)/done ## train the demo model and put its bundle into the package
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits
 	$(DEV)/bin/tarflow export runs/digits/digits_model_2_128_4_3_0.15.safetensors -o tarflow/demo --force
 
-$(RUN)/done: pyproject.toml constraints.txt $(wildcard tarflow/*.py runtime/*.py export/*.py serve/*.py serve/page/* cli/*.py tarflow/demo/* tarflow/features/*)
+$(RUN)/done: pyproject.toml constraints.txt $(wildcard $(foreach room,$(ROOMS),$(room)/*.py $(room)/*/*.py $(room)/*/*/*.py) serve/page/* tarflow/demo/* tarflow/features/*)
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt --force-reinstall --no-deps .
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt .

@@ -29,10 +29,10 @@ from tarflow.export.pipeline import export
 from tarflow.model import TarFlow
 from tarflow.rivals import Compiled, published
 from tarflow.runtime.backend import Array
-from tarflow.runtime.bench import Contender, Draw, Result, of_flow, race, read_bandwidth
 from tarflow.runtime.calibrate import calibrate
 from tarflow.runtime.decode import TOLERANCES
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.measure import Contender, Draw, Result, of_flow, race, read_bandwidth
 from tarflow.runtime.plan import Plan, Row
 from tests.cpp_library import CppFlow
 

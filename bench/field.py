@@ -16,10 +16,10 @@ from torch import Tensor
 from tarflow.model import TarFlow
 from tarflow.rivals import Captured, grown, published, published_steps
 from tarflow.runtime.backend import Array
-from tarflow.runtime.bench import Contender, of_flow
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.ort import OrtBackend
+from tarflow.runtime.measure import Contender, of_flow
+from tarflow.runtime.ort.backend import OrtBackend
 
 PUBLISHED = "PyTorch as published, bf16"
 COMPILED = "PyTorch compiled, CUDA graph, fp16"

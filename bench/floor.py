@@ -26,8 +26,8 @@ from tarflow.checkpoint import load
 from tarflow.export.pipeline import export
 from tarflow.model import TarFlow
 from tarflow.runtime.backend import Branches
-from tarflow.runtime.bench import read_bandwidth, step_floor
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.measure import read_bandwidth, step_floor
 from tarflow.runtime.memory import cache_row
 
 BATCHES = (1, 8, 32, 64)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow.cli.evaluate import DIGITS
-from tarflow.data import digits
-from tarflow.runtime.features import FeatureNetwork
+from tarflow.quality.features import FeatureNetwork
+from tarflow.quality.frechet import Statistics, distance, estimate, square_root
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.frechet import Statistics, distance, estimate, square_root
 from tarflow.runtime.image import to_uint8
+from tarflow.train.data import digits
 
 Features = NDArray[np.float32]
 

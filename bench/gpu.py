@@ -178,7 +178,7 @@ def with_wheels(folder: Path, arguments: Sequence[str]) -> int:
 
 def build_engines(bundle: Bundle, batches: Sequence[int]) -> str | None:
     """TensorRT engines for the batches, beside the bundle's graphs; what is built stays. Returns why not, or None."""
-    from tarflow.export.engine import Options, build
+    from tarflow.export.engines.build import Options, build
     from tarflow.runtime.backend import WINDOW
 
     from .device import FAILURES

@@ -22,8 +22,8 @@ from tarflow.config import Config
 from tarflow.export.pipeline import export
 from tarflow.model import TarFlow
 from tarflow.rivals import Compiled, published
-from tarflow.runtime.bench import Contender, Result, of_flow, race
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.measure import Contender, Result, of_flow, race
 
 SIZES = (8, 16, 32, 64)  # of images, patch 2: 16 to 1,024 patches
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

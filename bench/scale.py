@@ -24,11 +24,11 @@ from statistics import median
 
 import numpy as np
 
-from tarflow.runtime.crew import Local, Solo, Task, carry_out
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.image import png, to_uint8
-from tarflow.runtime.job import Job
-from tarflow.runtime.shards import Record, claimed, finished, write_index
+from tarflow.shards.folder import Record, claimed, finished, write_index
+from tarflow.shards.job import Job
+from tarflow.shards.workers import Local, Solo, Task, carry_out
 
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
 
@@ -146,7 +146,7 @@ def overhead(folder: Path) -> None:
     """Milliseconds a shard beyond its sampling: written, hashed, recorded, of this process's own time; handed out by
     each crew, on the clock; found again.
     """
-    import tarflow.runtime.cluster as cluster
+    import tarflow.shards.cluster as cluster
 
     flow = Flow.open(DEMO, threads=1)
     base = Job(flow.bundle.hash, n=16 * 100, shard_size=16, certify=False, denoise=None)
@@ -171,7 +171,7 @@ def overhead(folder: Path) -> None:
 
 def between_shards(job: Job, out: Path, kind: str) -> float:
     """Seconds from one finished shard to the next, the median, for a crew of one."""
-    import tarflow.runtime.cluster as cluster
+    import tarflow.shards.cluster as cluster
 
     task, moments, records = Task(job, DEMO, out, threads=1), list[float](), list[Record]()
     clock = time.process_time if kind == "solo" else time.perf_counter

@@ -13,8 +13,8 @@ from .console import default_bundle, emit, parse_sizes, say
 from .options import BundleArgument, CudaGraph, Json, Provider, Spinning, Threads
 
 if TYPE_CHECKING:
-    from ..runtime.bench import Contender, Result
     from ..runtime.bundle import Bundle
+    from ..runtime.measure import Contender, Result
 
 
 def bench(
@@ -41,9 +41,9 @@ def bench(
 
     Example: tarflow bench tarflow-bundle --against tarflow-int8 --batch 1,8,32
     """
-    from ..runtime.bench import of_flow, race, read_bandwidth, step_floor
     from ..runtime.errors import InputError
     from ..runtime.flow import Flow, Guidance
+    from ..runtime.measure import of_flow, race, read_bandwidth, step_floor
 
     sizes = parse_sizes(batch)
     if repeats < 1:
@@ -108,8 +108,8 @@ def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:
     from tarflow.rivals import Compiled, published
 
     from ..runtime.backend import Array
-    from ..runtime.bench import Contender, Draw
     from ..runtime.flow import Guidance
+    from ..runtime.measure import Contender, Draw
 
     if threads is not None:
         torch.set_num_threads(threads)

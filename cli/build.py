@@ -16,8 +16,8 @@ from .console import default_bundle, emit, say, stages, status_line
 from .options import BundleArgument, Json
 
 if TYPE_CHECKING:
-    from ..export.engine import Progress
-    from ..runtime.engines import Record
+    from ..export.engines.build import Progress
+    from ..runtime.tensorrt.record import Record
 
 
 def build(
@@ -56,9 +56,9 @@ def build(
 
     Example: tarflow build imagenet64 --engine fp16 --batch 1,8,32
     """
-    from ..export.engine import Options
-    from ..export.engine import build as build_engines
-    from ..export.verify import verify_engines
+    from ..export.engines.build import Options
+    from ..export.engines.build import build as build_engines
+    from ..quality.parity import verify_engines
     from ..runtime.bundle import Bundle
 
     options = Options(

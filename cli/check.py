@@ -25,7 +25,7 @@ def check_engine(
 
     Example: tarflow check-engine imagenet64
     """
-    from ..export.check import check
+    from ..export.engines.check import check
     from ..runtime.bundle import Bundle
     from ..runtime.errors import CheckFailed
 

@@ -98,7 +98,7 @@ def _version(name: str) -> str | None:
 def _providers() -> tuple[list[str], list[str]]:
     """Which of our providers this ONNX Runtime has, and what is wrong if none."""
     from ..runtime.errors import MachineError
-    from ..runtime.ort import PROVIDERS, load_onnxruntime
+    from ..runtime.ort.backend import PROVIDERS, load_onnxruntime
 
     try:
         available = load_onnxruntime().get_available_providers()
@@ -143,9 +143,9 @@ def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
     """Sentences about building and running engines here, and about ONNX Runtime's own ways to TensorRT."""
     import ctypes
 
-    from ..export.engine import find_tensorrt
-    from ..runtime.cuda import Cuda
+    from ..export.engines.build import find_tensorrt
     from ..runtime.errors import MachineError
+    from ..runtime.tensorrt.cuda import Cuda
 
     sentences = []
     try:
@@ -177,7 +177,7 @@ def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
 
 def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
     """Provider -> what one block gave on it; ``ok`` None where it could not be tried."""
-    from ..runtime.ort import PROVIDERS
+    from ..runtime.ort.backend import PROVIDERS
 
     tests: dict[str, dict[str, Any]] = {}
     for name, full in PROVIDERS.items():
@@ -193,7 +193,7 @@ def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
 
 def _on_runtime(name: str, bundle: Bundle, resident: bool | None = None) -> Backend:
     """A bundle on one of ONNX Runtime's providers."""
-    from ..runtime.ort import OrtBackend
+    from ..runtime.ort.backend import OrtBackend
 
     return OrtBackend(bundle, name, resident=resident)
 
@@ -202,11 +202,11 @@ def _engine_test() -> dict[str, Any]:
     """Build the demo's engines in a temporary folder, as quickly as they build, and try them."""
     import tempfile
 
-    from ..export.engine import Options, build, find_tensorrt
+    from ..export.engines.build import Options, build, find_tensorrt
     from ..runtime.bundle import Bundle
-    from ..runtime.cuda import Cuda
     from ..runtime.errors import MachineError
-    from ..runtime.trt import open_tensorrt
+    from ..runtime.tensorrt.backend import open_tensorrt
+    from ..runtime.tensorrt.cuda import Cuda
 
     try:
         Cuda()

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..quality.features import FeatureNetwork
+    from ..quality.frechet import Statistics
     from ..runtime.bundle import Bundle
-    from ..runtime.features import FeatureNetwork
     from ..runtime.flow import Flow, Progress
-    from ..runtime.frechet import Statistics
 
 DIGITS = Path(__file__).parent.parent / "features" / "digits.onnx"  # the demo's; its statistics lie beside it
 _PART = 1024  # samples drawn before their features are taken: memory stays bounded
@@ -67,12 +67,12 @@ def evaluate(
 
     Example: tarflow evaluate tarflow-bundle --against photos/ --features inception.onnx --n 50000
     """
+    from ..quality.features import FeatureNetwork
+    from ..quality.frechet import estimate, write_statistics
     from ..runtime.bundle import Bundle
     from ..runtime.errors import InputError
-    from ..runtime.features import FeatureNetwork
     from ..runtime.files import check_writable
     from ..runtime.flow import Flow, Guidance
-    from ..runtime.frechet import estimate, write_statistics
 
     if seed < 0:
         raise InputError(f"--seed is {seed}; expected 0 or more")
@@ -154,8 +154,8 @@ def _default_images(features: Path | None, bundle: Bundle) -> Path:
 
 def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statistics:
     """The statistics of the images to compare with: read, or computed. Raises InputError if they do not fit."""
+    from ..quality.frechet import Statistics, read_statistics
     from ..runtime.errors import InputError
-    from ..runtime.frechet import Statistics, read_statistics
 
     if against.suffix != ".npz":
         return Statistics.of(network(_pictures(against, bundle)))

@@ -92,8 +92,8 @@ def export(
 
 def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str | None]:
     """The folder of engines just built, or why there are none (the machine, never the bundle), or why none was run."""
-    from ..export.engine import build
-    from ..export.verify import verify_engines
+    from ..export.engines.build import build
+    from ..quality.parity import verify_engines
     from ..runtime.errors import MachineError
     from .build import shown
 

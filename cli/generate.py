@@ -92,8 +92,8 @@ def generate(
     from ..runtime.errors import InputError
     from ..runtime.files import check_writable
     from ..runtime.flow import Flow, Guidance
-    from ..runtime.job import DEFAULT_SHARD, Job
     from ..runtime.memory import parse_memory
+    from ..shards.job import DEFAULT_SHARD, Job
     from .shards import Means, draw_shards, refuse, turns
 
     guided = Guidance(guidance, guide, annealed, attention_temperature)

@@ -66,8 +66,8 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
 
 def _engines(bundle: Bundle) -> list[str]:
     """A line for each build of TensorRT engines, without loading any."""
-    from ..runtime.engines import folders, read_record
     from ..runtime.errors import BundleError
+    from ..runtime.tensorrt.record import folders, read_record
 
     lines = []
     for folder in folders(bundle):

@@ -45,12 +45,12 @@ def report(
 
     import numpy as np
 
+    from ..quality.examine import examine
+    from ..quality.report import Making, render
     from ..runtime.bundle import Bundle
     from ..runtime.errors import InputError
     from ..runtime.files import check_writable, replacing
     from ..runtime.flow import Flow, Guidance
-    from ..runtime.quality import examine
-    from ..runtime.report import Making, render
 
     if n < 2:
         raise InputError(f"--n is {n}; expected 2 samples or more, a hundred or more for statistics")

@@ -17,10 +17,10 @@ from .console import duration_text, emit, label_choices, parse_labels, sample_ba
 
 if TYPE_CHECKING:
     from ..runtime.bundle import Bundle
-    from ..runtime.crew import Crew, Task
     from ..runtime.flow import Progress
-    from ..runtime.job import Job, Shard
-    from ..runtime.shards import Record
+    from ..shards.folder import Record
+    from ..shards.job import Job, Shard
+    from ..shards.workers import Crew, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
     are not finite, or have no round trip.
     """
-    from ..runtime.shards import check_space, claimed, finished, forget_index, write_index
+    from ..shards.folder import check_space, claimed, finished, forget_index, write_index
 
     job.check(bundle.manifest.config)
     if means.workers is not None and means.workers < 1:
@@ -101,7 +101,7 @@ def told_to_continue(out: Path) -> Iterator[None]:
 
 def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shard], kept: int) -> list[Record]:
     """Draw the missing shards, with progress on stderr."""
-    from ..runtime.crew import Task, carry_out
+    from ..shards.workers import Task, carry_out
 
     task = Task(
         job,
@@ -134,12 +134,12 @@ def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shar
 @contextlib.contextmanager
 def _crew(task: Task, means: Means, shards: int, within: Callable[[Progress], None]) -> Iterator[Crew]:
     """Those who draw, stopped at the end however it comes; never more than there are shards."""
-    from ..runtime.crew import Local, Solo
+    from ..shards.workers import Local, Solo
 
     with contextlib.ExitStack() as stack:
         crew: Crew
         if means.ray is not None:
-            from ..runtime.cluster import RayCrew, connected, share
+            from ..shards.cluster import RayCrew, connected, share
 
             stack.enter_context(connected(means.ray))
             parts = share(means.workers, means.threads, means.provider, shards)

@@ -66,10 +66,10 @@ def train(
     import torch
 
     from ..config import Config, parse_noise
-    from ..data import digits, folder
-    from ..process import pick_device
-    from ..recipe import Recipe, Run, TrainError
-    from ..train import train as carry_out
+    from ..train.data import digits, folder
+    from ..train.loop import train as carry_out
+    from ..train.processes import pick_device
+    from ..train.recipe import Recipe, Run, TrainError
 
     if threads is not None:
         if threads < 1:

@@ -29,7 +29,7 @@ def verify(
 
     Example: tarflow verify tarflow-bundle digits_model_2_128_4_3_0.10.pth
     """
-    from ..export.verify import failures, verify_golden
+    from ..quality.parity import failures, verify_golden
     from ..runtime.errors import CheckFailed
     from ..runtime.flow import Flow
 

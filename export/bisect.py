@@ -20,15 +20,15 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from tarflow.model import TarFlow
 
+from ..quality.parity import TOLERANCES, Pairs
 from ..runtime.backend import Branches
 from ..runtime.bundle import WEIGHTS
 from ..runtime.files import replacing_folder
 from ..runtime.flow import Flow
-from ..runtime.ort import OrtBackend, OrtDecoding, load_onnxruntime
+from ..runtime.ort.backend import OrtBackend, OrtDecoding, load_onnxruntime
 from .emulate import emulate_bfloat16
 from .precision import PRECISIONS, typed
 from .trace import KINDS, place, trace
-from .verify import TOLERANCES, Pairs
 from .weights import int8_names, rename, write_weights
 
 Feeds = dict[str, NDArray[Any]]

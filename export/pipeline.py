@@ -19,24 +19,14 @@ from tarflow.config import Config, Hints
 from tarflow.model import TarFlow
 from tarflow.reference import Twin
 
+from ..quality import parity as verify
 from ..runtime.backend import Backend, open_backend
-from ..runtime.bundle import (
-    GOLDEN,
-    MANIFEST,
-    PARITY,
-    WEIGHTS,
-    BlockEntry,
-    Bundle,
-    FileEntry,
-    Manifest,
-    ModelShape,
-)
+from ..runtime.bundle import GOLDEN, MANIFEST, PARITY, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest, ModelShape
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import check_replaceable, replacing_folder, sha256
 from ..runtime.flow import Flow
 from ..runtime.memory import Budget
-from ..runtime.ort import PROVIDERS, OrtBackend
-from . import verify
+from ..runtime.ort.backend import PROVIDERS, OrtBackend
 from .bisect import Finding, bisect
 from .card import markdown
 from .emulate import runnable

@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tarflow.data import Split, digits
-from tarflow.runtime.features import FeatureNetwork
-from tarflow.runtime.frechet import Statistics, write_statistics
+from tarflow.quality.features import FeatureNetwork
+from tarflow.quality.frechet import Statistics, write_statistics
+from tarflow.train.data import Split, digits
 
 FEATURES = 64
 OPSET = 17

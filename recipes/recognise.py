@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from sklearn.svm import SVC
 
 from tarflow import checkpoint
-from tarflow.data import digits
 from tarflow.model import TarFlow
-from tarflow.train import measure
+from tarflow.train.data import digits
+from tarflow.train.loop import measure
 
 
 def sixteenths(images: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.float64]:

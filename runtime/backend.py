@@ -157,10 +157,10 @@ def _open(
     bundle: Bundle, threads: int | None, spinning: bool | None, budget: Budget, cuda_graph: bool, name: str
 ) -> Backend:
     if name == "tensorrt":
-        from .trt import open_tensorrt
+        from .tensorrt.backend import open_tensorrt
 
         return open_tensorrt(bundle, budget.low_memory, cuda_graph)
-    from .ort import OrtBackend
+    from .ort.backend import OrtBackend
 
     if bundle.manifest.precision == "bf16" and name == "cpu":
         raise MachineError(

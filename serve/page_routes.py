@@ -14,11 +14,11 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
+from ..quality.scores import DRAWS, score
 from ..runtime.flow import Flow, Guidance, Progress
 from .metrics import Metrics
 from .picture import LARGEST_BYTES, MEDIA_TYPES, open_picture, sheet
 from .samples import edition_of
-from .score import DRAWS, score
 from .service import Refusal, Service
 from .watch import Wish, draw
 

@@ -15,9 +15,9 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from ..runtime.cluster import Share, connected, share
 from ..runtime.errors import BundleError, InputError, MachineError
 from ..runtime.flow import Flow
+from ..shards.cluster import Share, connected, share
 from .app import create_app
 from .settings import Settings
 

@@ -21,8 +21,8 @@ import numpy as np
 import onnxruntime
 
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.engines import ENGINE_KINDS, FOLDER, Engine, Profile, Record, Target, tensor_shapes
 from tarflow.runtime.files import sha256
+from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Engine, Profile, Record, Target, tensor_shapes
 
 GPU, CAPABILITY, VERSION = "NVIDIA Double", "9.0", "11.4.0.106"
 Result = tuple[Any, ...]

@@ -13,8 +13,8 @@ import torch
 
 from tarflow import checkpoint
 from tarflow.rivals import Compiled, published
-from tarflow.runtime.bench import of_flow, race
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.measure import of_flow, race
 
 from .conftest import DEMO, Cli, largest
 

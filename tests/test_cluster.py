@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.runtime import cluster
-from tarflow.runtime.crew import Lost, Ready, Report, Task, carry_out
 from tarflow.runtime.errors import BundleError, MachineError
 from tarflow.runtime.flow import Flow
-from tarflow.runtime.job import Job, Shard
-from tarflow.runtime.shards import INDEX, Record, claimed, write_index
+from tarflow.shards import cluster
+from tarflow.shards.folder import INDEX, Record, claimed, write_index
+from tarflow.shards.job import Job, Shard
+from tarflow.shards.workers import Lost, Ready, Report, Task, carry_out
 
 from .conftest import DEMO, Cli
 from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole

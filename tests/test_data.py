@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tarflow.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, shift, write_grid
+from tarflow.train.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, shift, write_grid
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from tarflow.runtime.calibrate import calibrate
 from tarflow.runtime.decode import Parallel, solve
 from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.ort import OrtBackend, OrtDecoding
+from tarflow.runtime.ort.backend import OrtBackend, OrtDecoding
 from tarflow.runtime.plan import Plan, Row, find_plan
 
 from .conftest import DEMO, Cli, largest

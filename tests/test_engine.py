@@ -27,26 +27,36 @@ import torch
 from onnx import TensorProto, helper
 
 from tarflow.config import Config
-from tarflow.export import attest, verify
-from tarflow.export import engine as engine_module
 from tarflow.export.emulate import runnable
-from tarflow.export.engine import Options, Parsed, Progress, build, builder_config, new_record, profile_sizes, profiles
+from tarflow.export.engines import build as engine_module
+from tarflow.export.engines import layers as attest
+from tarflow.export.engines.build import (
+    Options,
+    Parsed,
+    Progress,
+    build,
+    builder_config,
+    new_record,
+    profile_sizes,
+    profiles,
+)
 from tarflow.export.graphs import BlockGraph
 from tarflow.export.precision import PRECISIONS, typed
 from tarflow.export.trace import pingpong, place, trace
-from tarflow.export.verify import engine_parity, keep_parity
 from tarflow.export.weights import rename, write_weights
 from tarflow.model import TarFlow
-from tarflow.runtime import cuda as cuda_module
+from tarflow.quality import parity as verify
+from tarflow.quality.parity import engine_parity, keep_parity
 from tarflow.runtime.backend import open_backend
 from tarflow.runtime.bundle import Bundle, ModelShape
-from tarflow.runtime.cuda import Cuda
-from tarflow.runtime.engines import Record, Target, read_record
 from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.memory import Budget
-from tarflow.runtime.ort import OrtBackend
-from tarflow.runtime.trt import make_logger, open_tensorrt, refit
+from tarflow.runtime.ort.backend import OrtBackend
+from tarflow.runtime.tensorrt import cuda as cuda_module
+from tarflow.runtime.tensorrt.backend import make_logger, open_tensorrt, refit
+from tarflow.runtime.tensorrt.cuda import Cuda
+from tarflow.runtime.tensorrt.record import Record, Target, read_record
 
 from .conftest import GOLDEN, Cli
 from .device_double import DoubleCuda, DoubleTensorRT, build_double
@@ -261,7 +271,7 @@ def test_a_timing_cache_is_kept_and_is_no_part_of_what_an_engine_is(copy: Callab
 def test_building_needs_neither_pytorch_nor_its_exporter(copy: Callable[..., Path]) -> None:
     code = (
         "import sys\nfor name in ('torch', 'onnx', 'onnxscript', 'onnx_ir', 'sklearn'): sys.modules[name] = None\n"
-        "from tarflow.export.engine import Options, build\nfrom tarflow.runtime.bundle import Bundle\n"
+        "from tarflow.export.engines.build import Options, build\nfrom tarflow.runtime.bundle import Bundle\n"
         f"print(len(build(Bundle.open({str(copy('uncond'))!r}), options=Options(device=('8.9',)))[1].engines))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
@@ -467,7 +477,7 @@ def test_what_export_says_is_missing_is_not_cut_at_a_dot(
     def broken(name: str, package: str | None = None) -> Any:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr("tarflow.runtime.trt.importlib.import_module", broken)
+    monkeypatch.setattr("tarflow.runtime.tensorrt.backend.importlib.import_module", broken)
     folder, why, unverified = _engines(Bundle.open(copy("uncond")), quiet=True)
     assert (folder, unverified) == (None, None)
     assert why is not None

@@ -16,13 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from tarflow.cli.evaluate import DIGITS
-from tarflow.data import digits
+from tarflow.quality.features import FeatureNetwork
+from tarflow.quality.frechet import Statistics, distance, estimate, read_statistics, write_statistics
 from tarflow.runtime.errors import BundleError, InputError
-from tarflow.runtime.features import FeatureNetwork
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.frechet import Statistics, distance, estimate, read_statistics, write_statistics
 from tarflow.runtime.image import to_uint8
+from tarflow.train.data import digits
 
 from .conftest import DEMO, Cli
 

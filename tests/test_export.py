@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 from tarflow.checkpoint import load
-from tarflow.export import pipeline, verify
+from tarflow.export import pipeline
 from tarflow.export.pipeline import export, plan, verify_bundle
+from tarflow.quality import parity as verify
 from tarflow.runtime.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import CheckFailed, InputError
 from tarflow.runtime.flow import Flow

@@ -121,7 +121,7 @@ def test_sampling_works_with_pytorch_and_onnx_absent() -> None:
     done = run(
         blocked + "sys.argv = ['tarflow', 'generate', '--n', '2', '--save', '/dev/null/none', '--json']\n"
         "from tarflow.runtime.flow import Flow\nfrom tarflow.cli.console import DEMO\n"
-        "from tarflow.export.verify import failures, verify_golden\n"
+        "from tarflow.quality.parity import failures, verify_golden\n"
         "flow = Flow.open(DEMO)\nprint(flow.sample(2).shape, failures(verify_golden(flow)))"
     )
     assert done.returncode == 0, done.stderr

@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from tarflow import checkpoint
-from tarflow.export.check import _verdict
-from tarflow.export.engine import Options, apart, build, find_tensorrt, new_record
+from tarflow.export.engines.build import Options, apart, build, find_tensorrt, new_record
+from tarflow.export.engines.check import _verdict
 from tarflow.export.quantise import Sensitivity, candidates, chosen, quantise, rounded
 from tarflow.export.weights import int8_names
 from tarflow.runtime.bundle import Bundle

@@ -15,13 +15,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tarflow.data import digits
-from tarflow.runtime import plots
+from tarflow.quality import plots
+from tarflow.quality.examine import SHOWN, examine
+from tarflow.quality.report import Making, render
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
 from tarflow.runtime.noise import normal
-from tarflow.runtime.quality import SHOWN, examine
-from tarflow.runtime.report import Making, render
+from tarflow.train.data import digits
 
 from .conftest import DEMO, Cli, largest
 

@@ -20,7 +20,7 @@ from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.decode import serial
 from tarflow.runtime.flow import Flow
-from tarflow.runtime.ort import OrtBackend
+from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.resident import cache_names, is_state, next_name, shapes
 
 from .conftest import DEMO, Golden, largest

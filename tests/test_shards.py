@@ -24,12 +24,12 @@ from safetensors.numpy import load_file
 from typer.main import get_command
 
 from tarflow.cli.options import Ray, RayCommand
-from tarflow.runtime.crew import Local, Lost, Ready, Report, Task, carry_out
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance, Samples
 from tarflow.runtime.image import to_uint8
-from tarflow.runtime.job import Job, Shard
-from tarflow.runtime.shards import INDEX, JOB, Record, claimed, draw, finished, write_index
+from tarflow.shards.folder import INDEX, JOB, Record, claimed, draw, finished, write_index
+from tarflow.shards.job import Job, Shard
+from tarflow.shards.workers import Local, Lost, Ready, Report, Task, carry_out
 
 from .conftest import DEMO, Cli
 

@@ -14,25 +14,30 @@ from typing import Any
 import pytest
 from polygraphy.backend.trt import CreateConfig
 
-from tarflow.export import attest
-from tarflow.export.engine import _sm
-from tarflow.runtime.trt import CACHE_TYPE
+from tarflow.export.engines import layers as attest
+from tarflow.export.engines.build import _sm
+from tarflow.runtime.tensorrt.backend import CACHE_TYPE
 
 from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntime, DoubleTensorRT
 
 ROOT = Path(__file__).parent.parent
-FILES = ("runtime/trt.py", "export/engine.py", "export/attest.py", "export/check.py")
+FILES = (
+    "runtime/tensorrt/backend.py",
+    "export/engines/build.py",
+    "export/engines/layers.py",
+    "export/engines/check.py",
+)
 RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}  # behind a check of the package
 # What a variable is in a file; a variable that is ours there is not listed.
 CLASSES = {
-    "runtime/trt.py": {
+    "runtime/tensorrt/backend.py": {
         "engine": "ICudaEngine",
         "context": "IExecutionContext",
         "_runtime": "Runtime",
         "refitter": "Refitter",
         "parser": "OnnxParserRefitter",
     },
-    "export/engine.py": {
+    "export/engines/build.py": {
         "network": "INetworkDefinition",
         "parser": "OnnxParser",
         "builder": "Builder",
@@ -41,14 +46,14 @@ CLASSES = {
         "e": "ParserError",
         "cache": "ITimingCache",
     },
-    "export/attest.py": {
+    "export/engines/layers.py": {
         "network": "INetworkDefinition",
         "layer": "ILayer",
         "engine": "ICudaEngine",
         "inspector": "EngineInspector",
         "tensor": "ITensor",
     },
-    "export/check.py": {"parser": "OnnxParser", "builder": "Builder", "network": "INetworkDefinition"},
+    "export/engines/check.py": {"parser": "OnnxParser", "builder": "Builder", "network": "INetworkDefinition"},
 }
 OURS = {
     "classes",
@@ -173,7 +178,7 @@ def test_names_that_only_a_text_reaches_exist_too(names: dict[str, dict[str, lis
 
 
 def test_the_flags_that_polygraphy_sets_for_us_exist(names: dict[str, dict[str, list[str]]]) -> None:
-    (call,) = calls("export/engine.py", "CreateConfig")
+    (call,) = calls("export/engines/build.py", "CreateConfig")
     arguments = {keyword.arg for keyword in call.keywords}
     assert arguments == BY_POLYGRAPHY.keys(), "an argument whose flags are not checked here"
     taken = {name for base in CreateConfig.__mro__ for name in inspect.signature(base.__init__).parameters}
@@ -190,7 +195,7 @@ def test_the_lean_runtime_has_what_running_takes_but_cannot_fill_in_weights(
     """Why engines that are both version-compatible and stripped are refused."""
     lean = names[LEAN]
     building = {"OnnxParserRefitter", "Refitter"}
-    for owner, member in used(("runtime/trt.py",)):
+    for owner, member in used(("runtime/tensorrt/backend.py",)):
         if member not in building and owner not in building:
             assert member in (lean[owner] if owner else lean), f"lean: {owner}.{member}"
     for member in CACHE_TYPE.values():
@@ -242,12 +247,12 @@ def test_the_double_has_nothing_that_tensorrt_has_not(names: dict[str, dict[str,
 def test_all_calls_of_cuda_exist_in_cuda_python() -> None:
     from cuda.bindings import runtime
 
-    calls = {parts[parts.index("api") + 1] for parts in attributes("runtime/cuda.py") if "api" in parts[:-1]}
+    calls = {parts[parts.index("api") + 1] for parts in attributes("runtime/tensorrt/cuda.py") if "api" in parts[:-1]}
     assert len(calls) > 15
     double: Any = {name for name in vars(DoubleCuda) if name.startswith("cuda")}
     for name in calls | double:
         assert hasattr(runtime, name), name
-    for parts in attributes("runtime/cuda.py"):
+    for parts in attributes("runtime/tensorrt/cuda.py"):
         if "api" in parts and len(parts) > parts.index("api") + 2:  # members of enumerations
             owner, member = parts[parts.index("api") + 1 :][:2]
             assert hasattr(getattr(runtime, owner), member), f"{owner}.{member}"

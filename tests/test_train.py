@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from tarflow import checkpoint
 from tarflow.cli.train import train as train_command
 from tarflow.config import Config
-from tarflow.data import digits
-from tarflow.process import Ranks, pick_device
-from tarflow.recipe import LOWEST_RATE, Recipe, Run, TrainError
-from tarflow.train import Result, measure, train
-from tarflow.trainer import Trainer
+from tarflow.train.data import digits
+from tarflow.train.loop import Result, measure, train
+from tarflow.train.processes import Ranks, pick_device
+from tarflow.train.recipe import LOWEST_RATE, Recipe, Run, TrainError
+from tarflow.train.trainer import Trainer
 
 TINY = Config(image_size=8, channels=1, patch_size=4, width=64, blocks=2, layers=1, classes=10, noise_std=0.1)
 RECIPE = Recipe(steps=12, batch_size=8, warmup=2, lr=2e-3, seed=5)
@@ -216,7 +216,7 @@ import torch
 import tarflow.train as module
 from tarflow.config import Config
 from tarflow.data import digits
-from tarflow.recipe import Recipe, Run
+from tarflow.train.recipe import Recipe, Run
 
 made = []
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from tarflow.cli.doctor import _self_test
-from tarflow.runtime import cuda as cuda_module
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.decode import serial
-from tarflow.runtime.engines import Here, Target, read_record, rebuild
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.ort import PROVIDERS, OrtBackend
-from tarflow.runtime.trt import TrtBackend, import_tensorrt, open_tensorrt
+from tarflow.runtime.ort.backend import PROVIDERS, OrtBackend
+from tarflow.runtime.tensorrt import cuda as cuda_module
+from tarflow.runtime.tensorrt.backend import TrtBackend, import_tensorrt, open_tensorrt
+from tarflow.runtime.tensorrt.record import Here, Target, read_record, rebuild
 
 from .conftest import Golden, largest
 from .device_double import DoubleCuda, DoubleTensorRT, build_double

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .config import Config
+from .. import checkpoint
+from ..config import Config
+from ..model import TarFlow
 from .data import Dataset, Stream, generator, write_grid
-from .model import TarFlow
-from .process import Ranks
+from .processes import Ranks
 from .recipe import Recipe, Run, TrainError
 
 BETAS = (0.9, 0.95)

@@ -20,9 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..runtime.bundle import WEIGHTS, Bundle, ModelShape
-from ..runtime.cuda import Cuda
-from ..runtime.engines import (
+from ...runtime.bundle import WEIGHTS, Bundle, ModelShape
+from ...runtime.errors import BundleError, CheckFailed, InputError, MachineError
+from ...runtime.files import disk_errors, replacing, sha256, size_text
+from ...runtime.memory import Budget, cache_row
+from ...runtime.tensorrt.backend import import_tensorrt, make_logger, refit
+from ...runtime.tensorrt.cuda import Cuda
+from ...runtime.tensorrt.record import (
     ENGINE_KINDS,
     FOLDER,
     PACKAGES,
@@ -34,11 +38,7 @@ from ..runtime.engines import (
     read_record,
     tensor_shapes,
 )
-from ..runtime.errors import BundleError, CheckFailed, InputError, MachineError
-from ..runtime.files import disk_errors, replacing, sha256, size_text
-from ..runtime.memory import Budget, cache_row
-from ..runtime.trt import import_tensorrt, make_logger, refit
-from . import attest
+from . import layers as attest
 
 _LEAST_CAPABILITY = 8.0  # Turing multiplies no float32 matrices in TensorRT-RTX: it is built for only when asked for
 _LARGEST_GPU = 288 << 30  # bytes of the memory of any GPU there is

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
-from .files import replacing
+from ..runtime.errors import InputError
+from ..runtime.files import replacing
 
 Array64 = NDArray[np.float64]
 _CHUNK = 4096  # feature vectors converted to float64 at a time

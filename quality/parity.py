@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from ..runtime.backend import Array, Backend, Branches, briefly
 from ..runtime.bundle import GOLDEN, Bundle
 from ..runtime.decode import serial
-from ..runtime.engines import Record
 from ..runtime.errors import BundleError, CheckFailed, MachineError
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
 from ..runtime.memory import Budget
-from ..runtime.ort import OrtBackend
-from ..runtime.trt import open_tensorrt
+from ..runtime.ort.backend import OrtBackend
+from ..runtime.tensorrt.backend import open_tensorrt
+from ..runtime.tensorrt.record import Record
 
 SAMPLES = 4
 # By precision: rms of patches and samples, shift of bits/dim, round-trip error; about ten times what is measured on
@@ -229,7 +229,7 @@ def _runnable(bundle: Bundle) -> contextlib.AbstractContextManager[Bundle]:
     """A bundle as ONNX Runtime's CPU runs it; bfloat16 is emulated, which takes onnx, and nothing else does."""
     if bundle.manifest.precision != "bf16":
         return contextlib.nullcontext(bundle)
-    from .emulate import runnable
+    from ..export.emulate import runnable
 
     return runnable(bundle)
 

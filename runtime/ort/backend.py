@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import WINDOW, Array, Branches, Decoding, block_order
-from .bundle import Bundle
-from .errors import BundleError, MachineError, TarflowError
-from .machine import cores, gpu, processor
-from .memory import USUAL, Budget
-from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
+from ..backend import WINDOW, Array, Branches, Decoding, block_order
+from ..bundle import Bundle
+from ..errors import BundleError, MachineError, TarflowError
+from ..machine import cores, gpu, processor
+from ..memory import USUAL, Budget
+from ..resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 
 if TYPE_CHECKING:
     import onnxruntime

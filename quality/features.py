@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .backend import pad_rows
-from .errors import BundleError, InputError
-from .files import sha256
+from ..runtime.backend import pad_rows
+from ..runtime.errors import BundleError, InputError
+from ..runtime.files import sha256
 
 RANGES = ("-1,1", "0,1", "0,255", "imagenet")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in 0..1

@@ -20,11 +20,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-from .errors import BundleError, MachineError, TarflowError
-from .flow import Flow, Progress
+from ..runtime.errors import BundleError, MachineError, TarflowError
+from ..runtime.flow import Flow, Progress
+from ..runtime.machine import cores
+from .folder import Record, check_claim, draw
 from .job import Job, Shard
-from .machine import cores
-from .shards import Record, check_claim, draw
 
 ATTEMPTS = 5  # losses of one shard's workers, or of workers that had not begun, after which it is no accident
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MachineError
+from ..errors import MachineError
 
 INSTALL = "pip install 'tarflow[tensorrt]'"
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import WINDOW, Array, Branches, Decoding, pad_rows
-from .bundle import Bundle
+from ..backend import WINDOW, Array, Branches, Decoding, pad_rows
+from ..bundle import Bundle
+from ..errors import BundleError, InputError, MachineError
+from ..resident import POSITION, ResidentDecoding, is_state, next_name, shapes
 from .cuda import INSTALL, Cuda
-from .engines import PACKAGES, Here, Profile, Range, Record, folders, read_record, rebuild, tensor_shapes
-from .errors import BundleError, InputError, MachineError
-from .resident import POSITION, ResidentDecoding, is_state, next_name, shapes
+from .record import PACKAGES, Here, Profile, Range, Record, folders, read_record, rebuild, tensor_shapes
 
 CACHE_SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of one number
 CACHE_TYPE = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}  # TensorRT's names

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array
-from .bundle import Bundle
-from .errors import CheckFailed
-from .flow import Flow, Guidance, Preview
-from .image import unpatchify
+from ..runtime.backend import Array
+from ..runtime.bundle import Bundle
+from ..runtime.errors import CheckFailed
+from ..runtime.flow import Flow, Guidance, Preview
+from ..runtime.image import unpatchify
 
 SHOWN = 10  # samples followed from block to block
 _ENCODED = 256  # images encoded at a time: their states after every block are held

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import ModelShape
-from .errors import InputError
-from .flow import REPRODUCIBLE_TILE
-from .guidance import Guidance
+from ..runtime.bundle import ModelShape
+from ..runtime.errors import InputError
+from ..runtime.flow import REPRODUCIBLE_TILE
+from ..runtime.guidance import Guidance
 
 FORMAT = "tarflow-job"
 SCHEMA = 1

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.backend import Array
 from . import plots
-from .backend import Array
-from .quality import Findings
+from .examine import Findings
 from .style import STYLE
 
 _ROW = 16  # samples of a class in the grid

@@ -22,12 +22,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .errors import BundleError, InputError, MachineError
-from .files import disk_errors, replacing, replacing_folder, sha256
-from .flow import Flow, Progress, Samples
-from .image import png, to_uint8
+from ..runtime.errors import BundleError, InputError, MachineError
+from ..runtime.files import disk_errors, replacing, replacing_folder, sha256
+from ..runtime.flow import Flow, Progress, Samples
+from ..runtime.image import png, to_uint8
+from ..runtime.machine import processor
 from .job import SCHEMA, Job, Shard, document
-from .machine import processor
 
 JOB, INDEX, RECORDS, LOCK = "job.json", "index.json", "records", ".lock"
 _UNFINISHED = re.compile(r"\.(shard-\d+|job\.json|index\.json)\.\S+")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .image import to_uint8
-from .noise import normal_quantile
+from ..runtime.image import to_uint8
+from ..runtime.noise import normal_quantile
 
 Numbers = NDArray[np.float64]
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 48, 12, 12, 44  # of a plot, in its own units

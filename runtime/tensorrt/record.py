@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle, ModelShape
-from .document import Reader, short
-from .errors import BundleError
-from .files import replacing
-from .resident import shapes
+from ..bundle import Bundle, ModelShape
+from ..document import Reader, short
+from ..errors import BundleError
+from ..files import replacing
+from ..resident import shapes
 
 FORMAT = "tarflow-engines"
 SCHEMA = 1

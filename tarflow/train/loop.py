@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config
+from ..config import Config
+from ..model import TarFlow, bits_per_dim
 from .data import Dataset, Split, noisy
-from .model import TarFlow, bits_per_dim
-from .process import Interrupt, Ranks
+from .processes import Interrupt, Ranks
 from .recipe import Recipe, Run, TrainError
 from .trainer import Trainer
 

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle, ModelShape
-from ..runtime.engines import Record
-from ..runtime.errors import BundleError
-from ..runtime.resident import cache_names
-from ..runtime.trt import make_logger
-from .engine import (
+from ...runtime.bundle import Bundle, ModelShape
+from ...runtime.errors import BundleError
+from ...runtime.resident import cache_names
+from ...runtime.tensorrt.backend import make_logger
+from ...runtime.tensorrt.record import Record
+from .build import (
     Options,
     Parsed,
     Sizes,

@@ -20,10 +20,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray wil
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from .crew import Lost, Report, Task, Worker, attempt
-from .errors import MachineError
+from ..runtime.errors import MachineError
+from ..runtime.machine import cores
 from .job import Shard
-from .machine import cores
+from .workers import Lost, Report, Task, Worker, attempt
 
 _OBJECTS = 80 << 20  # bytes of Ray's object store, of which shards and records need next to nothing
 _STARTS = 3  # attempts

@@ -1,0 +1,1 @@
+"""TensorRT engines from the graphs of a bundle. Nothing here imports PyTorch."""

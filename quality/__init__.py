@@ -1,0 +1,1 @@
+"""How far a result may be trusted: parity, distances, likelihoods, and the page that shows them."""

@@ -1,0 +1,1 @@
+"""Decoding on TensorRT: engines, their record, the device memory they work in."""

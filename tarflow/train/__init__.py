@@ -1,0 +1,1 @@
+"""Training: data, recipe, the loop, its processes."""
