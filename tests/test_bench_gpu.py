@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu
-from bench.device import compete
-from bench.field import Choice, Rivals, Task, stretches
+from bench.gpu.__main__ import ROOT, main
+from bench.gpu.device import compete
+from bench.gpu.field import Choice, Rivals, Task, stretches
+from bench.gpu.section import NOT_RUN
 from tarflow import checkpoint
 from tarflow.rivals import Captured, grown, published, published_steps
 from tarflow.runtime.bundle import Bundle
@@ -40,13 +41,13 @@ def test_the_whole_bench_runs_on_a_cpu_and_writes_its_section_alone(
 ) -> None:
     (tmp_path / "tiny").symlink_to(DEMO)  # a bundle that is there is not exported again
     results = tmp_path / "results.md"
-    results.write_text(f"# On a GPU\n\n{gpu.NOT_RUN}\n\n## another on a GPU\n\nkept\n\n## tiny on a CPU\n\nold\n")
+    results.write_text(f"# On a GPU\n\n{NOT_RUN}\n\n## another on a GPU\n\nkept\n\n## tiny on a CPU\n\nold\n")
     where = ["--bundles", str(tmp_path), "--results", str(results)]
-    gpu.main(["--device", "cpu", "--quick", "--batch", "1", "--stretch", "3", *where])
+    main(["--device", "cpu", "--quick", "--batch", "1", "--stretch", "3", *where])
     text = results.read_text()
     assert "## another on a GPU\n\nkept" in text
     assert "old" not in text
-    assert gpu.NOT_RUN not in text
+    assert NOT_RUN not in text
     assert text.count("## tiny on a CPU") == 1
     assert f"torch {torch.__version__}" in text
     assert "did not run" not in text
@@ -115,7 +116,7 @@ def test_without_a_gpu_or_wheels_it_says_so(tmp_path: Path) -> None:
         if not arguments and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit, match=re.escape(message)):
-            gpu.main(arguments)
+            main(arguments)
 
 
 def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
@@ -130,5 +131,5 @@ def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
         for path, content in files.items():
             wheel.writestr(path, content)
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--wheels", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=gpu.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "the wheel was imported")
