@@ -10,3 +10,9 @@ from tarflow.runtime.ort.backend import OrtBackend
 def resident_flow(bundle: Bundle, provider: str, cuda_graph: bool = True) -> Flow:
     """``provider`` is "cuda" or "cpu". Raises MachineError if it does not start."""
     return Flow(bundle, OrtBackend(bundle, provider, resident=True, cuda_graph=cuda_graph))
+
+
+def captures(flow: Flow) -> bool:
+    """Whether its steps are recorded as CUDA graphs: asked for, and not given up."""
+    backend = flow.backend
+    return isinstance(backend, OrtBackend) and backend.cuda_graph
