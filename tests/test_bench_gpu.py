@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from bench.gpu.__main__ import ROOT, main
+from bench.gpu.checks.one import CHECKS
 from bench.gpu.device import compete
 from bench.gpu.field import Choice, Rivals, Task, stretches
 from bench.gpu.section import NOT_RUN
@@ -133,3 +136,29 @@ def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--wheels", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "the wheel was imported")
+
+
+def test_all_checks_of_a_device_hold_on_a_cpu(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "bench.gpu.checks", str(results), "--provider", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == results.read_text()
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["check"] for line in found] == [check.name for check in CHECKS if check.on_cpu]
+    assert all(line["ok"] and line["bundle"] == "demo" and line["precision"] == "fp32" for line in found)
+    parity = next(line["found"] for line in found if line["check"] == "parity")
+    assert len(parity) == 9  # three modes, guided and not; z, log_det, denoised
+
+
+def test_a_check_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu.checks", str(tmp_path / "results"), "--provider", "cpu"]
+    environment = {**os.environ, "TARFLOW_LIBRARY": "/nowhere/libtarflow.so"}
+    done = subprocess.run(
+        [*command, "--only", "cpp", "growth"], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+    failed, held = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert (failed["check"], failed["ok"], failed["failed"]) == ("cpp", False, "exit code 1")
+    assert "/nowhere/libtarflow.so" in failed["said"]
+    assert (held["check"], held["ok"]) == ("growth", True)
