@@ -113,6 +113,9 @@ def main() -> None:
     add("--bundle", type=Path, nargs="+", default=[], metavar="DIR")
     add("--bundles-alone", action="store_true", help="no ONNX Runtime and no libtarflow: a second load")
     asked = parser.parse_args()
+    for bundle in asked.bundle:
+        if not (bundle / "manifest.json").is_file():
+            parser.error(f"'{bundle}' is no bundle: it has no manifest.json")
     asked.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         archives = others(asked.bundle, None if asked.bundles_alone else LIBTARFLOW if LIBTARFLOW.exists() else None)
