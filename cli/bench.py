@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..runtime.opening import Opening
 from .console import default_bundle, emit, parse_sizes, say
-from .options import BundleArgument, CudaGraph, Json, Provider, Spinning, Threads
+from .options import BundleArgument, Json, opens
 
 if TYPE_CHECKING:
     from ..runtime.bundle import Bundle
     from ..runtime.measure import Contender, Result
 
 
+@opens()
 def bench(
     bundle: BundleArgument = None,
     against: Annotated[
@@ -28,10 +30,8 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     guidance: Annotated[float, typer.Option(help="Guidance scale of the guided rows; 0 leaves them out.")] = 1.0,
     repeats: Annotated[int, typer.Option(help="Rounds, in which all take turns; the median counts.")] = 5,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    spinning: Spinning = None,
-    cuda_graph: CudaGraph = True,
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Time sampling (decoding alone, no denoising) serially, in parallel to 1e-5 (exact) and to 1e-3 (fast).
@@ -47,16 +47,16 @@ def bench(
 
     sizes = parse_sizes(batch)
     if repeats < 1:
-        raise InputError(f"--repeats is {repeats}; expected 1 or more")
-    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, cuda_graph=cuda_graph)
+        raise InputError.of("repeats", repeats, "1 or more")
+    flow = Flow.open(default_bundle(bundle), opening)
     field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast")]
     for folder in against or ():
-        other = Flow.open(folder, provider, threads, spinning, cuda_graph=cuda_graph)
+        other = Flow.open(folder, opening)
         if other.config != flow.config:
             raise InputError(f"'{folder}' holds another model than '{flow.bundle.folder}'; expected the same")
         field += [of_flow(other, f"{folder.name} {mode}", mode) for mode in ("serial", "fast")]
     if rivals:
-        field += _rivals(flow.bundle, threads)
+        field += _rivals(flow.bundle, opening.threads)
         guidance = guidance if flow.config.classes else 0.0  # by temperature alone they cannot
     guided = Guidance(guidance, attention_temperature=1.0 if flow.config.classes else 0.5)
     cases = [(size, g) for size in sizes for g in ([Guidance(), guided] if guidance else [Guidance()])]
@@ -78,7 +78,7 @@ def bench(
                 f"{row.error:>8.1g} {row.certificate:>11.1g}",
                 flush=True,
             )
-    bandwidth = read_bandwidth(threads or os.cpu_count() or 1)
+    bandwidth = read_bandwidth(opening.threads or os.cpu_count() or 1)
     floor = step_floor(flow.bundle, bandwidth)
     if json:
         emit(

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.opening import Opening
 from .console import default_bundle, emit, parse_sizes, stages
-from .options import BundleArgument, CudaGraph, Json, Provider, Spinning, Threads
+from .options import BundleArgument, Json, opens
 
 
+@opens()
 def calibrate(
     bundle: BundleArgument = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     samples: Annotated[int, typer.Option(help="Samples that are drawn for each batch size.")] = 24,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    spinning: Spinning = None,
-    cuda_graph: CudaGraph = True,
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Measure each block, serially and in parallel windows, and keep the fastest of each as this machine's plan.
@@ -34,7 +34,7 @@ def calibrate(
     from ..runtime.plan import plan_path
 
     sizes = parse_sizes(batch)
-    flow = Flow.open(default_bundle(bundle), provider, threads, spinning, cuda_graph=cuda_graph)
+    flow = Flow.open(default_bundle(bundle), opening)
     path = plan_path(flow.bundle, flow.backend.machine)
     path.parent.mkdir(exist_ok=True)
     check_writable(path)  # now, not after the measurements

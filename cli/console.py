@@ -57,9 +57,9 @@ def parse_sizes(batch: str) -> list[int]:
     try:
         sizes = [int(size) for size in batch.split(",")]
     except ValueError:
-        raise InputError(f"--batch '{batch}' is not a list of numbers; expected for example 1,8,32") from None
+        raise InputError.of("batch", f"'{batch}'", "a list of numbers, such as 1,8,32") from None
     if min(sizes) < 1:
-        raise InputError(f"--batch '{batch}' holds {min(sizes)}; expected sizes of 1 or more")
+        raise InputError.of("batch", f"'{batch}'", "sizes of 1 or more")
     return sizes
 
 

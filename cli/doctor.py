@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .console import DEMO, emit, show
+from .messages import flags_in, spell
 from .options import Json
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def doctor(json: Json = False) -> None:
     providers, problems = _providers()
     problems += _known_bad(versions, providers)
     tests = _self_tests(providers)
-    tensorrt = _tensorrt(versions, providers)
+    tensorrt = _tensorrt(versions)
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -98,12 +99,12 @@ def _version(name: str) -> str | None:
 def _providers() -> tuple[list[str], list[str]]:
     """Which of our providers this ONNX Runtime has, and what is wrong if none."""
     from ..runtime.errors import MachineError
-    from ..runtime.ort.backend import PROVIDERS, load_onnxruntime
+    from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 
     try:
         available = load_onnxruntime().get_available_providers()
     except MachineError as error:
-        return [], [str(error)]
+        return [], [spell(error)]
     return [name for name, full in PROVIDERS.items() if full in available], []
 
 
@@ -139,12 +140,10 @@ def _gpu() -> str | None:
     return answer.splitlines()[0] if answer else None
 
 
-def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
-    """Sentences about building and running engines here, and about ONNX Runtime's own ways to TensorRT."""
-    import ctypes
-
+def _tensorrt(versions: dict[str, str]) -> list[str]:
+    """Sentences about building and running engines here."""
     from ..export.engines.build import find_tensorrt
-    from ..runtime.errors import MachineError
+    from ..runtime.errors import MachineError, briefly
     from ..runtime.tensorrt.cuda import Cuda
 
     sentences = []
@@ -152,21 +151,12 @@ def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
         trt, package = find_tensorrt(None)
         sentences.append(f"{package} {trt.__version__} builds engines: tarflow build BUNDLE")
     except MachineError as error:
-        sentences.append(str(error))
+        sentences.append(spell(error))
     try:
         cuda = Cuda()
         sentences.append(f"engines can run on {cuda.name}, compute capability {cuda.capability}")
     except MachineError as error:
-        sentences.append(str(error).split(";")[0])
-    if "ort-tensorrt" in providers:
-        try:
-            ctypes.CDLL("libnvinfer.so.10")
-            sentences.append("ONNX Runtime's own TensorRT provider finds TensorRT 10: --provider ort-tensorrt")
-        except OSError:
-            sentences.append(
-                "ONNX Runtime's own TensorRT provider is compiled in, but its wheels want TensorRT 10, and "
-                "libnvinfer.so.10 is not here; engines of tarflow build need neither"
-            )
+        sentences.append(briefly(error))
     if any(name.startswith("onnxruntime-ep-nv-tensorrt-rtx") for name in versions):
         sentences.append(
             "the TensorRT-RTX plugin of ONNX Runtime is installed; tarflow does not load it: build engines with "
@@ -177,7 +167,7 @@ def _tensorrt(versions: dict[str, str], providers: list[str]) -> list[str]:
 
 def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
     """Provider -> what one block gave on it; ``ok`` None where it could not be tried."""
-    from ..runtime.ort.backend import PROVIDERS
+    from ..runtime.ort.library import PROVIDERS
 
     tests: dict[str, dict[str, Any]] = {}
     for name, full in PROVIDERS.items():
@@ -193,9 +183,10 @@ def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
 
 def _on_runtime(name: str, bundle: Bundle, resident: bool | None = None) -> Backend:
     """A bundle on one of ONNX Runtime's providers."""
+    from ..runtime.opening import Opening
     from ..runtime.ort.backend import OrtBackend
 
-    return OrtBackend(bundle, name, resident=resident)
+    return OrtBackend(bundle, Opening(name), resident)
 
 
 def _engine_test() -> dict[str, Any]:
@@ -204,7 +195,7 @@ def _engine_test() -> dict[str, Any]:
 
     from ..export.engines.build import Options, build, find_tensorrt
     from ..runtime.bundle import Bundle
-    from ..runtime.errors import MachineError
+    from ..runtime.errors import MachineError, briefly
     from ..runtime.tensorrt.backend import open_tensorrt
     from ..runtime.tensorrt.cuda import Cuda
 
@@ -212,7 +203,7 @@ def _engine_test() -> dict[str, Any]:
         Cuda()
         find_tensorrt(None)
     except MachineError as error:
-        return _untried(str(error).split("; ")[0])
+        return _untried(briefly(error))
 
     with tempfile.TemporaryDirectory(prefix="tarflow-doctor.") as name:
         folder = Path(name) / "demo"
@@ -248,7 +239,7 @@ def _self_test(open_backend: Callable[[Bundle], Backend], folder: Path = DEMO) -
 
 
 def _failed(failure: Exception) -> dict[str, Any]:
-    return {"ok": False, "error": None, "message": f"{type(failure).__name__}: {failure}"}
+    return {"ok": False, "error": None, "message": flags_in(f"{type(failure).__name__}: {failure}")}
 
 
 def _untried(why: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from . import (
     train,
     verify,
 )
+from .messages import spell
 from .options import RayCommand
 
 EXIT_INTERRUPTED = 130
@@ -94,7 +95,7 @@ def main() -> None:
     except FileNotFoundError as error:
         _fail(f"no such file: '{error.filename}'" if error.filename else str(error), 2)
     except MemoryError:
-        _fail("out of memory; use a smaller --n or --batch-size, or --low-memory", 3)
+        _fail("out of memory; use a smaller --n or --batch-size, or --memory least", 3)
     except ModuleNotFoundError as error:
         extra = {
             "sklearn": "train",
@@ -114,7 +115,7 @@ def main() -> None:
         code = getattr(error, "exit_code", None)
         if not isinstance(code, int):
             raise
-        _fail(str(error), code)
+        _fail(spell(error), code)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,13 +1,31 @@
-"""Options that several commands share, so that one word means one thing."""
+"""Options that several commands share, so that one word means one thing.
+
+A group of them is one parameter of a command: ``opening: Opening`` under :func:`opens` is every flag about how a bundle
+is opened, ``drawing: Drawing`` under :func:`draws` every flag about what is drawn. A new option is a line here.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
+
+from ..runtime.opening import Opening, parse_memory
+
+if TYPE_CHECKING:
+    from ..runtime.guidance import Guidance
+    from ..runtime.manifest import ModelShape
+    from ..runtime.request import Request
+
+Command = TypeVar("Command", bound=Callable[..., None])
+Flags = Mapping[str, tuple[Any, Any]]  # name -> annotation, default
 
 BundleArgument = Annotated[
     Path | None,
@@ -16,31 +34,8 @@ BundleArgument = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Provider = Annotated[
-    str, typer.Option(help="cpu, cuda, tensorrt (engines of tarflow build), ort-tensorrt, or auto for the best here.")
-]
 Threads = Annotated[int | None, typer.Option(help="Threads of one operator. Default: one a core.")]
-Spinning = Annotated[
-    bool | None, typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared.")
-]
-LowMemory = Annotated[bool, typer.Option("--low-memory", help="Keep only one block's graphs in memory.")]
-CudaGraph = Annotated[
-    bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step on a GPU as one CUDA graph.")
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="How much memory to stay below, such as 8GiB: sets batches, and --low-memory if need be."),
-]
-Decode = Annotated[
-    str | None,
-    typer.Option(
-        help="serial, exact (in parallel, to 1e-5) or fast (to 1e-3). Default: exact where tarflow calibrate found it "
-        "faster."
-    ),
-]
-Tolerance = Annotated[float | None, typer.Option(help="Decode in parallel until patches change by no more than this.")]
 PatchSize = Annotated[int | None, typer.Option(help="Patch size, if the checkpoint's name does not say it.")]
-Channels = Annotated[int | None, typer.Option(help="Image channels, another way to say the patch size.")]
 NoiseStd = Annotated[
     str | None, typer.Option(help="Training noise, if the name does not say it: a number, or 'uniform'.")
 ]
@@ -58,6 +53,160 @@ Ray = Annotated[
     ),
 ]
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
+
+OPENING: Flags = {
+    "provider": (
+        Annotated[str, typer.Option(help="cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here.")],
+        "cpu",
+    ),
+    "threads": (Threads, None),
+    "spinning": (
+        Annotated[
+            bool | None,
+            typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared."),
+        ],
+        None,
+    ),
+    "memory": (
+        Annotated[
+            str | None,
+            typer.Option(
+                metavar="SIZE|least",
+                help="Memory a process stays below, such as 8GiB: sets batches, and opens one block at a time where "
+                "all do not fit. least: always one block at a time.",
+            ),
+        ],
+        None,
+    ),
+    "cuda_graph": (
+        Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step on a GPU as one CUDA graph.")],
+        True,
+    ),
+}
+GUIDANCE: Flags = {
+    "guidance": (Annotated[float, typer.Option(help="Guidance scale; 0 is none.")], 0.0),
+    "guide": (Annotated[str, typer.Option(help="What is guided: ab, a (scale) or b (shift).")], "ab"),
+    "annealed": (
+        Annotated[bool, typer.Option("--annealed/--constant", help="Let guidance grow along the sequence.")],
+        False,
+    ),
+    "attention_temperature": (
+        Annotated[float, typer.Option(help="Divides the unconditional branch's logits.")],
+        1.0,
+    ),
+}
+DECODING: Flags = {
+    "decode": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="serial, exact (in parallel, to 1e-5) or fast (to 1e-3). Default: exact where tarflow calibrate "
+                "found it faster."
+            ),
+        ],
+        None,
+    ),
+    "tolerance": (
+        Annotated[float | None, typer.Option(help="Decode in parallel until patches change by no more than this.")],
+        None,
+    ),
+}
+DRAWING: Flags = {
+    **GUIDANCE,
+    "denoise": (
+        Annotated[
+            bool | None,
+            typer.Option("--denoise/--no-denoise", help="Denoise. Default: if trained with Gaussian noise."),
+        ],
+        None,
+    ),
+    "denoise_strength": (Annotated[float, typer.Option(help="Factor on the noise variance when denoising.")], 1.0),
+    "seed": (Annotated[int, typer.Option(help="Seed of the noise.")], 0),
+    "first_sample": (
+        Annotated[int, typer.Option(help="Index of the first sample; seed and index fix a sample.")],
+        0,
+    ),
+    "certify": (
+        Annotated[bool, typer.Option("--certify/--no-certify", help="Encode the samples again and report the error.")],
+        True,
+    ),
+    "redraw_nonfinite": (
+        Annotated[bool, typer.Option("--redraw-nonfinite", help="Draw samples that overflow again.")],
+        False,
+    ),
+    "batch_size": (
+        Annotated[int | None, typer.Option(help="Samples at a time. Default: up to 64, by memory.")],
+        None,
+    ),
+    "reproducible": (
+        Annotated[bool, typer.Option("--reproducible", help="Bitwise the same whatever n, batch size, threads.")],
+        False,
+    ),
+    **DECODING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What was said on the command line about drawing, by flag."""
+
+    said: Mapping[str, Any]
+
+    @property
+    def guidance(self) -> Guidance:
+        """Raises InputError for values that make no guidance."""
+        from ..runtime.guidance import Guidance
+
+        return Guidance(*(self.said[name] for name in GUIDANCE))
+
+    def request(self, config: ModelShape, n: int, labels: tuple[int, ...] | None, **others: Any) -> Request:
+        """The request for a model. Raises InputError."""
+        from ..runtime.request import Request
+
+        fields = {name: value for name, value in self.said.items() if name not in {*GUIDANCE, "denoise_strength"}}
+        denoise, strength = self.said.get("denoise"), self.said.get("denoise_strength", 1.0)
+        fields["denoise"] = strength if denoise or (denoise is None and config.noise_std) else False
+        return Request(n=n, labels=labels, guidance=self.guidance, **fields | others)
+
+
+def opens(*without: str) -> Callable[[Command], Command]:
+    """A command whose parameter ``opening`` is an :class:`Opening`; some flags may be left out."""
+
+    def make(**said: Any) -> Opening:
+        return Opening(**said | ({"memory": parse_memory(said["memory"])} if "memory" in said else {}))
+
+    return _spread("opening", make, {name: flag for name, flag in OPENING.items() if name not in without})
+
+
+def draws(*without: str) -> Callable[[Command], Command]:
+    """A command whose parameter ``drawing`` is a :class:`Drawing`; some flags may be left out."""
+    flags = {name: flag for name, flag in DRAWING.items() if name not in without}
+    return _spread("drawing", lambda **said: Drawing(said), flags)
+
+
+def _spread(parameter: str, make: Callable[..., Any], flags: Flags) -> Callable[[Command], Command]:
+    """Put flags in the place of a command's parameter, which is then made of what was said with them."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        mine = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in flags.items()
+        ]
+        parameters = []
+        for found in signature.parameters.values():
+            parameters += mine if found.name == parameter else [found.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            said = {name: given.pop(name) for name in flags}
+            command(**given, **{parameter: make(**said)})
+
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {found.name: found.annotation for found in parameters}
+        return run  # type: ignore[return-value]
+
+    return decorate
 
 
 class RayCommand(TyperCommand):

@@ -7,20 +7,13 @@ Shapes: B images, T patches, D numbers in a patch, G guidance branches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .errors import BundleError, InputError, MachineError
-from .memory import USUAL, Budget
-
 Array = NDArray[np.float32]
 WINDOW = 64  # on a device a pass costs the same for any small window; larger ones gain little more
-_LONGEST_REASON = 300  # characters, of why "auto" did not take a provider
-NAMES = ("auto", "cpu", "cuda", "tensorrt", "ort-tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +88,12 @@ class Backend(Protocol):
         """Vector-Jacobian product of an unguided ``forward``: (B, T, D)."""
 
 
+def check_window(position: int, window: int, tokens: int) -> None:
+    """Raise IndexError for a window whose last position has no next patch: a device drops such writes silently."""
+    if position < 0 or window < 1 or position + window >= tokens:
+        raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
+
+
 def block_order(sequence: NDArray[Any], reverse: bool) -> NDArray[Any]:
     """Patch order (B, T, ...) to block order and back."""
     return sequence[:, ::-1] if reverse else sequence
@@ -107,64 +106,3 @@ def pad_rows(array: NDArray[Any], least: int, axis: int = 0) -> NDArray[Any]:
         return array
     last = np.take(array, [-1], axis)
     return np.concatenate([array, np.repeat(last, missing, axis)], axis)
-
-
-def open_backend(
-    provider: str,
-    bundle: Bundle,
-    threads: int | None = None,
-    spinning: bool | None = None,
-    budget: Budget = USUAL,
-    cuda_graph: bool = True,
-) -> Backend:
-    """Open a bundle on a provider: "cpu", "cuda" or "ort-tensorrt" (ONNX Runtime), "tensorrt" (engines made by
-    ``tarflow build``), or "auto": the first of TensorRT, CUDA, CPU that works here; its ``description`` says why not
-    the others. ``cuda_graph`` False launches every kernel of every step anew, on "cuda" and "tensorrt".
-
-    Raises InputError for an unknown provider, MachineError when the machine cannot run it, BundleError when the
-    bundle has no engines that fit.
-    """
-    if provider not in NAMES:
-        raise InputError(f"provider '{provider}' is unknown; expected one of {', '.join(NAMES)}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; expected 1 or more, or nothing for one a core")
-    opening = partial(_open, bundle, threads, spinning, budget, cuda_graph)
-    if provider != "auto":
-        return opening(provider)
-    reasons = []
-    for name in ("tensorrt", "cuda"):
-        try:
-            backend = opening(name)
-        except (MachineError, BundleError) as error:
-            reasons.append(f"not {name}: {briefly(error)}")
-        else:
-            break
-    else:
-        backend = opening("cpu")
-    backend.description = "; ".join([backend.description, *reasons])
-    return backend
-
-
-def briefly(error: Exception) -> str:
-    """The reason in a message, without its advice: the lines of its list if it has one, else its first clause."""
-    first, *more = str(error).splitlines()
-    listed = [line.strip() for line in more if line.startswith("  ")]
-    text = ", ".join(listed) if listed else first.split("; ")[0]
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
-
-
-def _open(
-    bundle: Bundle, threads: int | None, spinning: bool | None, budget: Budget, cuda_graph: bool, name: str
-) -> Backend:
-    if name == "tensorrt":
-        from .tensorrt.backend import open_tensorrt
-
-        return open_tensorrt(bundle, budget.low_memory, cuda_graph)
-    from .ort.backend import OrtBackend
-
-    if bundle.manifest.precision == "bf16" and name == "cpu":
-        raise MachineError(
-            "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with --provider cuda, "
-            "or export for this machine: tarflow export CHECKPOINT --engine fp32"
-        )
-    return OrtBackend(bundle, name, threads, spinning, budget, cuda_graph=cuda_graph)

@@ -8,102 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .document import Reader, short
-from .errors import BundleError
+from .errors import BundleError, Remedy
 from .files import sha256
+from .manifest import AGAIN, read_manifest
+from .manifest import FORMAT as FORMAT
+from .manifest import GOLDEN as GOLDEN
+from .manifest import KINDS as KINDS
+from .manifest import MANIFEST as MANIFEST
+from .manifest import RESIDENT as RESIDENT
+from .manifest import SCHEMA as SCHEMA
+from .manifest import WEIGHTS as WEIGHTS
+from .manifest import BlockEntry as BlockEntry
+from .manifest import FileEntry as FileEntry
+from .manifest import Manifest as Manifest
+from .manifest import ModelShape as ModelShape
 
-FORMAT = "tarflow-bundle"
-SCHEMA = 1
-MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"
-GOLDEN = "golden.safetensors"
 PARITY = "PARITY.md"
-KINDS = ("step", "forward", "gradient")
-DEVICE_KINDS = ("resident", "pingpong")  # for engines; a bundle written before there were any has none
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
-REBUILD = "export it again: tarflow export CHECKPOINT -o BUNDLE --force"
-_LARGEST_FLOAT = sys.float_info.max
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The numbers of the model inside, as FORMAT.md names them. ``noise_std`` None: uniform dequantisation."""
-
-    image_size: int
-    channels: int
-    patch_size: int
-    width: int
-    blocks: int
-    layers: int
-    classes: int
-    nvp: bool
-    noise_std: float | None
-    head_dim: int
-
-    @property
-    def tokens(self) -> int:
-        """T: patches in a sequence."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def patch_dim(self) -> int:
-        """D: numbers in a patch."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_dim
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        """Shape of one image."""
-        return self.channels, self.image_size, self.image_size
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    sha256: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockEntry:
-    """One flow block: the direction it reads the sequence in, and its graphs by kind."""
-
-    reversed: bool
-    graphs: Mapping[str, str]
-
-    def has(self, kind: str) -> bool:
-        """Whether there is a graph of this kind: one of KINDS always, of DEVICE_KINDS maybe."""
-        return kind in self.graphs
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a bundle says about itself. Immutable; :func:`read_manifest` and :meth:`to_json` are inverses."""
-
-    name: str
-    precision: str
-    config: ModelShape
-    blocks: tuple[BlockEntry, ...]
-    files: Mapping[str, FileEntry]
-    opset: int
-    exporter: Mapping[str, str]
-    parity: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
-        return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +51,13 @@ class Bundle:
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(
-                f"no bundle at '{folder}': expected a folder with {MANIFEST}; make one with: tarflow "
-                f"export -o '{folder}'"
+                f"no bundle at '{folder}': expected a folder with {MANIFEST}; export one",
+                remedy=Remedy("export", {"folder": folder}),
             )
         path = folder / MANIFEST
         if not path.is_symlink() and not path.exists():
             raise BundleError(
-                f"'{folder}' has no {MANIFEST}, so it is not a bundle; make one with: tarflow export -o BUNDLE"
+                f"'{folder}' has no {MANIFEST}, so it is not a bundle; export one", remedy=Remedy("export")
             )
         _require_inside(folder, path)
         try:
@@ -138,15 +66,13 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"'{path}' cannot be read: {error.strerror}") from None
         if len(content) > MANIFEST_LIMIT:
-            raise BundleError(f"'{path}' is larger than {MANIFEST_LIMIT >> 20} MiB; a manifest is not. {REBUILD}")
+            raise _damaged(folder, f"'{path}' is larger than {MANIFEST_LIMIT >> 20} MiB; a manifest is not")
         bundle = cls(folder, read_manifest(content, str(path)), hashlib.sha256(content).hexdigest())
         for name, entry in bundle.manifest.files.items():
             size = bundle.path(name).stat().st_size
             if size != entry.size:
-                raise BundleError(
-                    f"'{folder / name}' has {size} bytes; the manifest says {entry.size}: it is truncated "
-                    f"or changed. Copy the bundle again, or {REBUILD}"
-                )
+                said = f"'{folder / name}' has {size} bytes; the manifest says {entry.size}"
+                raise _damaged(folder, f"{said}: it is truncated or changed")
         return bundle
 
     def path(self, name: str) -> Path:
@@ -160,9 +86,11 @@ class Bundle:
         for name in names or tuple(self.manifest.files):
             found = sha256(self.path(name))
             if found != self.manifest.files[name].sha256:
-                raise BundleError(
+                said = self.manifest.files[name].sha256
+                raise _damaged(
+                    self.folder,
                     f"'{self.folder / name}' is damaged or was changed: its SHA-256 is {found[:16]}..., the manifest "
-                    f"says {self.manifest.files[name].sha256[:16]}... Copy the bundle again, or {REBUILD}"
+                    f"says {said[:16]}...",
                 )
 
     def check_runnable(self) -> None:
@@ -183,9 +111,9 @@ class Bundle:
             with safe_open(str(self.path(WEIGHTS)), framework="np") as file:
                 said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
         except (SafetensorError, OSError, ValueError) as error:
-            raise BundleError(f"'{self.folder / WEIGHTS}' cannot be read ({error}). {REBUILD}") from None
+            raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' cannot be read ({error})") from None
         if said != asdict(self.manifest.config):
-            raise BundleError(f"'{self.folder}': the manifest describes another model than its weights do. {REBUILD}")
+            raise _damaged(self.folder, f"'{self.folder}': the manifest describes another model than its weights do")
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""
@@ -196,7 +124,7 @@ class Bundle:
         try:
             return load_file(self.path(name))
         except (SafetensorError, OSError, KeyError) as error:
-            raise BundleError(f"'{self.folder / name}' cannot be read ({error}). {REBUILD}") from None
+            raise _damaged(self.folder, f"'{self.folder / name}' cannot be read ({error})") from None
 
     def prior_variance(self) -> NDArray[np.float32]:
         """(T, D): the variance of each latent; ones but for volume-preserving models."""
@@ -206,9 +134,10 @@ class Bundle:
             try:
                 return np.ones(shape, np.float32)
             except (ValueError, MemoryError):
-                raise BundleError(
+                raise _damaged(
+                    self.folder,
                     f"'{self.folder / MANIFEST}' describes images of {config.image_size} pixels a side, more than this "
-                    f"machine can hold: it was edited, or made for another machine. {REBUILD}"
+                    "machine can hold: it was edited, or made for another machine",
                 ) from None
         from safetensors import SafetensorError, safe_open
 
@@ -216,7 +145,7 @@ class Bundle:
             with safe_open(str(self.path(WEIGHTS)), framework="np") as file:
                 variance: NDArray[np.float32] = file.get_tensor("var")
         except (SafetensorError, OSError) as error:
-            raise BundleError(f"'{self.folder / WEIGHTS}' holds no prior variance 'var' ({error}). {REBUILD}") from None
+            raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' holds no prior variance 'var' ({error})") from None
         if (
             variance.shape != shape
             or variance.dtype != np.float32
@@ -234,82 +163,11 @@ def _require_inside(folder: Path, path: Path) -> None:
     try:
         resolved = path.resolve(strict=True)
     except (OSError, RuntimeError):
-        raise BundleError(
-            f"'{path}' is missing, though the manifest names it. Copy the bundle again, or {REBUILD}"
-        ) from None
+        raise _damaged(folder, f"'{path}' is missing, though the manifest names it") from None
     if not resolved.is_relative_to(folder.resolve()) or not resolved.is_file():
         raise BundleError(f"'{path}' leads out of the bundle or is no regular file; a bundle's files lie inside it")
 
 
-def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
-    """Parse and validate a manifest. Unknown keys are left alone; a missing or wrong one raises BundleError."""
-    reader = Reader(source, "manifest", f"copy the bundle again, or {REBUILD}")
-    top = reader.parse(content)
-    if top.get("format") != FORMAT:
-        raise BundleError(f"'{source}' says format {short(top.get('format'))}; expected {FORMAT!r}: this is no bundle")
-    if top.get("schema") != SCHEMA or type(top["schema"]) is not int:  # true and 1.0 equal 1
-        raise BundleError(
-            f"'{source}' has schema version {short(top.get('schema'))}; this tarflow reads version {SCHEMA}. "
-            f"Install the tarflow that wrote it, or {REBUILD}"
-        )
-    config = _read_config(reader, reader.get(top, "config", dict))
-    files = {
-        reader.confined(name): FileEntry(
-            reader.hash(reader.get(reader.typed(entry, dict, name), "sha256", str)),
-            reader.natural(entry, "size", 0),
-        )
-        for name, entry in reader.get(top, "files", dict).items()
-    }
-    blocks = tuple(_read_block(reader, entry, files, k) for k, entry in enumerate(reader.get(top, "blocks", list)))
-    if len(blocks) != config.blocks:
-        raise reader.wrong(f"{len(blocks)} blocks listed; config says {config.blocks}")
-    for name in (WEIGHTS, GOLDEN):
-        if name not in files:
-            raise reader.wrong(f"files lacks {name}")
-    precision = reader.get(top, "precision", str)
-    if precision not in PRECISIONS:
-        raise reader.wrong(f"precision is {short(precision)}; expected one of {', '.join(PRECISIONS)}")
-    exporter = reader.get(top, "exporter", dict)
-    return Manifest(
-        name=reader.get(top, "name", str),
-        precision=precision,
-        config=config,
-        blocks=blocks,
-        files=files,
-        opset=reader.natural(top, "opset", 1),
-        exporter={k: reader.typed(v, str, f"exporter.{k}") for k, v in exporter.items()},
-        parity=reader.get(top, "parity", dict),
-    )
-
-
-def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
-    if "noise_std" not in numbers:
-        raise reader.wrong("'noise_std' is missing")
-    noise_std = numbers["noise_std"]
-    if noise_std is not None and not (
-        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_FLOAT
-    ):
-        raise reader.wrong(f"config.noise_std is {short(noise_std)}; expected null or a number of 0 or more")
-    positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
-    config = ModelShape(
-        **{name: reader.natural(numbers, name, 1) for name in positive},
-        classes=reader.natural(numbers, "classes", 0),
-        nvp=reader.get(numbers, "nvp", bool),
-        noise_std=noise_std,
-    )
-    if config.image_size % config.patch_size or config.width % config.head_dim:
-        raise reader.wrong("config: patch_size must divide image_size, and head_dim must divide width")
-    return config
-
-
-def _read_block(reader: Reader, entry: object, files: Mapping[str, FileEntry], k: int) -> BlockEntry:
-    block = reader.typed(entry, dict, f"blocks[{k}]")
-    graphs = reader.get(block, "graphs", dict)
-    kinds = [*KINDS, *(kind for kind in DEVICE_KINDS if kind in graphs)]
-    for kind in kinds:
-        name = graphs.get(kind)
-        if not isinstance(name, str) or name not in files:
-            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {short(name)}, which is not among the files")
-    if reader.get(block, "reversed", bool) != (k % 2 == 1):
-        raise reader.wrong(f"blocks[{k}].reversed is {block['reversed']}; in schema {SCHEMA} odd blocks are, even not")
-    return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in kinds})
+def _damaged(folder: Path, what: str) -> BundleError:
+    remedy = Remedy("export", {"folder": folder, "force": True})
+    return BundleError(f"{what}. {AGAIN[0].upper()}{AGAIN[1:]}", remedy=remedy)

@@ -37,16 +37,26 @@ class Parallel:
     steady: bool = False
 
 
+def check_mode(mode: str | None, tolerance: float | None) -> None:
+    """Raise InputError for a mode or tolerance that is none; None is what the plan says."""
+    if mode is not None or tolerance is not None:
+        tolerance_of(mode or "fast", tolerance)
+
+
 def tolerance_of(mode: str, tolerance: float | None) -> float:
     """The tolerance of a mode, or the one that was given instead. Raises InputError."""
     if mode not in MODES:
-        raise InputError(f"decoding mode '{mode}' is unknown; expected one of {', '.join(MODES)}")
+        raise InputError.of("decode", f"'{mode}'", f"one of {', '.join(MODES)}")
     if tolerance is None:
         return TOLERANCES.get(mode, 0.0)
     if mode == "serial":
-        raise InputError(f"serial decoding has no tolerance to set to {tolerance:g}: it is exact; drop one of the two")
+        raise InputError(
+            f"`decode` serial has no `tolerance` to set to {tolerance:g}: it is exact; drop one of the two",
+            field="tolerance",
+            found=tolerance,
+        )
     if not 0 <= tolerance < math.inf:
-        raise InputError(f"tolerance is {tolerance}; expected a number of 0 or more, such as 1e-3")
+        raise InputError.of("tolerance", tolerance, "a number of 0 or more, such as 1e-3")
     return tolerance
 
 

@@ -7,9 +7,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import BundleError
+from .errors import BundleError, Remedy
 
 _DEEPEST = 64  # levels of a document; ours have five
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -20,15 +21,16 @@ T = TypeVar("T")
 class Reader:
     """Typed access to a JSON document that names the place when something is wrong.
 
-    ``noun`` is what the document is, ``advice`` what to do about a damaged one.
+    ``noun`` is what the document is, ``advice`` what to do about a damaged one, ``remedy`` the same as an operation.
     """
 
     source: str
     noun: str
     advice: str
+    remedy: Remedy | None = None
 
     def wrong(self, what: str) -> BundleError:
-        return BundleError(f"'{self.source}': {what}. The {self.noun} is damaged or was edited; {self.advice}")
+        return self._refused(f"'{self.source}': {what}. The {self.noun} is damaged or was edited; {self.advice}")
 
     def parse(self, content: bytes) -> dict[str, Any]:
         """The document, whose outermost value is an object. Numbers are finite, nesting is shallow."""
@@ -37,10 +39,20 @@ class Reader:
             if _depth(document) > _DEEPEST:
                 raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise BundleError(
-                f"'{self.source}' is damaged: it cannot be parsed ({str(error)[:120]}); {self.advice}"
-            ) from None
+            said = str(error)[:120]
+            raise self._refused(f"'{self.source}' is damaged: it cannot be parsed ({said}); {self.advice}") from None
         return self.typed(document, dict, "the document")
+
+    def read(self, path: Path, most: int) -> dict[str, Any]:
+        """The document in a file of at most so many bytes."""
+        try:
+            with path.open("rb") as file:
+                content = file.read(most + 1)
+        except OSError as error:
+            raise self._refused(f"'{self.source}' cannot be read: {error.strerror}; {self.advice}") from None
+        if len(content) > most:
+            raise self.wrong(f"it is larger than {most >> 20} MiB; a {self.noun} is not")
+        return self.parse(content)
 
     def typed(self, value: object, kind: type[T], where: str) -> T:
         if not isinstance(value, kind):
@@ -64,6 +76,25 @@ class Reader:
             raise self.wrong(f"'{key}' is {short(value)}; expected one of {', '.join(names)}")
         return value
 
+    def number(self, mapping: Mapping[str, Any], key: str, least: float = -math.inf) -> float:
+        """A number of at least so much; integers count as numbers, true and false do not."""
+        value = mapping.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+            bound = "" if least == -math.inf else f" of {least:g} or more"
+            raise self.wrong(f"'{key}' is {short(value)}; expected a number{bound}")
+        return float(value)
+
+    def numbers(self, mapping: Mapping[str, Any], key: str, least: float = -math.inf) -> tuple[float, ...]:
+        """A list of numbers, each at least so large."""
+        return tuple(self.number({key: item}, key, least) for item in self.get(mapping, key, list))
+
+    def integers(self, mapping: Mapping[str, Any], key: str, least: int) -> tuple[int, ...]:
+        """A list of integers, each at least so large."""
+        items = self.get(mapping, key, list)
+        if not all(type(item) is int and item >= least for item in items):
+            raise self.wrong(f"'{key}' is {short(items)}; expected a list of integers of {least} or more")
+        return tuple(items)
+
     def hash(self, value: str) -> str:
         if not _HEX.fullmatch(value):
             raise self.wrong(f"'{value[:70]}' is no SHA-256 in lower-case hexadecimal")
@@ -85,6 +116,9 @@ class Reader:
                 "bundle; it was not opened"
             )
         return name
+
+    def _refused(self, message: str) -> BundleError:
+        return BundleError(message, remedy=self.remedy)
 
 
 def _no_constant(text: str) -> float:

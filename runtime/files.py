@@ -108,10 +108,10 @@ def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str | N
     if not taken:
         return
     if not force:
-        raise InputError(f"'{path}' exists; pass --force to replace it, or another name with -o")
+        raise InputError(f"'{path}' exists; use `force` to replace it, or another name", field="force")
     folder = path.is_dir() and not path.is_symlink()
     if not folder or not (marker is None or _has_format(path / marker) or _holds_only_ours(path)):
-        raise InputError(f"'{path}' was not made by this command, so --force does not replace it; choose another name")
+        raise InputError(f"'{path}' was not made by this command, so `force` does not replace it; choose another name")
 
 
 def _holds_only_ours(folder: Path) -> bool:
@@ -130,7 +130,7 @@ def _has_format(marker: Path) -> bool:
 def _swap(partial: Path, path: Path, force: bool) -> None:
     """Rename ``partial`` to ``path``; a folder already there steps aside first and is removed last."""
     if not force and (path.exists() or path.is_symlink()):
-        raise InputError(f"'{path}' appeared meanwhile and was kept; pass --force to replace it")
+        raise InputError(f"'{path}' appeared meanwhile and was kept; use `force` to replace it", field="force")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
         if path.exists():

@@ -29,11 +29,11 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:
-            raise InputError(f"guidance scale is {self.scale}; expected 0 (none) or a positive number, 1 to 3 is usual")
+            raise InputError.of("scale", self.scale, "0 (none) or a positive number, 1 to 3 is usual")
         if self.what not in ("a", "b", "ab"):
-            raise InputError(f"guidance of '{self.what}' is unknown; expected ab, a (log_scale) or b (shift)")
+            raise InputError.of("what", f"'{self.what}'", "ab, a (log_scale) or b (shift)")
         if not 0 < self.attention_temperature < math.inf:
-            raise InputError(f"attention temperature is {self.attention_temperature}; expected a positive number")
+            raise InputError.of("attention_temperature", self.attention_temperature, "a positive number")
 
     def branches(self, tokens: int, classes: NDArray[np.int64]) -> Branches:
         """The branches that draw samples of ``classes`` (B,), below 0 for the null class; ``tokens`` is T."""
@@ -51,15 +51,19 @@ class Guidance:
         """Raise InputError if it does nothing for samples of these classes, below 0 for the null class."""
         if not self.scale and self.attention_temperature != 1:
             raise InputError(
-                f"attention temperature {self.attention_temperature:g} does nothing without guidance; "
-                "give a guidance scale above 0 too"
+                f"`attention_temperature` {self.attention_temperature:g} does nothing without guidance; give a `scale` "
+                "above 0 too",
+                field="attention_temperature",
             )
         if self.scale and self.what == "a" and not config.nvp:
-            raise InputError("a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'")
+            raise InputError(
+                "a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'", field="what"
+            )
         if self.scale and self.attention_temperature == 1 and (classes < 0).all():
             kind = "samples without a label" if config.classes else "an unconditional model"
-            cure = "give labels, or " if config.classes else ""
+            cure = "give `labels`, or " if config.classes else ""
             raise InputError(
                 f"guidance {self.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
-                f"same, at twice the cost; {cure}pass an attention temperature other than 1, or guidance 0"
+                f"same, at twice the cost; {cure}pass an `attention_temperature` other than 1, or guidance 0",
+                field="scale",
             )

@@ -10,8 +10,9 @@ from pathlib import Path
 from .bundle import WEIGHTS, Bundle, ModelShape
 from .errors import InputError
 from .files import size_text
+from .opening import Memory
+from .precision import PRECISIONS
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PROGRAM = 256 << 20  # bytes: Python, numpy, ONNX Runtime and its scratch memory
 _LARGEST_CACHE = 4 << 30  # without a limit
 _LARGEST_ACTIVATIONS = 1 << 30
@@ -23,12 +24,12 @@ _CACHE_COPIES = 2  # a cache grows by moving to another buffer
 class Budget:
     """Bytes for the KV cache of a batch, and for what forward and gradient hold at once.
 
-    ``low_memory`` opens one block's graphs at a time.
+    ``one_block`` opens one block's graphs at a time.
     """
 
     cache: int = _LARGEST_CACHE
     activations: int = _LARGEST_ACTIVATIONS
-    low_memory: bool = False
+    one_block: bool = False
 
     def batch(self, row: int) -> int:
         """Images whose caches fit, of ``row`` bytes each (:func:`cache_row`); at least one."""
@@ -42,33 +43,36 @@ class Budget:
 USUAL = Budget()
 
 
-def spend(bundle: Bundle, limit: int | None, low_memory: bool = False) -> Budget:
-    """The budget under a ``limit`` in bytes on the process; None: what suits any machine.
+def spend(bundle: Bundle, limit: Memory) -> Budget:
+    """The budget under a ``limit`` in bytes on the process; None: what suits any machine; "least": one block at a time.
 
     Weights come first: those of all blocks, or of one where all would leave too little. The rest is shared between
     cache and activations, and the samples themselves come on top. Raises InputError for a limit that one image exceeds.
     """
-    if limit is None:
-        return Budget(low_memory=low_memory)
+    if limit is None or limit == "least":
+        return Budget(one_block=limit is not None)
     config = bundle.manifest.config
     weights = 2 * bundle.manifest.files[WEIGHTS].size  # mapped from the file, and as the kernels of steps want them
     cache = 2 * _CACHE_COPIES * cache_row(config, bundle.manifest.precision)  # of a guided image
     activations = activations_row(config, config.layers + 4, 12 * (config.layers + 1))
-    for one_block in (False, True) if not low_memory else (True,):
+    for one_block in (False, True):
         held = _PROGRAM + (weights // config.blocks if one_block else weights)
         rest = limit - held
         if rest >= cache + activations:
             spare = int(_SPENT * (rest - cache - activations))
             return Budget(cache + spare // 2, activations + spare // 2, one_block)
     raise InputError(
-        f"memory of {size_text(limit)} is too little for this model: one block's weights, a cache for one image and "
-        f"its gradient take {size_text(held + cache + activations)}"
+        f"`memory` of {size_text(limit)} is too little for this model: one block's weights, a cache for one image and "
+        f"its gradient take {size_text(held + cache + activations)}",
+        field="memory",
+        found=limit,
+        expected=f"{held + cache + activations} bytes or more",
     )
 
 
 def cache_row(config: ModelShape, precision: str) -> int:
     """Bytes of KV cache of one image in one guidance branch, for one block."""
-    return 2 * config.layers * config.width * config.tokens * (2 if precision in ("fp16", "bf16") else 4)
+    return 2 * config.layers * config.width * config.tokens * PRECISIONS[precision].cache_bytes
 
 
 def activations_row(config: ModelShape, attention: int, hidden: int) -> int:
@@ -84,13 +88,3 @@ def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = re.search(r"VmHWM:\s*(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0
-
-
-def parse_memory(text: str | None) -> int | None:
-    """Bytes from "8GiB", "512MB" (both binary) or a plain number; None from None. Raises InputError."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise InputError(f"memory '{text}' is not understood; expected a size such as 8GiB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -67,7 +67,7 @@ def uniform(
 ) -> NDArray[np.float64]:
     """``count`` numbers in (0, 1) for each sample: (len(samples), count), each an odd multiple of 2^-53."""
     seeds = [seed] if isinstance(seed, (int, np.integer)) else seed
-    indices = np.array([_words(sample, "sample index") for sample in samples], np.uint32).reshape(-1, 2)
+    indices = np.array([_words(sample, "first_sample") for sample in samples], np.uint32).reshape(-1, 2)
     keys = np.array([_words(one, "seed") for one in seeds], np.uint32).reshape(-1, 2)
     blocks = (count + 1) // 2  # of four words: two numbers
     out = np.empty((len(indices), 2 * blocks), np.float64)
@@ -107,13 +107,13 @@ def check(seed: int, samples: Iterable[int]) -> None:
     """Raise InputError for a seed or sample index there is no noise for."""
     _words(seed, "seed")
     for sample in samples:
-        _words(sample, "sample index")
+        _words(sample, "first_sample")
 
 
 def _words(value: int, what: str) -> tuple[int, int]:
     value = int(value)
     if not 0 <= value < 2**64:
-        raise InputError(f"{what} {value} is out of range; expected an integer from 0 to 2^64 - 1")
+        raise InputError.of(what, value, "an integer from 0 to 2^64 - 1")
     return value & 0xFFFFFFFF, value >> 32
 
 

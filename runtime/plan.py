@@ -1,4 +1,4 @@
-"""The plan of a bundle on one machine: which blocks are solved in parallel, measured by ``tarflow calibrate``.
+"""The plan of a bundle on one machine: which blocks are solved in parallel, as it was measured there.
 
 Plans lie in the bundle's folder ``plans``, one JSON file a machine. They are no part of the bundle's identity, and
 decide speed alone: what a sample may differ by is the mode's tolerance. See FORMAT.md, "Plans".
@@ -7,16 +7,16 @@ decide speed alone: what a sample may differ by is the mode's tolerance. See FOR
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle
 from .decode import TOLERANCES, Parallel
-from .errors import BundleError
+from .document import Reader
+from .errors import Remedy
 from .files import replacing
 
 FOLDER = "plans"
@@ -102,33 +102,36 @@ def find_plan(bundle: Bundle, machine: str) -> Plan | None:
     path = plan_path(bundle, machine)
     if not machine or path.is_symlink() or not path.is_file():
         return None
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError("it is larger than 1 MiB")
-        plan = _read(json.loads(path.read_text()), bundle.manifest.config.blocks)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(
-            f"'{path}' is no plan this version reads ({str(error)[:120]}); make it again: tarflow calibrate "
-            f"'{bundle.folder}', or remove it"
-        ) from None
+    again = Remedy("calibrate", {"bundle": bundle.folder})
+    reader = Reader(str(path), "plan", f"remove '{path}', or measure again what is fastest here", again)
+    plan = _read(reader, reader.read(path, _LARGEST), bundle.manifest.config.blocks)
     return plan if (plan.bundle, plan.machine) == (bundle.hash, machine) else None
 
 
-def _read(document: dict[str, Any], blocks: int) -> Plan:
-    if (document["format"], document["schema"]) != (FORMAT, SCHEMA):
-        raise ValueError(f"its format is {document['format']!r}, schema {document['schema']!r}")
-    modes = {mode: tuple(_read_row(row, blocks) for row in document["modes"][mode]) for mode in TOLERANCES}
-    return Plan(str(document["bundle"]), str(document["machine"]), int(document["samples"]), modes)
+def _read(reader: Reader, document: dict[str, Any], blocks: int) -> Plan:
+    reader.one_of(document, "format", (FORMAT,))
+    if reader.natural(document, "schema", 1) != SCHEMA:
+        raise reader.wrong(f"'schema' is {document['schema']}; this version reads {SCHEMA}")
+    modes = reader.get(document, "modes", dict)
+    return Plan(
+        reader.get(document, "bundle", str),
+        reader.get(document, "machine", str),
+        reader.natural(document, "samples", 1),
+        {mode: tuple(_rows(reader, modes, mode, blocks)) for mode in TOLERANCES},
+    )
 
 
-def _read_row(row: dict[str, Any], blocks: int) -> Row:
-    windows, passes = (tuple(int(x) for x in row[name]) for name in ("windows", "passes"))
-    seconds, serial, errors = (tuple(float(x) for x in row[name]) for name in ("seconds", "serial_seconds", "errors"))
-    lists = (windows, passes, seconds, serial, errors)
-    count, branches, lanes = int(row["rows"]), int(row.get("branches", 1)), int(row.get("lanes", 1))
-    counts = (count, lanes, *windows, *passes)
-    if branches not in (1, 2) or {len(x) for x in lists} != {blocks} or min(counts) < 1:
-        raise ValueError(f"a row does not describe {blocks} blocks")
-    if not all(0 < x < math.inf for x in (*seconds, *serial)):
-        raise ValueError("a time is not a positive number")
-    return Row(count, windows, passes, seconds, serial, errors, branches, lanes)
+def _rows(reader: Reader, modes: dict[str, Any], mode: str, blocks: int) -> Iterator[Row]:
+    for number, entry in enumerate(reader.get(modes, mode, list)):
+        row = reader.typed(entry, dict, f"modes.{mode}[{number}]")
+        windows, passes = (reader.integers(row, name, 1) for name in ("windows", "passes"))
+        seconds, serial = (reader.numbers(row, name, 1e-12) for name in ("seconds", "serial_seconds"))
+        errors = reader.numbers(row, "errors")
+        if {len(column) for column in (windows, passes, seconds, serial, errors)} != {blocks}:
+            raise reader.wrong(f"modes.{mode}[{number}] does not describe {blocks} blocks")
+        counts = {"branches": 1, "lanes": 1} | row  # of before there were any
+        branches = reader.natural(counts, "branches", 1)
+        if branches > 2:
+            raise reader.wrong(f"'branches' is {branches}; expected 1, or 2 under guidance")
+        count, lanes = reader.natural(row, "rows", 1), reader.natural(counts, "lanes", 1)
+        yield Row(count, windows, passes, seconds, serial, errors, branches, lanes)

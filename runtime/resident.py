@@ -11,11 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, block_order, pad_rows
-from .bundle import ModelShape
-
-POSITION = "position"  # never written in place: engines may write it before the last operator that reads it
-_SUFFIX = "_next"
+from .backend import Array, Branches, block_order, check_window, pad_rows
+from .ports import POSITION
 
 
 class Steps(Protocol):
@@ -32,36 +29,6 @@ class Steps(Protocol):
 
     def close(self, clean: bool) -> None:
         """Hand the memory on. ``clean`` says that the cache is known to be finite."""
-
-
-def shapes(config: ModelShape, batch: int, branches: int, window: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a resident graph's inputs, in the graph's order."""
-    cache = (branches * batch, config.heads, config.tokens, config.head_dim)
-    return {
-        "x": (batch, 1, config.tokens, config.patch_dim),
-        POSITION: (1,),
-        "z": (batch, config.tokens, config.patch_dim),
-        "offsets": (window,),
-        "labels": (branches, batch),
-        "mix": (2, branches, config.tokens),
-        "inverse_temperature": (branches,),
-        **dict.fromkeys(cache_names(config), cache),
-    }
-
-
-def cache_names(config: ModelShape) -> list[str]:
-    """Names of the cache's inputs."""
-    return [f"{part}_{layer}" for layer in range(config.layers) for part in ("key", "value")]
-
-
-def is_state(name: str) -> bool:
-    """Whether an input comes back as an output, with ``_next`` behind its name."""
-    return name in ("x", POSITION) or name.startswith(("key_", "value_"))
-
-
-def next_name(name: str) -> str:
-    """The output that a state input becomes."""
-    return name + _SUFFIX
 
 
 class ResidentDecoding:
@@ -115,8 +82,7 @@ class ResidentDecoding:
         self._launch(position, window)
 
     def _launch(self, position: int, window: int) -> None:
-        if position < 0 or window < 1 or position + window >= self._tokens:  # a device drops such writes silently
-            raise IndexError(f"window {position}...{position + window - 1} has no next patch in {self._tokens}")
+        check_window(position, window, self._tokens)
         if self._mirror is not None:
             self._steps.write("x", np.ascontiguousarray(self._mirror[:, None]))
             self._mirror = None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MachineError
+from ..errors import MachineError, Remedy
 
 INSTALL = "pip install 'tarflow[tensorrt]'"
 
@@ -26,7 +26,8 @@ class Cuda:
         if error != self.api.cudaError_t.cudaSuccess or not count:
             raise MachineError(
                 f"no NVIDIA GPU can be used here ({_spell(error)}): engines need one, with its driver; "
-                "use --provider cpu, or run on a machine whose nvidia-smi shows a GPU"
+                "use `provider` cpu, or run on a machine whose nvidia-smi shows a GPU",
+                field="provider",
             )
         properties = self._call(self.api.cudaGetDeviceProperties, 0)
         name = properties.name
@@ -47,7 +48,8 @@ class Cuda:
         if error != self.api.cudaError_t.cudaSuccess:
             raise MachineError(
                 f"the GPU has no {size / 2**30:.2f} GiB of free memory left ({_spell(error)}); use a smaller "
-                "--batch-size or --low-memory"
+                "`batch_size`, or `memory` least",
+                field="batch_size",
             )
         self._call(self.api.cudaMemsetAsync, address, 0, size, self.stream)
         return int(address)
@@ -108,7 +110,8 @@ class Cuda:
         if error != self.api.cudaError_t.cudaSuccess:
             name = getattr(function, "__name__", "CUDA")
             raise MachineError(
-                f"CUDA failed in {name}: {_spell(error)}. Start the program again; if it stays, run tarflow doctor"
+                f"CUDA failed in {name}: {_spell(error)}. Start the program again; if it stays, see what is wrong here",
+                remedy=Remedy("doctor"),
             )
         return results[0] if results else None
 

@@ -15,9 +15,9 @@ from tarflow.runtime.bundle import WEIGHTS
 from tarflow.runtime.errors import MachineError
 from tarflow.runtime.flow import Guidance
 from tarflow.runtime.memory import cache_row
+from tarflow.runtime.precision import PRECISIONS
 from tarflow.runtime.tensorrt.cuda import Cuda
 
-CERTIFICATE = 1e-4  # fp32
 SIZES = range(1, 9)
 
 
@@ -33,7 +33,7 @@ def start(case: Case) -> Outcome:
     assert report is not None
     assert report.certificate is not None
     certificate = float(report.certificate.max())
-    ok = bool(np.isfinite(images).all()) and (certificate <= CERTIFICATE or case.precision != "fp32")
+    most = PRECISIONS[case.precision].tolerance.certificate
     found = {
         "backend": flow.backend.description,
         "machine": flow.backend.machine,
@@ -41,7 +41,8 @@ def start(case: Case) -> Outcome:
         "certificate": certificate,
         "seconds": {"open": opened - began, "first": drawn - opened, "again": time.perf_counter() - drawn},
     }
-    return Outcome(ok, f"finite; fp32: certificate within {CERTIFICATE}", found)
+    ok = bool(np.isfinite(images).all()) and certificate <= most
+    return Outcome(ok, f"finite, certificate within {most:g}", found)
 
 
 def cuda_python(case: Case) -> Outcome:

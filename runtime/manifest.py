@@ -1,0 +1,166 @@
+"""The manifest: what a bundle says about itself. FORMAT.md is the normative text; this is its reader."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .document import Reader, short
+from .errors import BundleError, Remedy
+from .precision import PRECISIONS
+
+FORMAT = "tarflow-bundle"
+SCHEMA = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden.safetensors"
+KINDS = ("step", "forward", "gradient")
+RESIDENT = "resident"  # for devices; a bundle written before there were any has none
+AGAIN = "copy the bundle again, or export it again"
+_LARGEST_FLOAT = sys.float_info.max
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers of the model inside, as FORMAT.md names them. ``noise_std`` None: uniform dequantisation."""
+
+    image_size: int
+    channels: int
+    patch_size: int
+    width: int
+    blocks: int
+    layers: int
+    classes: int
+    nvp: bool
+    noise_std: float | None
+    head_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """T: patches in a sequence."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """D: numbers in a patch."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Shape of one image."""
+        return self.channels, self.image_size, self.image_size
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """One flow block: the direction it reads the sequence in, and its graphs by kind."""
+
+    reversed: bool
+    graphs: Mapping[str, str]
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a graph of this kind: each of KINDS always, RESIDENT maybe."""
+        return kind in self.graphs
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle says about itself. Immutable; :func:`read_manifest` and :meth:`to_json` are inverses."""
+
+    name: str
+    precision: str
+    config: ModelShape
+    blocks: tuple[BlockEntry, ...]
+    files: Mapping[str, FileEntry]
+    opset: int
+    exporter: Mapping[str, str]
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
+        return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
+
+
+def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
+    """Parse and validate a manifest. Unknown keys are left alone; a missing or wrong one raises BundleError."""
+    reader = Reader(source, "manifest", AGAIN, Remedy("export"))
+    top = reader.parse(content)
+    if top.get("format") != FORMAT:
+        raise BundleError(f"'{source}' says format {short(top.get('format'))}; expected {FORMAT!r}: this is no bundle")
+    if top.get("schema") != SCHEMA or type(top["schema"]) is not int:  # true and 1.0 equal 1
+        raise BundleError(
+            f"'{source}' has schema version {short(top.get('schema'))}; this tarflow reads version {SCHEMA}. "
+            "Install the tarflow that wrote it, or export it again",
+            remedy=Remedy("export"),
+        )
+    config = _read_config(reader, reader.get(top, "config", dict))
+    files = {
+        reader.confined(name): FileEntry(
+            reader.hash(reader.get(reader.typed(entry, dict, name), "sha256", str)),
+            reader.natural(entry, "size", 0),
+        )
+        for name, entry in reader.get(top, "files", dict).items()
+    }
+    blocks = tuple(_read_block(reader, entry, files, k) for k, entry in enumerate(reader.get(top, "blocks", list)))
+    if len(blocks) != config.blocks:
+        raise reader.wrong(f"{len(blocks)} blocks listed; config says {config.blocks}")
+    for name in (WEIGHTS, GOLDEN):
+        if name not in files:
+            raise reader.wrong(f"files lacks {name}")
+    exporter = reader.get(top, "exporter", dict)
+    return Manifest(
+        name=reader.get(top, "name", str),
+        precision=reader.one_of(top, "precision", tuple(PRECISIONS)),
+        config=config,
+        blocks=blocks,
+        files=files,
+        opset=reader.natural(top, "opset", 1),
+        exporter={k: reader.typed(v, str, f"exporter.{k}") for k, v in exporter.items()},
+        parity=reader.get(top, "parity", dict),
+    )
+
+
+def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
+    if "noise_std" not in numbers:
+        raise reader.wrong("'noise_std' is missing")
+    noise_std = numbers["noise_std"]
+    if noise_std is not None and not (
+        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_FLOAT
+    ):
+        raise reader.wrong(f"config.noise_std is {short(noise_std)}; expected null or a number of 0 or more")
+    positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
+    config = ModelShape(
+        **{name: reader.natural(numbers, name, 1) for name in positive},
+        classes=reader.natural(numbers, "classes", 0),
+        nvp=reader.get(numbers, "nvp", bool),
+        noise_std=noise_std,
+    )
+    if config.image_size % config.patch_size or config.width % config.head_dim:
+        raise reader.wrong("config: patch_size must divide image_size, and head_dim must divide width")
+    return config
+
+
+def _read_block(reader: Reader, entry: object, files: Mapping[str, FileEntry], k: int) -> BlockEntry:
+    block = reader.typed(entry, dict, f"blocks[{k}]")
+    graphs = reader.get(block, "graphs", dict)
+    kinds = [*KINDS, *([RESIDENT] if RESIDENT in graphs else [])]  # others, of older versions, are left alone
+    for kind in kinds:
+        name = graphs.get(kind)
+        if not isinstance(name, str) or name not in files:
+            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {short(name)}, which is not among the files")
+    if reader.get(block, "reversed", bool) != (k % 2 == 1):
+        raise reader.wrong(f"blocks[{k}].reversed is {block['reversed']}; in schema {SCHEMA} odd blocks are, even not")
+    return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in kinds})

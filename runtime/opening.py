@@ -1,0 +1,69 @@
+"""How a bundle is opened: on which engine, with how many threads, in how much memory. Nothing a sample depends on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from .errors import InputError
+
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+ON_DEVICE = ("cuda", "tensorrt")
+Memory = int | Literal["least"] | None
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here.
+
+    ``threads`` (None: one a core) and ``spinning`` (False where cores are shared) go to ONNX Runtime. ``memory`` is a
+    limit in bytes on the process, beside the samples themselves: it chooses batches, sub-batches of the gradient, and
+    whether one block is open at a time; "least" is always one block. ``cuda_graph`` False launches every kernel of a
+    step on a GPU anew, instead of replaying the step as one CUDA graph. Raises InputError for what is none of these.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    spinning: bool | None = None
+    memory: Memory = None
+    cuda_graph: bool = True
+
+    def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            raise InputError.of("provider", f"'{self.provider}'", f"one of {', '.join(PROVIDERS)}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError.of("threads", self.threads, "1 or more, or nothing for one a core")
+        if isinstance(self.memory, str) and self.memory != "least":
+            raise InputError.of("memory", f"'{self.memory}'", "a number of bytes, or 'least'")
+        if isinstance(self.memory, int) and self.memory < 1:
+            raise InputError.of("memory", self.memory, "1 byte or more")
+
+
+class Keywords(TypedDict, total=False):
+    """Fields of :class:`Opening` but the provider, as keywords of ``Flow.open``."""
+
+    threads: int | None
+    spinning: bool | None
+    memory: Memory
+    cuda_graph: bool
+
+
+def opening_of(provider: str | Opening, keywords: Keywords) -> Opening:
+    """An opening that was given whole, or the one that its provider and other fields make. Raises InputError."""
+    if not isinstance(provider, Opening):
+        return Opening(provider, **keywords)
+    if keywords:
+        raise InputError(f"an Opening says all there is to say; drop {', '.join(f'`{name}`' for name in keywords)}")
+    return provider
+
+
+def parse_memory(text: str | None) -> Memory:
+    """Bytes from "8GiB", "512MB" (both binary) or a plain number; "least"; None from None. Raises InputError."""
+    if text is None or text == "least":
+        return text  # type: ignore[return-value]  # mypy does not narrow a string to a literal by comparison
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise InputError.of("memory", f"'{text}'", "a size such as 8GiB or 512MiB, or least")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,38 @@
+"""The onnxruntime module: found, quiet, and with one pool of scratch memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..errors import MachineError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_LONGEST = 300  # characters of a message
+
+
+def load_onnxruntime() -> Any:
+    """The onnxruntime module. Raises MachineError if there is none."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MachineError(
+            f"ONNX Runtime is not installed ({error}); install one of its two builds: pip install onnxruntime, "
+            "or pip install onnxruntime-gpu on a machine with CUDA"
+        ) from None
+    if PROVIDERS["cuda"] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls(directory="")  # CUDA's libraries, where pip put them
+    return onnxruntime
+
+
+@functools.cache
+def share_arena() -> None:
+    """One pool of scratch memory for the sessions that ask for it, instead of a peak for each. Once a process."""
+    ort = load_onnxruntime()
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, None)
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime said, without the rest of it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST]

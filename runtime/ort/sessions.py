@@ -1,0 +1,130 @@
+"""Sessions of ONNX Runtime: a bundle's graphs, each opened when it is first used, and run with errors that name it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import RESIDENT, Bundle
+from ..errors import BundleError, MachineError, Remedy, TarflowError
+from ..opening import Opening
+from .library import PROVIDERS, first_line, load_onnxruntime, share_arena
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Feeds = dict[str, NDArray[Any]]
+Axes = tuple[tuple[str, int], ...]
+_CUDA = {"use_tf32": "0"}  # fp32 means fp32
+
+
+class Sessions:
+    """Open sessions of a bundle's graphs, on one provider; with ``one_block``, of one block at a time.
+
+    Safe to use from several threads. ``captures`` says that steps are recorded as CUDA graphs, ``description`` what
+    engine runs them. Raises MachineError for a provider that this ONNX Runtime does not have.
+    """
+
+    def __init__(self, bundle: Bundle, opening: Opening, one_block: bool) -> None:
+        self.bundle, self._opening, self._one_block = bundle, opening, one_block
+        self.ort = load_onnxruntime()
+        self._provider, available = PROVIDERS[opening.provider], self.ort.get_available_providers()
+        if self._provider not in available:
+            raise MachineError(
+                f"provider '{opening.provider}' needs {self._provider}; this ONNX Runtime {self.ort.__version__} has "
+                f"{', '.join(available)}. Install onnxruntime-gpu in place of onnxruntime, or use `provider` cpu",
+                field="provider",
+                found=opening.provider,
+                expected="cpu",
+            )
+        self.captures = opening.cuda_graph and opening.provider == "cuda"
+        self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"
+        self._open: dict[tuple[int, str, Axes], onnxruntime.InferenceSession] = {}
+        self._lock = threading.Lock()
+
+    def get(self, block: int, kind: str, axes: Axes = ()) -> Any:
+        """The session of one graph; ``axes`` fixes sizes by name. Raises BundleError for a graph that does not load."""
+        with self._lock:
+            if self._one_block:  # sessions in use elsewhere live on until their users let go of them
+                self._open = {key: session for key, session in self._open.items() if key[0] == block}
+            if (block, kind, axes) not in self._open:
+                self._open[block, kind, axes] = self._start(block, kind, axes)
+            return self._open[block, kind, axes]
+
+    def run(self, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
+        """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
+        session = self.get(block, kind)
+        try:
+            outputs: list[NDArray[Any]] = session.run(None, {k: np.ascontiguousarray(v) for k, v in feeds.items()})
+        except Exception as error:
+            raise self.failed(block, kind, error) from None
+        return outputs
+
+    def failed(self, block: int, kind: str, error: Exception) -> TarflowError:
+        """What a graph's failure is: the machine's, or the graph's own."""
+        if isinstance(error, MemoryError) or "allocate" in str(error).lower():
+            return MachineError(
+                f"out of memory in block {block}'s {kind} graph; use a smaller `batch_size`, or `memory` least",
+                field="batch_size",
+            )
+        return BundleError(f"block {block}'s {kind} graph failed in {self.description}: {first_line(error)}")
+
+    def _start(self, block: int, kind: str, axes: Axes) -> Any:
+        path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])
+        try:
+            session = self._session(path, self._options(kind, axes), kind)
+        except Exception as error:
+            raise BundleError(f"'{path}' cannot be loaded by {self.description}: {first_line(error)}") from None
+        if self._provider not in session.get_providers():  # ONNX Runtime falls back to the CPU without a word
+            raise MachineError(
+                f"{self._provider} could not be started: its libraries or a GPU are missing; use `provider` cpu, or "
+                "find out what this machine has",
+                field="provider",
+                remedy=Remedy("doctor"),
+            )
+        return session
+
+    def _session(self, path: Path, options: Any, kind: str) -> Any:
+        """A session; of a resident graph, one that captures CUDA graphs if the provider lets it."""
+        if kind == RESIDENT and self.captures:
+            try:
+                return self.ort.InferenceSession(str(path), options, providers=self._providers(enable_cuda_graph="1"))
+            except Exception as error:  # a node that has no CUDA kernel in this version: slower, not wrong
+                self.captures = False
+                self.description += f", without CUDA graphs: {first_line(error)[:120]}"
+        return self.ort.InferenceSession(str(path), options, providers=self._providers())
+
+    def _providers(self, **options: str) -> list[Any]:
+        if self._provider == PROVIDERS["cpu"]:
+            return [self._provider]
+        return [(self._provider, _CUDA | options), PROVIDERS["cpu"]]
+
+    def _options(self, kind: str, axes: Axes) -> Any:
+        options, opening = self.ort.SessionOptions(), self._opening
+        options.log_severity_level = 3  # errors; ONNX Runtime's hints are not for our users
+        options.inter_op_num_threads = 1
+        if opening.threads is not None:
+            options.intra_op_num_threads = opening.threads
+        if opening.spinning is not None:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if opening.spinning else "0")
+        if opening.spinning is not False:
+            # Blocks run one after the other: the last one's idle threads must not take a core from this one's.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        if kind != "step":
+            # Prepacking would copy the block's weights for every session. It pays only where a graph runs per step.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if kind in ("forward", "gradient"):  # large scratch, never two at a time in one flow
+            share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        if self.bundle.manifest.precision == "int8":
+            # A step multiplies in int8, activations rounded block by block: that is its speed. What judges it does not.
+            level = "4" if kind in ("step", RESIDENT) else "1"
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+            options.add_session_config_entry("session.qdq_matmulnbits_block_size", "64")
+        for axis, size in axes:  # known shapes fold away, and with them the arithmetic that would leave the GPU
+            options.add_free_dimension_override_by_name(axis, size)
+        return options

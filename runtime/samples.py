@@ -1,0 +1,78 @@
+"""What drawing gives: images that remember how they were drawn, and what can be watched on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .backend import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: ``done`` of ``total`` sequential steps, now in ``block`` at ``position``."""
+
+    done: int
+    total: int
+    block: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What some samples look like after ``block``, which took ``seconds``: ``images`` (N, channels, size, size), from
+    sample ``first`` on.
+    """
+
+    block: int
+    first: int
+    images: Array
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told of a run: ``progress`` each finished position, ``preview`` each batch after each block, blocks last
+    to first. An exception of either cancels.
+    """
+
+    progress: Callable[[Progress], None] | None = None
+    preview: Callable[[Preview], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a batch of samples was drawn, and what was checked.
+
+    ``certificate`` (N,) is the largest round-trip error of each sample: the raw sample, before denoising, encoded
+    again by the parallel graphs, against the noise it came from; None if not asked for. ``nonfinite`` lists the
+    sample indices that overflowed and still are not finite, ``redrawn`` those drawn again. ``decoding`` says how blocks
+    were solved, ``passes`` counts each block's dependent passes, in block order. Times in seconds; ``peak_memory`` is
+    the most bytes the process has held so far.
+    """
+
+    seed: int | None
+    first_sample: int
+    level: str
+    backend: str
+    decoding: str
+    passes: tuple[int, ...]
+    nonfinite: tuple[int, ...]
+    redrawn: tuple[int, ...]
+    certificate: Array | None
+    seconds: float
+    certificate_seconds: float
+    denoise_seconds: float
+    peak_memory: int
+
+
+class Samples(np.ndarray[Any, np.dtype[np.float32]]):
+    """Images (N, channels, size, size) that remember in ``report`` how they were drawn; what is derived does not."""
+
+    report: Report | None
+
+    def __array_finalize__(self, parent: object) -> None:
+        self.report = None

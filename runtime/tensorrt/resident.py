@@ -1,0 +1,115 @@
+"""The step engines' tensors in device memory, and one captured graph a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import RESIDENT
+from ..errors import BundleError
+from ..ports import POSITION, Port, Sizes, count, inputs, is_state, next_name, shape
+from ..precision import PRECISIONS
+from .engines import Engines
+from .memory import Captured, Memory
+from .record import rebuild
+
+
+class TrtSteps:
+    """Every tensor is allocated here, once for all blocks of a ``shape``: (images, guidance branches).
+
+    Every state output is bound to its input, which the engine aliases; the position alone may be an output of its own,
+    and is copied back behind the step, as part of it. ``cuda_graph`` False launches every kernel of every step anew.
+    """
+
+    def __init__(
+        self, engines: Engines, shape: tuple[int, int], cuda_graph: bool, give: Callable[[TrtSteps], None]
+    ) -> None:
+        self._engines, self.shape, self._cuda_graph, self._give = engines, shape, cuda_graph, give
+        self._ports = {port.name: port for port in inputs(engines.bundle.manifest.config, RESIDENT)}
+        self._memory: dict[tuple[str, int], Memory] = {}
+        self._graphs: dict[tuple[int, int], Captured] = {}  # by block and window
+        self._warm: set[tuple[int, int]] = set()
+        self._block, self._moves = 0, False  # whether the position has to be copied back
+
+    def begin(self, block: int) -> None:
+        """Decode this block next. Raises BundleError for an engine that does not update its cache in place."""
+        engine = self._engines.get(block, "step")
+        apart = [
+            name for name in self._ports if is_state(name) and not engine.get_aliased_input_tensor(next_name(name))
+        ]
+        if set(apart) - {POSITION}:
+            raise BundleError(
+                f"block {block}'s step engine does not update its cache in place: it was built from a graph of an "
+                "older bundle. Build the engines again",
+                remedy=rebuild(self._engines.bundle.folder, self._engines.record, self._engines.here),
+            )
+        self._block, self._moves = block, bool(apart)
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        with self._engines.launching:
+            self._engines.cuda.upload(self._address(name), array)
+
+    def read(self, name: str) -> NDArray[Any]:
+        with self._engines.launching:
+            found = shape(self._ports[name], Sizes(*self.shape))
+            return self._engines.cuda.download(self._address(name), found, np.float32)
+
+    def launch(self, window: int) -> None:
+        cuda = self._engines.cuda
+        with self._engines.launching:
+            key = self._block, window
+            launch = self._prepare(window)
+            if key in self._graphs:
+                cuda.replay(self._graphs[key].graph)
+            elif key in self._warm and self._cuda_graph:
+                self._graphs[key] = Captured(cuda, launch)
+                cuda.replay(self._graphs[key].graph)
+            else:  # the first run of a shape may still load kernels, which cannot be captured
+                launch()
+                self._warm.add(key)
+
+    def close(self, clean: bool) -> None:
+        if clean:
+            self._give(self)
+
+    def forget(self, kept: int | None = None) -> None:
+        """Destroy what was captured of all blocks but one: their engine, or memory it works in, is about to go."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] == kept}
+        self._warm = {key for key in self._warm if key[0] == kept}
+
+    def _prepare(self, window: int) -> Callable[[], None]:
+        """A function that puts one step on the stream."""
+        engines, block, sizes = self._engines, self._block, Sizes(*self.shape, window)
+        profile = engines.profile("step", self.shape[1], window)
+        engines.get(block, "step")
+        shapes = {name: shape(port, sizes) for name, port in self._ports.items()}
+        addresses = {name: self._address(name, window) for name in self._ports}
+        addresses |= {next_name(name): addresses[name] for name in self._ports if is_state(name)}
+        if self._moves:
+            addresses[next_name(POSITION)] = self._address(next_name(POSITION))
+
+        def launch() -> None:
+            engines.launch(block, "step", profile, shapes, addresses)
+            if self._moves:
+                engines.cuda.copy(addresses[POSITION], addresses[next_name(POSITION)], 8)
+
+        return launch
+
+    def _address(self, name: str, window: int = 1) -> int:
+        """Where a tensor lies; allocated when first asked for, offsets once a window."""
+        place = name, window if name == "offsets" else 1
+        if place not in self._memory:
+            port = self._ports.get(name, self._ports[POSITION])
+            memory = Memory(self._engines.cuda, count(port, Sizes(*self.shape, window)) * self._itemsize(port))
+            if name == "offsets":
+                self._engines.cuda.upload(memory.address, np.arange(window))
+            self._memory[place] = memory
+        return self._memory[place].address
+
+    def _itemsize(self, port: Port) -> int:
+        if port.holds == "cache":
+            return PRECISIONS[self._engines.record.precision].cache_bytes
+        return 8 if port.holds == "index" else 4
