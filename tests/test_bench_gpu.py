@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu.__main__ import ROOT, main
+from bench.gpu.__main__ import main
+from bench.gpu.checkout import ROOT
 from bench.gpu.checks.one import CHECKS
 from bench.gpu.device import compete
 from bench.gpu.field import Choice, Rivals, Task, stretches

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu.checkout import ROOT
 from bench.gpu.fatbin import CONTAINER, IMAGE, MAGIC, blank, images
-from bench.gpu.prepare import Archive, others
+from bench.gpu.prepare import Archive, of_bundle
 from bench.gpu.standin import log
-from bench.gpu.unpack import ROOT, unpack
+from bench.gpu.unpack import unpack
 from bench.weights import random_model, repeat
 from tarflow.config import Config
 
@@ -79,7 +80,7 @@ def test_what_was_packed_is_unpacked_once_and_used(tmp_path: Path) -> None:
     (bundle / "engines" / "one").write_bytes(bytes(1000))
     packed, site = tmp_path / "packed", tmp_path / "site"
     packed.mkdir()
-    for archive in [*others([bundle], module), Archive("python", {"module_of_ours.py": module})]:
+    for archive in [of_bundle(bundle), Archive("python", {"module_of_ours.py": module})]:
         assert archive.write(packed) > 0
     command = [sys.executable, "-m", "bench.gpu.unpack", str(packed), "--to", str(site), "--", sys.executable]
     done = subprocess.run(

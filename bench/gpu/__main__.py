@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkout import ROOT
 from .models import absent, export_models, shapes
 from .section import RESULTS, put, section
 
 if TYPE_CHECKING:
     from tarflow.runtime.bundle import Bundle
 
-ROOT = Path(__file__).parent.parent.parent
 NEEDED = ("torch", "numpy", "onnxruntime", "safetensors", "PIL")
 BATCHES = (1, 8, 32)
 

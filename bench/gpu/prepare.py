@@ -14,17 +14,15 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.gpu.checkout import LIBTARFLOW, ROOT
 from bench.gpu.fatbin import blank
-from bench.gpu.standin.build import ROOT
 from bench.gpu.standin.kernels import PROVIDER, own
 from bench.gpu.wheels import HERE, ONNXRUNTIME, unpacked
 
-LIBTARFLOW = ROOT / "runtime/cpp/build/release/libtarflow.so"
 UNUSED = (
     "onnxruntime/transformers",
     "onnxruntime/tools",
@@ -75,20 +73,12 @@ def onnxruntime(python: str, capability: int, work: Path) -> list[Archive]:
     return [*archives, Archive("python", rest)]
 
 
-def others(bundles: Sequence[Path], libtarflow: Path | None) -> list[Archive]:
-    """Bundles, below ``bundles`` by their names, and the C++ library."""
-    found = [
-        Archive(
-            f"bundle-{bundle.name}",
-            {
-                f"bundles/{bundle.name}/{file.relative_to(bundle)}": file
-                for file in sorted(bundle.rglob("*"))
-                if file.is_file()
-            },
-        )
-        for bundle in bundles
-    ]
-    return [*found, *([Archive("libtarflow", {"libtarflow.so": libtarflow})] if libtarflow else [])]
+def of_bundle(bundle: Path) -> Archive:
+    """A bundle, below ``bundles`` by its name."""
+    files = [path for path in sorted(bundle.rglob("*")) if path.is_file()]
+    return Archive(
+        f"bundle-{bundle.name}", {f"bundles/{bundle.name}/{path.relative_to(bundle)}": path for path in files}
+    )
 
 
 def tree() -> int:
@@ -103,13 +93,7 @@ def main() -> None:
     add = parser.add_argument
     add("folder", type=Path, help="where archives go; git ignores .gpu and build")
     add("--python", default=HERE, metavar="X.Y", help="of the other machine; default: this one's")
-    add(
-        "--capability",
-        type=int,
-        default=90,
-        metavar="N",
-        help="compute capability of its GPU, such as 90, which is the default",
-    )
+    add("--capability", type=int, default=90, metavar="N", help="compute capability of its GPU; default: 90, for 9.0")
     add("--bundle", type=Path, nargs="+", default=[], metavar="DIR")
     add("--bundles-alone", action="store_true", help="no ONNX Runtime and no libtarflow: a second load")
     asked = parser.parse_args()
@@ -118,16 +102,17 @@ def main() -> None:
             parser.error(f"'{bundle}' is no bundle: it has no manifest.json")
     asked.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        archives = others(asked.bundle, None if asked.bundles_alone else LIBTARFLOW if LIBTARFLOW.exists() else None)
+        archives = [of_bundle(bundle) for bundle in asked.bundle]
         if not asked.bundles_alone:
             archives += onnxruntime(asked.python, asked.capability, Path(work))
-            if not LIBTARFLOW.exists():
-                print(f"no {LIBTARFLOW.relative_to(ROOT)}: make cpp builds it; packed without the C++ library")
+            archives += [Archive("libtarflow", {"libtarflow.so": LIBTARFLOW})] if LIBTARFLOW.exists() else []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sizes = list(pool.map(lambda archive: archive.write(asked.folder), archives))
     for archive, size in zip(archives, sizes, strict=True):
         print(f"{size / 1e6:8.1f} MB  {archive.name}")
     print(f"{sum(sizes) / 1e6:8.1f} MB  {asked.folder}, and {tree() / 1e6:.1f} MB of this checkout")
+    if not LIBTARFLOW.exists():
+        print(f"without libtarflow: there is no {LIBTARFLOW.relative_to(ROOT)}; make cpp builds it")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from bench.gpu.checkout import ROOT
 
 
 def unpack(folders: Sequence[Path], site: Path) -> None:

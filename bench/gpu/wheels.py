@@ -8,9 +8,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from bench.gpu.checkout import KEPT
 from tarflow.runtime.files import replacing_folder
 
-KEPT = Path(__file__).parent.parent.parent / "build" / "gpu"
 ONNXRUNTIME = "onnxruntime-gpu==1.31.1"  # for CUDA 13
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.checkout import DEMO
 from bench.gpu.checks.check import Check
 from bench.gpu.checks.one import CHECKS
-from bench.gpu.standin.build import ROOT
 from tarflow.runtime.bundle import Bundle
 
 PATIENCE = 700  # characters of what a check said before it failed
@@ -45,7 +45,7 @@ def outcome(check: Check, bundle: Bundle, provider: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.checks", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="lines are added to it")
-    parser.add_argument("bundles", type=Path, nargs="*", default=[ROOT / "tarflow" / "demo"], help="default: the demo")
+    parser.add_argument("bundles", type=Path, nargs="*", default=[DEMO], help="default: the demo")
     parser.add_argument(
         "--provider", choices=("cuda", "cpu"), default="cuda", help="cpu goes the same way without a GPU"
     )

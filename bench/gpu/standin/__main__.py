@@ -17,7 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.gpu.standin.build import ROOT, Standin, build
+from bench.gpu.checkout import DEMO
+from bench.gpu.standin.build import Standin, build
 
 NAMES = ("tf32", "audit", "growth", "alternate", "threads")
 LINGER = "2000"  # microseconds of a capture, in the probe of threads: long enough for others' calls to fall into it
@@ -39,9 +40,7 @@ def find(standin: Standin, name: str, bundle: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.standin", description=__doc__.splitlines()[0])
     parser.add_argument("probes", nargs="*", metavar="PROBE", help=f"of {', '.join(NAMES)}; default: all")
-    parser.add_argument(
-        "--bundle", type=Path, default=ROOT / "tarflow" / "demo", metavar="DIR", help="default: the demo"
-    )
+    parser.add_argument("--bundle", type=Path, default=DEMO, metavar="DIR", help="default: the demo")
     parser.add_argument(
         "--log", type=Path, metavar="FILE", help="of a command: what it does on the device; appended to"
     )

@@ -13,11 +13,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu.wheels import KEPT, ONNXRUNTIME, unpacked
+from bench.gpu.checkout import KEPT, ROOT
+from bench.gpu.wheels import ONNXRUNTIME, unpacked
 from tarflow.runtime.files import replacing_folder
 
 SOURCE = Path(__file__).parent / "src"
-ROOT = Path(__file__).parent.parent.parent.parent
 HEADERS = ("nvidia-cuda-runtime==13.5.37", "nvidia-cuda-crt==13.5.37")
 RUNTIME = "libcudart.so.13"  # what the others call for the log
 LIBRARIES = {

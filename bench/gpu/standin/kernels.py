@@ -10,12 +10,13 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from bench.gpu.standin.build import ROOT, build
+from bench.gpu.checkout import DEMO
+from bench.gpu.standin.build import build
 from bench.gpu.standin.log import read
 
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 START = "import sys, onnxruntime as o; o.InferenceSession(sys.argv[1], providers=['CUDAExecutionProvider'])"
-ANY_GRAPH = ROOT / "tarflow" / "demo" / "block_00.forward.onnx"
+ANY_GRAPH = DEMO / "block_00.forward.onnx"
 OWN, FLASH = "N11onnxruntime", "N11onnxruntime5flash"  # as C++ spells namespaces in the names of symbols
 
 
