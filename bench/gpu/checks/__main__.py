@@ -21,7 +21,7 @@ from bench.gpu.checks.check import Check
 from bench.gpu.checks.one import CHECKS
 from tarflow.runtime.bundle import Bundle
 
-PATIENCE = 700  # characters of what a check said before it failed
+SAID = 700  # characters of what a check said before it failed
 
 
 def outcome(check: Check, bundle: Bundle, provider: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def outcome(check: Check, bundle: Bundle, provider: str) -> dict[str, Any]:
             command, capture_output=True, text=True, timeout=check.limit if provider == "cuda" else None
         )
         if done.returncode:
-            found = {"ok": False, "failed": f"exit code {done.returncode}", "said": done.stderr[-PATIENCE:]}
+            found = {"ok": False, "failed": f"exit code {done.returncode}", "said": done.stderr[-SAID:]}
         else:
             found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
