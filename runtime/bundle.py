@@ -29,6 +29,7 @@ from .manifest import BlockEntry as BlockEntry
 from .manifest import FileEntry as FileEntry
 from .manifest import Manifest as Manifest
 from .manifest import ModelShape as ModelShape
+from .manifest import read_manifest as read_manifest
 
 PARITY = "PARITY.md"
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal

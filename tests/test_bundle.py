@@ -28,10 +28,10 @@ from tarflow.runtime.bundle import (
     ModelShape,
     read_manifest,
 )
-from tarflow.runtime.precision import PRECISIONS
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.precision import PRECISIONS
 
 Exported = Callable[..., Path]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

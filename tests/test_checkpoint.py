@@ -221,7 +221,14 @@ def test_a_number_of_patches_that_is_no_square_is_refused(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_models_only")
 def test_a_configuration_that_is_none_is_refused_before_a_model_is_made(tmp_path: Path) -> None:
     path, config = tmp_path / "x.safetensors", CONFIG.to_dict()
-    spoiled: list[dict[str, object]] = [{"blocks": 10**9}, {"layers": 10**9}, {"blocks": "2"}, {"blocks": 0}, {"head_dim": 48}, {"new": 1}]
+    spoiled: list[dict[str, object]] = [
+        {"blocks": 10**9},
+        {"layers": 10**9},
+        {"blocks": "2"},
+        {"blocks": 0},
+        {"head_dim": 48},
+        {"new": 1},
+    ]
     texts = [json.dumps(config | one) for one in spoiled]
     for text in (*texts, "", "{", "[]", "null", "[" * 100_000, '{"blocks": NaN}'):
         save_file(state_of(), path, {CONFIG_KEY: text})
