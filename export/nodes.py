@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..runtime.ort.library import load_onnxruntime
-from ..runtime.ort.sessions import Feeds
+from ..runtime.parts import Feeds
 from .emulate import WIDE, emulate_bfloat16
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from ..runtime.files import replacing_folder
-from ..runtime.ort.sessions import Feeds
+from ..runtime.parts import Feeds
 from .bisect import Finding
 from .nodes import Evidence
 
