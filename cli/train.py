@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.errors import InputError
 from .console import emit, say
 from .options import Json, Threads
 
@@ -66,7 +67,6 @@ def train(
     import torch
 
     from ..config import Config, parse_noise
-    from ..runtime.errors import InputError
     from ..train.data import digits, folder
     from ..train.loop import train as carry_out
     from ..train.processes import pick_device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.image import to_uint8
+from ..runtime.image import png, to_uint8
 from ..runtime.noise import normal_quantile
 
 Numbers = NDArray[np.float64]
@@ -127,11 +126,7 @@ def heat_map(values: Numbers, reach: float, alt: str) -> str:
 
 
 def _png(pixels: NDArray[np.uint8], alt: str, width: int) -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
-    text = base64.b64encode(file.getvalue()).decode()
+    text = base64.b64encode(png(pixels, {})).decode()
     return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{text}">'
 
 
