@@ -11,9 +11,10 @@ import typer
 
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, say, status_line, step_bar
+from .console import default_bundle, emit, parse_labels, say
 from .images import read_images
 from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .progress import status_line, step_bar
 
 if TYPE_CHECKING:
     import numpy as np

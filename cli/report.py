@@ -11,10 +11,11 @@ import typer
 
 from ..runtime.errors import InputError
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, say, status_line
+from .console import default_bundle, emit, parse_labels, say
 from .evaluate import request_of
 from .images import as_trained_on, read_images
 from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .progress import status_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,12 +6,14 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..runtime.backend import Array
+from ..runtime.bundle import MANIFEST, Bundle
+from ..runtime.errors import BundleError
 from . import plots
+from .card import Card
 from .examine import Examination
 
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
@@ -38,7 +40,7 @@ def render(found: Examination, making: Making) -> str:
         _likelihood(found),
         _certificates(found),
         _times(found),
-        _parity(found.bundle.manifest.parity),
+        _parity(found.bundle),
         _provenance(found, making),
     ]
     return f"""<!doctype html>
@@ -198,23 +200,23 @@ def _times(found: Examination) -> str:
     return _section("Time", text, f'<figure class="plot">{plots.bars(rows, "Seconds by block")}</figure>')
 
 
-def _parity(card: Mapping[str, Any]) -> str:
-    if not card:
-        return _section("Parity", "This export was not verified; run: tarflow verify BUNDLE CHECKPOINT", "")
+def _parity(bundle: Bundle) -> str:
+    document = bundle.manifest.parity
+    if not document:
+        return _section("Parity", "This export was not verified against PyTorch.", "")
     try:
-        measured = [(f"block {row['block']}", row) for row in card["blocks"]]
-        measured += [(part, card[part]) for part in ("guided", "resident", "sample", "denoised") if part in card]
-        rows = [
-            (name, f"{row['cosine']:.9f}", *(f"{row[key]:.1e}" for key in ("rms", "p99", "max")))
-            for name, row in measured
-        ]
-        text = (
-            f"{card['backend']} against {card['oracle']} when the bundle was exported: {card['method']}, "
-            f"{card['samples']} samples. Certificate {card['certificate']:.1e}, shift of bits per dimension "
-            f"{card.get('bits_per_dim_shift', 0):.1e}."
-        )
-    except (KeyError, TypeError, ValueError):
-        return _section("Parity", "The card is of another version; tarflow inspect --json shows it.", "")
+        card = Card.from_json(document, MANIFEST)
+    except BundleError:
+        return _section("Parity", "The card is of another version; the manifest holds it.", "")
+    shift = "" if card.bits_per_dim_shift is None else f", shift of bits per dimension {card.bits_per_dim_shift:.1e}"
+    text = (
+        f"{card.backend} against {card.oracle} when the bundle was exported: {card.method}, {card.samples} samples. "
+        f"Certificate {card.certificate:.1e}{shift}."
+    )
+    rows = [
+        (name, f"{row.cosine:.9f}", *(f"{number:.1e}" for number in (row.rms, row.p99, row.max)))
+        for name, row in card.rows()
+    ]
     return _section("Parity", text, _table(("", "cosine", "rms", "99 %", "largest"), rows))
 
 

@@ -217,7 +217,7 @@ def test_a_number_of_patches_that_is_no_square_is_refused(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_models_only")
 def test_a_configuration_that_is_none_is_refused_before_a_model_is_made(tmp_path: Path) -> None:
     path, config = tmp_path / "x.safetensors", CONFIG.to_dict()
-    wrong = {"blocks": [10**9, "2", 0], "layers": [10**9], "head_dim": [48], "new": [1]}
+    wrong: dict[str, list[object]] = {"blocks": [10**9, "2", 0], "layers": [10**9], "head_dim": [48], "new": [1]}
     texts = [json.dumps(config | {name: value}) for name, values in wrong.items() for value in values]
     for text in (*texts, "", "{", "[]", "null", "[" * 100_000, '{"blocks": NaN}'):
         save_file(state_of(), path, {CONFIG_KEY: text})
