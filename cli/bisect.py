@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.opening import Opening
 from .console import emit, stages
-from .options import Channels, Json, NoiseStd, PatchSize, Provider
+from .options import Json, NoiseStd, PatchSize, opens
 
 
+@opens()
 def bisect(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     checkpoint: Annotated[
@@ -22,9 +24,9 @@ def bisect(
     output: Annotated[Path, typer.Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing repro folder.")] = False,
     patch_size: PatchSize = None,
-    channels: Channels = None,
     noise_std: NoiseStd = None,
-    provider: Provider = "cpu",
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Name the first block, step and graph node that leaves tolerance of PyTorch, and write a folder that shows it.
@@ -35,14 +37,15 @@ def bisect(
     """
     from tarflow.config import Hints
 
-    from ..export.bisect import write_repro
-    from ..export.pipeline import bisect_bundle
+    from ..export.bisect import bisect_bundle
+    from ..export.comparison import Comparison
+    from ..export.repro import MARKER, write_repro
     from ..runtime.files import check_replaceable
 
-    check_replaceable(output, force, marker="finding.json")
+    check_replaceable(output, force, MARKER)
     with stages(quiet=json) as watch:
-        hints = Hints(patch_size, channels, noise_std)
-        result = bisect_bundle(bundle, checkpoint, hints, provider, tolerance, watch)
+        comparison = Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening)
+        result = bisect_bundle(comparison, tolerance, watch)
         if result is not None:
             write_repro(output, *result, force)
     if result is None:

@@ -205,17 +205,6 @@ def label_choices(text: str) -> list[int]:
     return choices
 
 
-def read_images(path: Path, channels: int, size: int) -> tuple[NDArray[Any], list[str] | None]:
-    """Images from an .npy file or a folder of pictures: as stored, and the pictures' names."""
-    if path.is_dir():
-        from ..runtime.image import read_folder
-
-        return read_folder(path, channels, size)
-    if not path.exists():
-        raise InputError(f"no images at '{path}'; expected a folder of pictures, or an array saved with numpy.save")
-    return read_array(path, "images"), None
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import noise as noise_source
+from .backend import REPRODUCIBLE_TILE as REPRODUCIBLE_TILE
 from .backend import Array, Backend, Branches
 from .bundle import Bundle, ModelShape
 from .chain import Chain, Ways
@@ -44,7 +45,6 @@ from .samples import Report as Report
 from .samples import Samples as Samples
 from .samples import Watch
 
-REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 _LARGEST_BATCH = 64
 _UNWATCHED = Watch()
 
@@ -65,6 +65,7 @@ class Flow:
         cls,
         bundle: str | os.PathLike[str] | Bundle,
         provider: str | Opening = "cpu",
+        threads: int | None = None,  # third, as Triton repositories written earlier give it
         **opening: Unpack[Keywords],  # typed: the fields of Opening are in one place
     ) -> Flow:
         """Open a bundle, after checking the hashes of its graphs and weights.
@@ -74,7 +75,7 @@ class Flow:
         or one without engines that fit, MachineError if the provider is not to be had, InputError for an unknown one,
         and for a limit of memory that one image exceeds.
         """
-        how = opening_of(provider, opening)
+        how = opening_of(provider, threads, opening)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         opened.check_runnable()
         budget = spend(opened, how.memory)
@@ -177,7 +178,7 @@ class Flow:
 
         Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
         """
-        checked = check_strength(self.config, float(strength))
+        checked = check_strength(self.config, float(strength), "strength")
         x, classes = check_images(self.config, images, labels)
         assert checked is not None
         found = np.concatenate([self.chain.denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])

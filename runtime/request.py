@@ -64,7 +64,8 @@ class Request:
         if isinstance(self, Resolved):
             return self
         if self.labels is not None:
-            check_labels(config, self.labels, len(self.labels))
+            used = self.labels[: self.n]
+            check_labels(config, used, len(used))
         strength = check_strength(config, self.denoise)
         mine = {field.name: getattr(self, field.name) for field in fields(Request)}
         found = Resolved(**mine | {"denoise": False if strength is None else strength})

@@ -13,8 +13,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from tarflow.export.bisect import write_repro
-from tarflow.export.pipeline import bisect_bundle
+from tarflow.export.bisect import bisect_bundle
+from tarflow.export.comparison import Comparison
+from tarflow.export.repro import write_repro
 
 from .conftest import Cli
 
@@ -46,8 +47,8 @@ def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
 
 
 def test_a_sound_bundle_has_nothing_to_find(bundle: Callable[..., Path]) -> None:
-    assert bisect_bundle(bundle("cond")) is None
-    assert bisect_bundle(bundle("uncond", "bf16")) is None
+    assert bisect_bundle(Comparison(bundle("cond"))) is None
+    assert bisect_bundle(Comparison(bundle("uncond", "bf16"))) is None
 
 
 def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(
@@ -76,7 +77,7 @@ def test_a_wrong_node_in_the_parallel_graphs_is_named(
 ) -> None:
     folder = copy("cond")
     planted = plant(folder, f"block_01.{kind}.onnx", op, other, 0)
-    result = bisect_bundle(folder)
+    result = bisect_bundle(Comparison(folder))
     assert result is not None
     assert (result[0].block, result[0].kind, result[0].node) == (1, kind, planted)
 
@@ -92,10 +93,10 @@ def test_a_wrong_weight_is_named(copy: Callable[..., Path], tmp_path: Path, bund
     content[8 + header_length + start : 8 + header_length + end] = changed.astype(np.float32).tobytes()
     (folder / "weights.safetensors").write_bytes(content)
     rehash(folder, "weights.safetensors")
-    result = bisect_bundle(folder, bundle("cond"))
+    result = bisect_bundle(Comparison(folder, bundle("cond")))
     assert result is not None
-    finding, tensors = result
+    finding, evidence = result
     assert finding.block == 1
     assert "layers.1.up.bias is not the checkpoint's" in finding.reason
-    write_repro(tmp_path / "repro", finding, tensors, force=False)
+    write_repro(tmp_path / "repro", finding, evidence, force=False)
     assert json.loads((tmp_path / "repro" / "finding.json").read_text())["block"] == 1

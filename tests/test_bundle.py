@@ -20,7 +20,6 @@ from tarflow.runtime.bundle import (
     GOLDEN,
     KINDS,
     MANIFEST,
-    PRECISIONS,
     WEIGHTS,
     BlockEntry,
     Bundle,
@@ -32,6 +31,7 @@ from tarflow.runtime.bundle import (
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.precision import PRECISIONS
 
 Exported = Callable[..., Path]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -130,7 +130,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     graph = st.sampled_from(names)
     return Manifest(
         name=draw(st.text(max_size=20)),
-        precision=draw(st.sampled_from(PRECISIONS)),
+        precision=draw(st.sampled_from(list(PRECISIONS))),
         config=config,
         blocks=tuple(BlockEntry(k % 2 == 1, {kind: draw(graph) for kind in KINDS}) for k in range(blocks)),
         files={name: draw(entries) for name in names},

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,17 @@ from safetensors.torch import load_file as load_torch
 
 from tarflow.checkpoint import load
 from tarflow.export import pipeline
-from tarflow.export.pipeline import export, plan, verify_bundle
-from tarflow.quality import parity as verify
+from tarflow.export.comparison import Comparison, verify_bundle
+from tarflow.export.estimate import estimate
+from tarflow.export.pipeline import export
+from tarflow.quality import parity
 from tarflow.runtime.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import CheckFailed, InputError
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.precision import PRECISIONS, Tolerance
 
 from .conftest import Golden, largest
 
-HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16, "fp32": onnx.TensorProto.FLOAT}
 WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
 
 
@@ -47,7 +50,7 @@ def test_precision_is_typed_into_the_graphs(bundle: Callable[..., Path], case: s
             for node, kind_of_input in typed_nodes(opened.path(name)):
                 if node.op_type in ("MatMul", "Gemm"):
                     products += 1
-                    assert kind_of_input == HALF[engine], f"{name}: {node.name} is not {engine}"
+                    assert kind_of_input == PRECISIONS[engine].onnx, f"{name}: {node.name} is not {engine}"
                 if node.op_type in WIDE_OPS:
                     assert kind_of_input == onnx.TensorProto.FLOAT, f"{name}: {node.name} is not float32"
             assert products > 4, f"{name} has {products} matrix products: {kind} lost its network"
@@ -114,7 +117,7 @@ def test_golden_pairs_are_pytorchs(bundle: Callable[..., Path]) -> None:
 def test_an_export_out_of_tolerance_leaves_no_bundle(
     golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(verify.TOLERANCES, "fp16", {"rms": 1e-9, "bits_per_dim": 1.0, "certificate": 1.0})
+    monkeypatch.setitem(PRECISIONS, "fp16", replace(PRECISIONS["fp16"], tolerance=Tolerance(1e-9, 1.0, 1.0)))
     with pytest.raises(CheckFailed, match="rms"):
         export(golden("uncond").checkpoint, tmp_path / "bundle", "fp16")
     assert list(tmp_path.iterdir()) == []
@@ -146,31 +149,32 @@ def test_weights_beyond_float16_are_named(golden: Callable[[str], Golden], tmp_p
         export(tmp_path / golden("vp").checkpoint.name, tmp_path / "bundle", "fp16")
 
 
-def test_a_plan_tells_the_files_and_sizes_of_the_export(
+def test_an_estimate_tells_the_files_and_sizes_of_the_export(
     golden: Callable[[str], Golden], bundle: Callable[..., Path]
 ) -> None:
-    planned, opened = plan(golden("cond").checkpoint), Bundle.open(bundle("cond"))
+    guessed, opened = estimate(golden("cond").checkpoint), Bundle.open(bundle("cond"))
     made = {name: entry.size for name, entry in opened.manifest.files.items()}
     made[MANIFEST] = (opened.folder / MANIFEST).stat().st_size
-    assert planned.files.keys() == made.keys()
+    assert guessed.files.keys() == made.keys()
     for name, size in made.items():
-        assert 0.4 < planned.files[name] / size < 2.5, f"{name}: planned {planned.files[name]}, made {size}"
+        assert 0.4 < guessed.files[name] / size < 2.5, f"{name}: estimated {guessed.files[name]}, made {size}"
 
 
 def test_verify_compares_with_the_checkpoint_and_catches_another(
     bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path
 ) -> None:
-    card = verify_bundle(bundle("vp"), golden("vp").checkpoint)
-    assert verify.failures(card) == []
-    assert card["golden"]["rms"] < 1e-5
+    card = verify_bundle(Comparison(bundle("vp"), golden("vp").checkpoint))
+    assert card.failures() == []
+    assert card.golden is not None
+    assert card.golden.rms < 1e-5
     state = torch.load(golden("vp").checkpoint, weights_only=True)
     state["blocks.1.proj_out.bias"] += 0.01
     torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    wrong = verify.failures(verify_bundle(bundle("vp"), tmp_path / golden("vp").checkpoint.name))
+    wrong = verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
     assert any("block 1" in sentence for sentence in wrong)
     assert not any("block 0" in sentence for sentence in wrong)
     with pytest.raises(InputError, match="classes 5 against 3"):
-        verify_bundle(bundle("vp"), golden("cond").checkpoint)
+        verify_bundle(Comparison(bundle("vp"), golden("cond").checkpoint))
 
 
 def test_verify_catches_another_prior(
@@ -179,7 +183,7 @@ def test_verify_catches_another_prior(
     state = torch.load(golden("vp").checkpoint, weights_only=True)
     state["var"] *= 4
     torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    assert verify.failures(verify_bundle(bundle("vp"), tmp_path / golden("vp").checkpoint.name))
+    assert verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
 
 
 def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[..., Path], tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["block_01.step.onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    wrong = verify.failures(verify_bundle(folder))
+    wrong = verify_bundle(Comparison(folder)).failures()
     assert wrong
     assert all("guided" in sentence for sentence in wrong)
 
@@ -200,14 +204,14 @@ def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[
 def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
     bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_SERIAL_LIMIT", 0.0)
-    monkeypatch.setattr(verify, "_SERIAL_STEPS", 3)
-    monkeypatch.setattr(verify, "_SWEEP_WINDOW", 5)
-    card = verify_bundle(bundle("cond"), golden("cond").checkpoint)
-    assert "sweep" in card["method"]
-    assert verify.failures(card) == []
+    monkeypatch.setattr(parity, "_SERIAL_LIMIT", 0.0)
+    monkeypatch.setattr(parity, "_SERIAL_STEPS", 3)
+    monkeypatch.setattr(parity, "_SWEEP_WINDOW", 5)
+    card = verify_bundle(Comparison(bundle("cond"), golden("cond").checkpoint))
+    assert "sweep" in card.method
+    assert card.failures() == []
     state = torch.load(golden("cond").checkpoint, weights_only=True)
     state["blocks.2.attn_blocks.1.mlp.main.2.bias"] += 0.05
     torch.save(state, tmp_path / golden("cond").checkpoint.name)
-    wrong = verify.failures(verify_bundle(bundle("cond"), tmp_path / golden("cond").checkpoint.name))
+    wrong = verify_bundle(Comparison(bundle("cond"), tmp_path / golden("cond").checkpoint.name)).failures()
     assert any("block 2" in sentence for sentence in wrong)

@@ -52,7 +52,8 @@ def with_wheels(folder: Path, arguments: Sequence[str]) -> int:
 
 def build_engines(bundle: Bundle, batches: Sequence[int]) -> str | None:
     """TensorRT engines for the batches, beside the bundle's graphs; what is built stays. Returns why not, or None."""
-    from tarflow.export.engines.build import Options, build
+    from tarflow.export.engines.build import build
+    from tarflow.export.engines.options import Options
     from tarflow.runtime.backend import WINDOW
 
     from .device import FAILURES
@@ -60,7 +61,7 @@ def build_engines(bundle: Bundle, batches: Sequence[int]) -> str | None:
     sizes = min(batches), sorted(batches)[len(batches) // 2], max(batches)
     options = Options(batch=sizes, window=(1, 1, WINDOW))
     try:
-        build(bundle, options=options, watch=lambda progress: None, package="tensorrt")
+        build(bundle, options=options)
     except FAILURES as error:
         return f"TensorRT engines were not built: {str(error).splitlines()[0][:200]}"
     return None
