@@ -12,8 +12,9 @@ import typer
 
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
-from .console import default_bundle, emit, say, stages, status_line
+from .console import default_bundle, emit, say
 from .options import BundleArgument, Json
+from .progress import stages, status_line
 
 if TYPE_CHECKING:
     from ..export.engines.progress import Headway

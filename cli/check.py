@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .console import default_bundle, emit, stages
+from .console import default_bundle, emit
 from .options import BundleArgument, Json
+from .progress import stages
 
 
 def check_engine(

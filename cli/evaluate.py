@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..runtime.errors import CheckFailed, InputError
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, say, status_line, step_bar
+from .console import default_bundle, emit, parse_labels, say
 from .images import read_images
-from .options import BundleArgument, Drawing, Json, Labels, draws, opens
+from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .progress import status_line, step_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,7 @@ _PART = 1024  # samples drawn before their features are taken: memory stays boun
 
 
 @opens()
-@draws("denoise", "denoise_strength", "first_sample", "certify", "redraw_nonfinite", "reproducible", "tolerance")
+@draws(*DRAWING.keys() - {*GUIDANCE, "seed", "batch_size", "decode"})
 def evaluate(
     bundle: BundleArgument = None,
     against: Annotated[
@@ -65,7 +67,6 @@ def evaluate(
     from ..quality.features import FeatureNetwork, Usage
     from ..quality.frechet import estimate, write_statistics
     from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
     from ..runtime.files import check_writable
     from ..runtime.flow import Flow
 
@@ -129,8 +130,6 @@ def evaluate(
 
 def _default_network(bundle: Bundle) -> Path:
     """The demo's own network for the demo and exports of it; for any other model InputError."""
-    from ..runtime.errors import InputError
-
     if bundle.manifest.name == "digits" and bundle.manifest.config.image == (1, 8, 8):
         return DIGITS
     raise InputError(
@@ -140,8 +139,6 @@ def _default_network(bundle: Bundle) -> Path:
 
 
 def _default_images(features: Path | None, bundle: Bundle) -> Path:
-    from ..runtime.errors import InputError
-
     if features is None and _default_network(bundle) == DIGITS:
         return DIGITS.with_suffix(".npz")
     raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
@@ -150,7 +147,6 @@ def _default_images(features: Path | None, bundle: Bundle) -> Path:
 def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statistics:
     """The statistics of the images to compare with: read, or computed. Raises InputError if they do not fit."""
     from ..quality.frechet import Statistics, read_statistics
-    from ..runtime.errors import InputError
 
     if against.suffix != ".npz":
         return Statistics.of(network(_pictures(against, bundle)))
@@ -206,8 +202,6 @@ def _scaled(bar: Callable[[Progress], None] | None, before: float, share: float)
 def _finite(images: NDArray[Any]) -> NDArray[Any]:
     """The images, if all are finite; else CheckFailed: a black picture would be judged in a sample's place."""
     import numpy as np
-
-    from ..runtime.errors import CheckFailed
 
     broken = int((~np.isfinite(images).all((1, 2, 3))).sum())
     if broken:

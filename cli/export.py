@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..runtime.files import size_text
-from .console import DEFAULT_BUNDLE, DEMO, emit, say, show, stages
+from .console import DEFAULT_BUNDLE, DEMO, emit, say, show
 from .options import Json, NoiseStd, PatchSize
+from .progress import stages
 
 if TYPE_CHECKING:
     from ..export.estimate import Estimate

@@ -19,6 +19,8 @@ _FLAGS = {  # of fields whose flag is not their name with dashes
     "folder": "-o",
     "stats": "--save-stats",
     "run": "--out",
+    "gpus": "--gpu",
+    "tasks": "--models",
 }
 _ARGUMENTS = ("bundle", "checkpoint", "images")  # named by their place, not by a flag
 _PLACES = {  # what stands behind an operation's name, in order

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..runtime.errors import InputError
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, say, status_line
+from .console import default_bundle, emit, parse_labels, say
 from .evaluate import request_of
 from .images import as_trained_on, read_images
-from .options import BundleArgument, Drawing, Json, Labels, draws, opens
+from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .progress import status_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,17 +24,7 @@ if TYPE_CHECKING:
 
 
 @opens()
-@draws(
-    "denoise",
-    "denoise_strength",
-    "first_sample",
-    "certify",
-    "redraw_nonfinite",
-    "batch_size",
-    "reproducible",
-    "decode",
-    "tolerance",
-)
+@draws(*DRAWING.keys() - {*GUIDANCE, "seed"})
 def report(
     bundle: BundleArgument = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
@@ -58,7 +50,6 @@ def report(
     from ..quality.examine import examine
     from ..quality.report import Making, render
     from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
     from ..runtime.files import check_writable, replacing
     from ..runtime.flow import Flow
 

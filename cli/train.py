@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.errors import InputError
 from .console import emit, say
 from .options import Json, Threads
+from .progress import bar
 
 Watch = Callable[[dict[str, Any]], None]  # is told each line of the log
 
@@ -66,7 +68,6 @@ def train(
     import torch
 
     from ..config import Config, parse_noise
-    from ..runtime.errors import InputError
     from ..train.data import digits, folder
     from ..train.loop import train as carry_out
     from ..train.processes import pick_device
@@ -127,15 +128,8 @@ def log_lines(steps: int) -> Iterator[Watch]:
     elif not sys.stderr.isatty():
         yield lambda line: say(f"step {line['step']}/{steps}  {summary(line)}")
     else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
-        with Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
-        ) as bar:
-            task = bar.add_task("", total=steps)
-            yield lambda line: bar.update(task, completed=line["step"], description=summary(line))
+        with bar("training", steps) as update:
+            yield lambda line: update(completed=line["step"], description=summary(line))
 
 
 def summary(line: dict[str, Any]) -> str:

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..runtime.opening import Opening
-from .console import emit, stages
+from .console import emit
 from .options import Json, NoiseStd, PatchSize, opens
+from .progress import stages
 
 
 @opens()

@@ -24,8 +24,8 @@ from ..runtime.errors import InputError
 from ..runtime.flow import Flow
 from ..runtime.ort.backend import OrtBackend
 from ..runtime.ort.library import PROVIDERS
-from ..runtime.ort.sessions import Feeds
 from ..runtime.ort.stepwise import StepwiseDecoding
+from ..runtime.parts import Feeds, forward_feeds, gradient_feeds
 from ..runtime.precision import PRECISIONS
 from .comparison import Comparison, Watch
 from .nodes import Evidence, expose, first_difference
@@ -110,7 +110,6 @@ def bisect_bundle(
 def _suspects(backend: OrtBackend, oracle: Flow, pairs: Pairs, watch: Watch) -> Iterator[Suspect]:
     """Every result of every graph on the oracle's inputs, and how far it is off, in the order of sampling."""
     plain = Branches.plain(pairs.labels, oracle.config.tokens)
-    classes = backend.classes(plain.labels)
     for block, z, x in pairs.inverses():
         watch(f"block {block}: step graph")
         decoding = backend.decoding(block, z, plain)
@@ -121,12 +120,11 @@ def _suspects(backend: OrtBackend, oracle: Flow, pairs: Pairs, watch: Watch) -> 
             error = float(np.abs(decoding.patches() - x).max())
             yield Suspect("step", block, step, error, decoding.inputs)  # whose cache holds the step's own slot: masked
         watch(f"block {block}: forward graph")
-        feeds: Feeds = {"x": x, "labels": classes, "mix": plain.mix}
-        feeds["inverse_temperature"] = plain.inverse_temperature
+        feeds = forward_feeds(oracle.config, x, plain)
         yield Suspect("forward", block, None, float(np.abs(backend.forward(block, x, plain)[0] - z).max()), feeds)
         watch(f"block {block}: gradient graph")
         ones = np.ones(len(x), np.float32)
-        feeds = {"x": x, "labels": classes, "grad_z": -z, "grad_log_det": ones}
+        feeds = gradient_feeds(oracle.config, x, pairs.labels, -z, ones)
         expected = oracle.backend.gradient(block, x, pairs.labels, -z, ones)
         scale = max(1.0, float(np.abs(expected).max()))
         error = float(np.abs(backend.gradient(block, x, pairs.labels, -z, ones) - expected).max()) / scale

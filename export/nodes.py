@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..runtime.bundle import WEIGHTS
 from ..runtime.ort.library import load_onnxruntime
-from ..runtime.ort.sessions import Feeds
+from ..runtime.parts import Feeds
 from .emulate import WIDE, emulate_bfloat16
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 WINDOW = 64  # on a device a pass costs the same for any small window; larger ones gain little more
 
 

@@ -158,13 +158,6 @@ def test_a_later_family_is_recognised(family: str, names: list[str], alone: bool
         load(write(tmp_path, theirs if alone else state_of() | theirs))
 
 
-@pytest.mark.parametrize("name", [f"{BLOCK}proj_in.bias", "blocks.0.pos_embed", f"{LAYER}mlp.main.2.bias", ""])
-def test_a_missing_weight_is_named(name: str, tmp_path: Path) -> None:
-    state = {key: tensor for key, tensor in state_of().items() if name and key != name}
-    with pytest.raises(CheckpointError, match=f"missing: .*{name}"):
-        load(write(tmp_path, state))
-
-
 @pytest.fixture
 def small_models_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where a model of a billion blocks would be begun: it would take the machine's memory."""
@@ -177,38 +170,41 @@ def small_models_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow.checkpoint.TarFlow", build)
 
 
+MISSING = [f"{BLOCK}proj_in.bias", "blocks.0.pos_embed", f"{LAYER}mlp.main.2.bias"]
+TOO_MANY = ["head.weight", "blocks.0.extra", "blocks.extra.weight", "blocks.x", "blocks.", "blocks.-1.pos_embed"]
+TOO_MANY += ["blocks.0.attn_blocks.x.weight", "blocks.0.attn_blocks.", "blocks.1000000000.pos_embed"]
+TOO_MANY += ["blocks.0.attn_blocks.1000000000.norm.weight"]
+RESHAPED: dict[str, list[tuple[int, ...]]] = {
+    f"{BLOCK}pos_embed": [(4, 64)],
+    f"{BLOCK}proj_in.bias": [(7,)],
+    "blocks.0.proj_in.weight": [(64,), ()],
+    "blocks.0.proj_out.bias": [()],
+    "blocks.0.proj_out.weight": [(5, 64)],
+    f"{LAYER}attention.qkv.weight": [(192, 32)],
+    "blocks.0.class_embed": [(), (4, 32)],
+    "var": [(1, 1)],
+}
+
+
 @pytest.mark.usefixtures("small_models_only")
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("head.weight", "blocks.0.extra", "blocks.extra.weight", "blocks.x", "blocks."),
-        *("blocks.0.attn_blocks.x.weight", "blocks.0.attn_blocks.", "blocks.-1.pos_embed"),
-        *("blocks.1000000000.pos_embed", "blocks.0.attn_blocks.1000000000.norm.weight"),
-    ],
-)
-def test_a_weight_too_many_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(name)):
-        load(write(tmp_path, state_of() | {name: torch.zeros(2)}))
-
-
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        (f"{BLOCK}pos_embed", (4, 64)),
-        (f"{BLOCK}proj_in.bias", (7,)),
-        ("blocks.0.proj_in.weight", (64,)),
-        ("blocks.0.proj_in.weight", ()),
-        ("blocks.0.proj_out.bias", ()),
-        ("blocks.0.proj_out.weight", (5, 64)),
-        (f"{LAYER}attention.qkv.weight", (192, 32)),
-        ("blocks.0.class_embed", ()),
-        ("blocks.0.class_embed", (4, 32)),
-        ("var", (1, 1)),
+        *((name, None) for name in MISSING),
+        *((name, (2,)) for name in TOO_MANY),
+        *((name, shape) for name, shapes in RESHAPED.items() for shape in shapes),
     ],
 )
-def test_a_weight_of_another_shape_is_named(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_weight_that_is_missing_too_many_or_of_another_shape_is_named(
+    name: str, shape: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    state = state_of()
+    if shape is None:
+        del state[name]
+    else:
+        state[name] = torch.zeros(shape)
     with pytest.raises(CheckpointError, match=re.escape(name)):
-        load(write(tmp_path, state_of() | {name: torch.zeros(shape)}))
+        load(write(tmp_path, state))
 
 
 def test_a_number_of_patches_that_is_no_square_is_refused(tmp_path: Path) -> None:
@@ -221,8 +217,8 @@ def test_a_number_of_patches_that_is_no_square_is_refused(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_models_only")
 def test_a_configuration_that_is_none_is_refused_before_a_model_is_made(tmp_path: Path) -> None:
     path, config = tmp_path / "x.safetensors", CONFIG.to_dict()
-    spoiled = [{"blocks": 10**9}, {"layers": 10**9}, {"blocks": "2"}, {"blocks": 0}, {"head_dim": 48}, {"new": 1}]
-    texts = [json.dumps(config | one) for one in spoiled]
+    wrong: dict[str, list[object]] = {"blocks": [10**9, "2", 0], "layers": [10**9], "head_dim": [48], "new": [1]}
+    texts = [json.dumps(config | {name: value}) for name, values in wrong.items() for value in values]
     for text in (*texts, "", "{", "[]", "null", "[" * 100_000, '{"blocks": NaN}'):
         save_file(state_of(), path, {CONFIG_KEY: text})
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):

@@ -318,7 +318,6 @@ def test_command_raises_what_a_user_can_mend(tmp_path: Path) -> None:
     for arguments, message in (
         (("--width", "100"), "not a multiple of the head dimension"),
         (("--patch-size", "3"), "pass a `patch_size` that divides 8"),
-        (("--steps", "0"), "`steps` is 0"),
         (("--noise-std", "loud"), "`noise_std` is 'loud'; expected a number, or 'uniform'"),
         (("--data", str(tmp_path / "photos")), "no folder at"),
         (("--threads", "0"), "`threads` is 0"),

@@ -49,7 +49,6 @@ std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, c
   if (package != here.package || release(version) != release(here.version)) {
     return "they need " + package + " " + version + " exactly, here is " + here.package + " " + here.version;
   }
-  if (strip_weights) return "they hold no weights, which only the Python runtime fills in";
   if (std::find(capabilities.begin(), capabilities.end(), here.capability) == capabilities.end() ||
       (!gpu.empty() && gpu != here.gpu)) {
     return "they are for " + (gpu.empty() ? "another compute capability" : gpu) + ", here is " + here.gpu + " (" +
@@ -78,7 +77,7 @@ std::string Record::rebuild(const std::string& folder, const Here& here) const {
     return capability.find_first_not_of("0123456789.") == std::string::npos;
   });
   if (gpu.empty() && served && plain) command += " --device " + joined(capabilities);
-  return command + (version_compatible ? " --version-compatible" : "");
+  return command;
 }
 
 Record read_record(std::string_view content, const std::string& source) {
@@ -88,14 +87,18 @@ Record read_record(std::string_view content, const std::string& source) {
       reader.natural(reader.get(document, "schema"), "schema", 1) != 1) {
     throw reader.wrong("it is no record of engines, or of another version");
   }
+  for (const char* gone : {"version_compatible", "strip_weights"}) {  // ways to build that are no more
+    if (reader.truth(document, gone)) {
+      throw reader.wrong(std::string("'") + gone +
+                         "' is true, which this version neither builds nor runs; expected false");
+    }
+  }
   Record record{reader.sha256(document, "bundle"),
                 reader.text(document, "precision"),
                 reader.text(document, "package"),
                 reader.text(document, "version"),
                 "",
                 {},
-                reader.truth(document, "version_compatible"),
-                reader.truth(document, "strip_weights"),
                 {},
                 {}};
   const Json& target = reader.object(document, "target");

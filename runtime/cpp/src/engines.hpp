@@ -29,7 +29,6 @@ struct Here {
 struct Record {
   std::string bundle, precision, package, version, gpu;  // `gpu` empty: any of these capabilities
   std::vector<std::string> capabilities;
-  bool version_compatible, strip_weights;
   std::map<std::string, std::vector<Profile>> profiles;  // by kind
   std::map<std::string, EngineEntry> engines;            // by file name
 

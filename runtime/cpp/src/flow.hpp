@@ -25,7 +25,7 @@ struct Opened {
   void* const user;
 };
 
-// Opens a bundle on "cpu", "cuda", "ort-tensorrt", "tensorrt" or "auto".
+// Opens a bundle on "cpu", "cuda", "tensorrt" or "auto".
 std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_open_options& options);
 
 class Flow {

@@ -29,12 +29,12 @@ struct ModelShape {
 
 bool operator==(const ModelShape& a, const ModelShape& b);
 
-enum Kind { kStep, kForward, kGradient, kResident, kPingpong };
-constexpr std::array<const char*, 5> kKindNames = {"step", "forward", "gradient", "resident", "pingpong"};
+enum Kind { kStep, kForward, kGradient, kResident };  // others, of older versions, are left alone
+constexpr std::array<const char*, 4> kKindNames = {"step", "forward", "gradient", "resident"};
 
 struct BlockEntry {
   bool reversed;
-  std::array<std::string, 5> graphs;  // file names by Kind; the last two may be empty
+  std::array<std::string, 4> graphs;  // file names by Kind; of a bundle from before there were any, no resident
 };
 
 struct FileEntry {

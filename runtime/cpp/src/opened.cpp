@@ -23,10 +23,8 @@ std::unique_ptr<Backend> open_backend(const std::string& provider, const Bundle&
 
 std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_open_options& options) {
   const std::string provider = options.provider != nullptr ? options.provider : "cpu";
-  if (provider != "auto" && provider != "cpu" && provider != "cuda" && provider != "ort-tensorrt" &&
-      provider != "tensorrt") {
-    throw input_error("provider '" + provider +
-                      "' is unknown; expected one of auto, cpu, cuda, tensorrt, ort-tensorrt");
+  if (provider != "auto" && provider != "cpu" && provider != "cuda" && provider != "tensorrt") {
+    throw input_error("provider '" + provider + "' is unknown; expected one of auto, cpu, cuda, tensorrt");
   }
   if (options.threads < 0) {
     throw input_error("threads is " + std::to_string(options.threads) + "; expected 1 or more, or 0 for one a core");

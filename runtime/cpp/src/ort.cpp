@@ -21,8 +21,7 @@ ONNXTensorElementDataType cache_type(const std::string& precision) {
 }
 
 const char* provider_name(const std::string& provider) {
-  if (provider == "cuda") return "CUDAExecutionProvider";
-  return provider == "ort-tensorrt" ? "TensorrtExecutionProvider" : "CPUExecutionProvider";
+  return provider == "cuda" ? "CUDAExecutionProvider" : "CPUExecutionProvider";
 }
 
 // The library stays loaded: ONNX Runtime's threads and registries do not survive being unloaded.
@@ -54,13 +53,18 @@ const OrtApiBase* load(const std::string& chosen) {
 OrtBackend::OrtBackend(const Bundle& bundle, const EngineOptions& options)
     : bundle_(bundle),
       options_(options),
-      resident_((options.resident || options.provider != "cpu") && bundle.has(kResident)),
+      resident_(options.resident || options.provider != "cpu"),
       cache_type_(cache_type(bundle.manifest.precision)),
       cache_item_(item_size(cache_type_)) {
   if (bundle.manifest.precision == "bf16" && options.provider == "cpu") {
     throw machine_error(
         "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with provider cuda, or "
         "export for this machine: tarflow export CHECKPOINT --engine fp32");
+  }
+  if (resident_ && !bundle.has(kResident)) {
+    throw bundle_error("'" + bundle.folder +
+                       "' was exported before there were graphs for devices, and runs on CPUs alone; use provider cpu, "
+                       "or export it again: its weights are a checkpoint");
   }
   const OrtApiBase* base = load(options.library);
   version_ = base->GetVersionString();
@@ -95,9 +99,7 @@ OrtBackend::~OrtBackend() = default;
 
 std::string OrtBackend::description() const {
   const std::string name = provider_name(options_.provider);
-  const bool old = options_.provider != "cpu" && !resident_;
-  return "ONNX Runtime " + version_ + ", " + name.substr(0, name.find("Execution")) +
-         (old ? ", cache on the host: an old bundle" : "");
+  return "ONNX Runtime " + version_ + ", " + name.substr(0, name.find("Execution"));
 }
 
 void OrtBackend::prepare(Call& call) const {
@@ -185,19 +187,15 @@ OrtBackend::Session OrtBackend::open(std::size_t block, Kind kind) const {
 }
 
 void OrtBackend::append_provider(OrtSessionOptions* options) const {
-  if (options_.provider == "ort-tensorrt") {
-    OrtTensorRTProviderOptionsV2* made = nullptr;
-    check(api_->CreateTensorRTProviderOptions(&made), "its TensorRT provider does not start");
-    const auto provider = own(made);
-    check(api_->SessionOptionsAppendExecutionProvider_TensorRT_V2(options, made),
-          "its TensorRT provider does not start");
-  }
-  if (options_.provider != "cpu") {
-    OrtCUDAProviderOptionsV2* made = nullptr;
-    check(api_->CreateCUDAProviderOptions(&made), "its CUDA provider does not start");
-    const auto provider = own(made);
-    check(api_->SessionOptionsAppendExecutionProvider_CUDA_V2(options, made), "its CUDA provider does not start");
-  }
+  if (options_.provider == "cpu") return;
+  OrtCUDAProviderOptionsV2* made = nullptr;
+  check(api_->CreateCUDAProviderOptions(&made), "its CUDA provider does not start");
+  const auto provider = own(made);
+  // By default fp32's products would round what they multiply to 10 bits of mantissa.
+  const char* const key = "use_tf32";
+  const char* const value = "0";
+  check(api_->UpdateCUDAProviderOptions(made, &key, &value, 1), "its CUDA provider has no use_tf32");
+  check(api_->SessionOptionsAppendExecutionProvider_CUDA_V2(options, made), "its CUDA provider does not start");
 }
 
 Owned<OrtValue> OrtBackend::tensor(void* data, const Shape& shape, ONNXTensorElementDataType type) const {

@@ -11,7 +11,7 @@
 namespace tarflow::internal {
 
 struct EngineOptions {
-  std::string provider = "cpu";  // "cpu", "cuda" or "ort-tensorrt"
+  std::string provider = "cpu";  // "cpu" or "cuda"
   std::string library;           // file of ONNX Runtime; empty: $TARFLOW_ONNXRUNTIME, else as the loader finds it
   int threads = 0;               // 0: one a core
   bool spinning = true;
@@ -31,14 +31,14 @@ struct Release {
   void operator()(OrtIoBinding* p) const { api->ReleaseIoBinding(p); }
   void operator()(OrtValue* p) const { api->ReleaseValue(p); }
   void operator()(OrtCUDAProviderOptionsV2* p) const { api->ReleaseCUDAProviderOptions(p); }
-  void operator()(OrtTensorRTProviderOptionsV2* p) const { api->ReleaseTensorRTProviderOptions(p); }
 };
 template <class T>
 using Owned = std::unique_ptr<T, Release>;
 
 class OrtBackend final : public Backend {
  public:
-  // Throws Error(TARFLOW_MACHINE) if the library or the provider is not to be had.
+  // Throws Error: TARFLOW_MACHINE if the library or the provider is not to be had, TARFLOW_BUNDLE for a bundle without
+  // the graphs that it needs there.
   OrtBackend(const Bundle& bundle, const EngineOptions& options);
   ~OrtBackend() override;
 

@@ -198,7 +198,7 @@ class TensorRtBackend final : public Backend {
         inputs.push_back({name, cache, {all, shape_.heads(), tokens, shape_.head_dim}});
       }
     }
-    // State comes back in place where the engine says so. The position does not: it is copied behind the step.
+    // State comes back in place. The position alone may not: it is copied behind the step.
     std::vector<Tensor> outputs;
     for (const Tensor& input : inputs) {
       if (input.name != "x" && input.name != "position" && !is_cache(input.name)) continue;

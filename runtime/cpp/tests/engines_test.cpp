@@ -59,13 +59,12 @@ TEST_CASE("the command that builds again repeats what the record knows") {
   CHECK(command(record) == "tarflow build 'my bundle' --engine fp16 --batch 1,2,4");
   record["profiles"]["step"].push_back({{"branches", 1}, {"batch", {1, 2, 4}}, {"window", {2, 4, 8}}});
   record["target"] = {{"gpu", nullptr}, {"capabilities", {"8.9", "9.0"}}};
-  record["version_compatible"] = true;
   CHECK(command(record) ==
-        "tarflow build 'my bundle' --engine fp16 --batch 1,2,4 --window 2,4,8 --device 8.9,9.0 --version-compatible");
+        "tarflow build 'my bundle' --engine fp16 --batch 1,2,4 --window 2,4,8 --device 8.9,9.0");
   record["precision"] = "; rm -r /";
   record["target"]["capabilities"] = {"8.9", "$(reboot)"};
   CHECK(command(record) ==
-        "tarflow build 'my bundle' --batch 1,2,4 --window 2,4,8 --version-compatible");
+        "tarflow build 'my bundle' --batch 1,2,4 --window 2,4,8");
 }
 
 TEST_CASE("one damaged record keeps no good engines from running, and is named if there are none") {
@@ -106,10 +105,11 @@ TEST_CASE("one damaged record keeps no good engines from running, and is named i
 }
 
 TEST_CASE("a record that is not one is refused") {
-  const auto refused = [](const std::function<void(Json&)>& change) {
+  const auto refused = [](const std::function<void(Json&)>& change, const char* words = "engines.json") {
     Json record = document();
     change(record);
-    CHECK_THROWS_AS(read_record(record.dump(), "engines.json"), tarflow::internal::Error);
+    CHECK_THROWS_WITH_AS(read_record(record.dump(), "engines.json"), doctest::Contains(words),
+                         tarflow::internal::Error);
   };
   refused([](Json& r) { r["schema"] = 2; });
   refused([](Json& r) { r["bundle"] = "abc"; });
@@ -119,5 +119,8 @@ TEST_CASE("a record that is not one is refused") {
   refused([](Json& r) { r["profiles"]["step"][0]["batch"] = {4, 2, 1}; });
   refused([](Json& r) { r["profiles"]["step"][0]["batch"] = {1, 2}; });
   refused([](Json& r) { r["target"]["capabilities"] = {9}; });
-  refused([](Json& r) { r.erase("strip_weights"); });
+  for (const char* gone : {"version_compatible", "strip_weights"}) {
+    refused([&](Json& r) { r.erase(gone); });
+    refused([&](Json& r) { r[gone] = true; }, gone);
+  }
 }
