@@ -5,15 +5,12 @@ Most cases call the command line's ``main`` in this process; what is about proce
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tarflow.cli.main import main
 from tarflow.runtime.bundle import MANIFEST
 from tarflow.runtime.files import replacing, replacing_folder
 from tarflow.runtime.flow import Flow
+
+from .interrupting import interrupted
 
 Exported = Callable[..., Path]
 OK, FAILED, USAGE, MACHINE, ARTIFACT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -98,10 +96,6 @@ def uncond(bundle: Exported) -> Path:
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if the command begins its work."""
     monkeypatch.setattr(Flow, "sample", lambda *_, **__: pytest.fail("sampled before the request was checked"))
-
-
-def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow.export.pipeline.trace", lambda *_: pytest.fail("began the export"))
 
 
 class Bomb:
@@ -241,10 +235,6 @@ def test_cuda_on_a_machine_without_it_says_what_to_install(cond: Path, tarflow: 
     if GPU in onnxruntime.get_available_providers():
         pytest.skip("this machine has CUDA")
     tarflow("generate", cond, "--provider", "cuda").refused(MACHINE, "onnxruntime-gpu", "--provider cpu")
-
-
-def test_an_unknown_engine_is_refused_before_anything_is_read(tarflow: Door) -> None:
-    tarflow("export", "nothing.pth", "--engine", "fp8", "-o", "out").refused(USAGE, "fp8", "fp32, fp16")
 
 
 # --- generate: arrays --------------------------------------------------------------------------------------------
@@ -424,59 +414,6 @@ def test_every_file_of_a_bundle_is_as_readable_as_the_user_says(cond: Path) -> N
     assert len(set(modes.values())) == 1, modes
 
 
-# --- export: where the bundle goes -------------------------------------------------------------------------------
-
-
-def test_an_existing_bundle_is_kept_without_force(golden: Any, cond: Path, tmp_path: Path, tarflow: Door) -> None:
-    shutil.copytree(cond, tmp_path / "bundle")
-    tarflow("export", golden("cond").checkpoint, "-o", "bundle").refused(USAGE, "exists", "--force")
-
-
-@pytest.mark.parametrize(
-    "kind", ["folder of something", "file", "link", "foreign manifest.json", "folder with an own manifest"]
-)
-def test_what_is_no_bundle_is_never_replaced(
-    kind: str, golden: Any, tmp_path: Path, tarflow: Door, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "precious"
-    if kind == "file":
-        path.write_text("mine")
-    elif kind == "link":
-        (tmp_path / "real").mkdir()
-        path.symlink_to(tmp_path / "real")
-    else:
-        path.mkdir()
-        (path / "thesis.tex").write_text("mine")
-    if kind == "foreign manifest.json":  # as every browser extension and web application has
-        (path / MANIFEST).write_text(json.dumps({"name": "My extension", "manifest_version": 3}))
-    if kind == "folder with an own manifest":
-        (path / MANIFEST).write_text("not even JSON")
-    no_tracing(monkeypatch)
-    tarflow("export", golden("cond").checkpoint, "-o", "precious", "--force").refused(USAGE, "--force", "another name")
-
-
-@pytest.mark.parametrize("place", ["file/bundle", "file/a/b", "/sys/bundle", "/proc/bundle", "x" * 300])
-def test_a_bundle_where_none_can_be_is_refused(place: str, golden: Any, tmp_path: Path, tarflow: Door) -> None:
-    (tmp_path / "file").write_text("mine")
-    found = tarflow("export", golden("cond").checkpoint, "-o", place)
-    found.refused(found.code)
-    assert found.code in (USAGE, MACHINE)
-
-
-@pytest.mark.parametrize("place", [".", "..", "/"])
-def test_a_bundle_in_place_of_a_folder_in_use_is_refused(
-    place: str, golden: Any, tarflow: Door, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_tracing(monkeypatch)
-    for force in ([], ["--force"]):
-        tarflow("export", golden("cond").checkpoint, "-o", place, *force).refused(USAGE)
-
-
-def test_a_failed_export_leaves_no_new_folders(tarflow: Door, tmp_path: Path) -> None:
-    (tmp_path / "x.pth").write_bytes(b"junk")
-    tarflow("export", "x.pth", "-o", "a/b/c").refused(ARTIFACT, "x.pth")
-
-
 def failing_replacement(folder: Path) -> None:
     with replacing_folder(folder, True) as partial:
         (partial / MANIFEST).write_text("new")
@@ -540,114 +477,11 @@ def test_a_pipe_nobody_can_write_to_is_no_traceback(cond: Path) -> None:
 # --- interruption ------------------------------------------------------------------------------------------------
 
 
-def interrupted(args: list[str], cwd: Path, working: str, number: signal.Signals) -> Outcome:
-    """Run the command until it says that it is ``working``, give it a moment, and send it a signal."""
-    process = subprocess.Popen(
-        [*TARFLOW, *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stderr is not None
-    try:
-        seen = ""
-        while working not in seen:
-            line = process.stderr.readline()
-            assert line, f"ended before it was working: {seen}"
-            seen += line
-        time.sleep(0.7)
-        assert process.poll() is None, "ended before it could be interrupted"
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert "Traceback" not in err
-    return Outcome(process.returncode, out, seen + err)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])
 def test_an_interrupted_generate_leaves_nothing(number: signal.Signals, code: int, cond: Path, tmp_path: Path) -> None:
     args = ["generate", str(cond), "--n", "300000", "--batch-size", "16", "--save", "x.npy", "-o", "x.png"]
-    found = interrupted(args, tmp_path, "no labels given", number)
-    assert (found.code, found.out) == (code, "")
+    done = interrupted([*args], tmp_path, "no labels given", number)
+    assert (done.returncode, done.stdout) == (code, "")
     assert contents(tmp_path) == {}
     if number == signal.SIGINT:
-        assert "tarflow: interrupted" in found.err
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])
-def test_an_interrupted_export_leaves_the_bundle_that_was_there(
-    number: signal.Signals, code: int, golden: Any, cond: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(cond, tmp_path / "bundle")
-    before = contents(tmp_path)
-    args = ["export", str(golden("cond").checkpoint), "-o", "bundle", "--force"]
-    found = interrupted(args, tmp_path, "trace", number)
-    assert (found.code, found.out) == (code, "")
-    assert contents(tmp_path) == before
-    if number == signal.SIGINT:
-        assert "tarflow: interrupted" in found.err
-
-
-# --- checkpoints -------------------------------------------------------------------------------------------------
-
-NAME = "uncond_model_1_128_2_1_0.10.pth"
-
-
-@pytest.fixture
-def state(golden: Any) -> dict[str, torch.Tensor]:
-    """A good state dict, to be spoiled."""
-    path = golden("uncond").checkpoint
-    assert path.name == NAME
-    loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
-    return loaded
-
-
-@pytest.fixture
-def refused_checkpoint(tarflow: Door, tmp_path: Path) -> Callable[..., str]:
-    """refused_checkpoint(code, *words): export the checkpoint lying in the folder, and check how it fails."""
-
-    def run(code: int, *words: str, name: str = NAME, options: tuple[object, ...] = ()) -> str:
-        return tarflow("export", name, "-o", "out", *options).refused(code, *words)
-
-    return run
-
-
-Refused = Callable[..., str]
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_and_named(
-    number: float, state: dict[str, torch.Tensor], tmp_path: Path, refused_checkpoint: Refused
-) -> None:
-    state["blocks.1.proj_in.weight"][0, 0] = number
-    torch.save(state, tmp_path / NAME)
-    refused_checkpoint(ARTIFACT, "blocks.1.proj_in.weight", "not finite")
-
-
-def test_a_weight_beyond_float16_is_refused_for_fp16_with_a_way_out(
-    state: dict[str, torch.Tensor], tmp_path: Path, refused_checkpoint: Refused
-) -> None:
-    state["blocks.1.attn_blocks.0.attention.qkv.weight"][0, 0] = 1e6
-    torch.save(state, tmp_path / NAME)
-    refused_checkpoint(USAGE, "qkv", "--engine bf16", options=("--engine", "fp16"))
-
-
-def test_a_damaged_bundle_is_not_exported_again(cond: Path, tmp_path: Path, tarflow: Door) -> None:
-    folder = shutil.copytree(cond, tmp_path / "bundle")
-    content = bytearray((folder / "weights.safetensors").read_bytes())
-    content[-1] ^= 1
-    (folder / "weights.safetensors").write_bytes(content)
-    tarflow("export", "bundle", "-o", "out").refused(ARTIFACT, "weights.safetensors", "SHA-256")
-
-
-def test_a_checkpoint_of_another_model_is_not_compared(golden: Any, cond: Path, tarflow: Door) -> None:
-    tarflow("verify", cond, golden("uncond").checkpoint).refused(USAGE, "width 128 against 64")
-
-
-def test_a_card_that_is_not_ours_does_not_stop_inspection(cond: Path, tmp_path: Path, tarflow: Door) -> None:
-    """The parity card is for people: a reader of another version's bundle shows what it understands."""
-    folder = shutil.copytree(cond, tmp_path / "bundle")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for card in ({"later": 1}, {"blocks": [1]}, {"blocks": None, "sample": "good"}, {"certificate": "small"}):
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": card}))
-        found = tarflow("inspect", "bundle")
-        assert found.code in (OK, ARTIFACT), found.err
+        assert "tarflow: interrupted" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,19 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
-from tarflow.checkpoint import load
+from tarflow.checkpoint import CheckpointError, load
 from tarflow.export import pipeline
 from tarflow.export.comparison import Comparison, verify_bundle
 from tarflow.export.estimate import estimate
 from tarflow.export.pipeline import export
 from tarflow.quality import parity
 from tarflow.runtime.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle
-from tarflow.runtime.errors import CheckFailed, InputError
+from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS, Tolerance
 
 from .conftest import Golden, largest
+from .interrupting import interrupted
 
 WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
 
@@ -141,14 +143,6 @@ def test_a_failed_export_leaves_the_bundle_that_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_weights_beyond_float16_are_named(golden: Callable[[str], Golden], tmp_path: Path) -> None:
-    state = torch.load(golden("vp").checkpoint, weights_only=True)
-    state["blocks.1.proj_in.weight"][0, 0] = 1e6
-    torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    with pytest.raises(InputError, match=r"blocks\.1\.proj_in\.weight"):
-        export(tmp_path / golden("vp").checkpoint.name, tmp_path / "bundle", "fp16")
-
-
 def test_an_estimate_tells_the_files_and_sizes_of_the_export(
     golden: Callable[[str], Golden], bundle: Callable[..., Path]
 ) -> None:
@@ -215,3 +209,104 @@ def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
     torch.save(state, tmp_path / golden("cond").checkpoint.name)
     wrong = verify_bundle(Comparison(bundle("cond"), tmp_path / golden("cond").checkpoint.name)).failures()
     assert any("block 2" in sentence for sentence in wrong)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, and what files hold."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where an export reads its checkpoint."""
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_: pytest.fail("began the export"))
+
+
+def test_an_unknown_precision_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`engine` is 'fp8'; expected one of fp32, fp16"):
+        export("nothing.pth", tmp_path / "bundle", "fp8")
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder of something", "file", "link", "foreign manifest.json", "folder with an own manifest"]
+)
+def test_what_is_no_bundle_is_never_replaced(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "precious"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "link":
+        (tmp_path / "real").mkdir()
+        path.symlink_to(tmp_path / "real")
+    else:
+        path.mkdir()
+        (path / "thesis.tex").write_text("mine")
+    if kind == "foreign manifest.json":  # as every browser extension and web application has
+        (path / MANIFEST).write_text(json.dumps({"name": "My extension", "manifest_version": 3}))
+    if kind == "folder with an own manifest":
+        (path / MANIFEST).write_text("not even JSON")
+    before = contents(tmp_path)
+    begins(monkeypatch)
+    with pytest.raises(InputError, match="`force` does not replace it; choose another name"):
+        export("nothing.pth", path, force=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_folder_in_use_is_never_replaced(place: str, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins(monkeypatch)
+    with pytest.raises(InputError, match="folder in use"):
+        export("nothing.pth", place, force=force)
+
+
+@pytest.mark.parametrize("place", ["file/bundle", "file/a/b", "/sys/bundle", "/proc/bundle", "x" * 300])
+def test_a_place_that_takes_no_folder_is_the_machines_fault(
+    place: str, golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MachineError, match="cannot be written"):
+        export(golden("uncond").checkpoint, tmp_path / place)
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("number", "engine", "error", "words"),
+    [
+        (float("nan"), "fp32", CheckpointError, "qkv.weight is not finite: the checkpoint is broken"),
+        (float("inf"), "fp16", CheckpointError, "qkv.weight is not finite: the checkpoint is broken"),
+        (1e6, "fp16", InputError, r"qkv.weight reaches 1e\+06, .* can hold; use `engine` bf16 or fp32"),
+    ],
+)
+def test_a_weight_that_cannot_be_stored_is_named(
+    number: float, engine: str, error: type[Exception], words: str, golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    state = torch.load(golden("vp").checkpoint, weights_only=True)
+    state["blocks.1.attn_blocks.0.attention.qkv.weight"][0, 0] = number
+    torch.save(state, tmp_path / golden("vp").checkpoint.name)
+    with pytest.raises(error, match=words):
+        export(tmp_path / golden("vp").checkpoint.name, tmp_path / "a" / "b" / "bundle", engine)
+    assert [path.name for path in tmp_path.iterdir()] == [golden("vp").checkpoint.name], "new folders were left"
+
+
+def test_a_damaged_bundle_is_not_exported_again(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("uncond"), tmp_path / "bundle"))
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(BundleError, match=r"weights\.safetensors' is damaged .* SHA-256"):
+        export(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_export_leaves_the_bundle_that_was_there(
+    number: int, code: int, golden: Callable[[str], Golden], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
+    before = contents(tmp_path)
+    args = ["export", golden("uncond").checkpoint, "-o", "bundle", "--force"]
+    done = interrupted(args, tmp_path, "trace", number)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert contents(tmp_path) == before
+    assert ("tarflow: interrupted" in done.stderr) == (number == signal.SIGINT)
