@@ -49,7 +49,7 @@ def doctor(json: Json = False) -> None:
 
     Example: tarflow doctor
     """
-    versions = {name: found for name in PACKAGES if (found := _version(name))}
+    versions = {name: found for name in PACKAGES if (found := version_of(name))}
     providers, problems = _providers()
     problems += _known_bad(versions, providers)
     tests = _self_tests(providers)
@@ -89,7 +89,7 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -12,6 +12,7 @@ import typer
 from ..runtime.errors import InputError
 from ..runtime.opening import Opening
 from .console import default_bundle, emit, parse_labels, say
+from .doctor import version_of
 from .evaluate import request_of
 from .images import as_trained_on, read_images
 from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
@@ -73,7 +74,7 @@ def report(
             {
                 "bundle": str(opened.folder),
                 "bundle_hash": opened.hash,
-                "backend": found.backend,
+                "backend": found.report.backend,
                 "report": str(output),
                 "n": n,
                 "seed": request.seed,
@@ -104,12 +105,7 @@ def _command() -> str:
 
 def _versions() -> dict[str, str]:
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for name in ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    names = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
+    found = {name: version for name in names if (version := version_of(name))}
     return {**found, "python": platform.python_version(), "system": platform.platform()}

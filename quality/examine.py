@@ -14,7 +14,7 @@ from ..runtime.errors import CheckFailed
 from ..runtime.flow import Flow
 from ..runtime.image import unpatchify
 from ..runtime.request import Resolved
-from ..runtime.samples import Preview, Watch
+from ..runtime.samples import Preview, Report, Watch
 
 SHOWN = 10  # samples followed from block to block
 _ENCODED = 256  # images encoded at a time: their states after every block are held
@@ -31,24 +31,21 @@ class Population:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What :func:`examine` found. All N samples of ``request`` are in ``images`` (N, channels, size, size), and their
-    classes in ``labels`` (N,); those that are not finite are listed in ``nonfinite`` and in none of the statistics.
+    """What :func:`examine` found. All N samples of ``request`` are in ``images`` (N, channels, size, size); those that
+    are not finite are listed in ``nonfinite`` and in none of the statistics. ``report`` says how they were drawn.
 
     ``stages`` are the first few samples as (name, images): the noise, after each block, denoised. ``block_seconds``
-    and ``passes`` are of decoding all samples, by block in encoding order. Times in seconds.
+    are of decoding all samples, by block in encoding order. Times in seconds.
     """
 
     bundle: Bundle
-    backend: str
-    decoding: str
     request: Resolved
+    report: Report
     images: Array
-    labels: NDArray[np.int64]
     stages: tuple[tuple[str, Array], ...]
     nonfinite: tuple[int, ...]
     certificate: Array
     block_seconds: tuple[float, ...]
-    passes: tuple[int, ...]
     encode_seconds: float
     denoise_seconds: float
     populations: tuple[Population, ...]
@@ -87,16 +84,13 @@ def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] 
     stages = [("noise", unpatchify(z, flow.config.patch_size, flow.config.channels)), *seen.stages()]
     return Examination(
         bundle=flow.bundle,
-        backend=flow.backend.description,
-        decoding=drawn.report.decoding,
         request=request,
+        report=drawn.report,
         images=images,
-        labels=labels,
         stages=(*stages, ("denoised", images[:SHOWN])) if flow.config.noise_std else tuple(stages),
         nonfinite=tuple(np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()),
         certificate=np.nan_to_num(np.concatenate(errors), nan=np.inf),
         block_seconds=tuple(seen.seconds),
-        passes=drawn.report.passes,
         encode_seconds=encode_seconds,
         denoise_seconds=denoise_seconds,
         populations=tuple(populations),

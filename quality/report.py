@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from . import plots
 from .card import Card
 from .examine import Examination
 
+_PAGE = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 _ROW = 16  # samples of a class in the grid
 _CLASSES = 20  # rows of the grid
@@ -32,7 +34,6 @@ class Making:
 
 def render(found: Examination, making: Making) -> str:
     """The page: self-contained HTML that asks no network for anything."""
-    name = html.escape(found.bundle.manifest.name)
     sections = [
         _samples(found),
         _blocks(found),
@@ -43,30 +44,15 @@ def render(found: Examination, making: Making) -> str:
         _parity(found.bundle),
         _provenance(found, making),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{name}: quality report</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header>
-<p class="kind">Quality report</p>
-<h1>{name}</h1>
-<p>{html.escape(_model(found))}</p>
-</header>
-<main>
-{_key_figures(found)}
-{"".join(sections)}
-</main>
-<footer><p>tarflow {html.escape(making.versions.get("tarflow", ""))}, {html.escape(making.date)}</p></footer>
-</body>
-</html>
-"""
+    return _PAGE.substitute(
+        name=html.escape(found.bundle.manifest.name),
+        style=_STYLE,
+        model=html.escape(_model(found)),
+        figures=_key_figures(found),
+        sections="".join(sections),
+        version=html.escape(making.versions.get("tarflow", "")),
+        date=html.escape(making.date),
+    )
 
 
 # --- sections, in reading order -------------------------------------------------------------------------------------
@@ -83,7 +69,7 @@ def _model(found: Examination) -> str:
 
 
 def _key_figures(found: Examination) -> str:
-    n = len(found.labels)
+    n = found.request.n
     per_sample = 1000 * sum(found.block_seconds) / n
     rows = [
         ("samples", f"{n}", f"seed {found.request.seed}, guidance {found.request.guidance.scale:g}"),
@@ -99,10 +85,11 @@ def _key_figures(found: Examination) -> str:
 
 
 def _samples(found: Examination) -> str:
-    classes = list(dict.fromkeys(found.labels.tolist()))
+    labels = found.request.classes()
+    classes = list(dict.fromkeys(labels.tolist()))
     rows = []
     for label in classes[:_CLASSES]:
-        images = found.images[found.labels == label][:_ROW]
+        images = found.images[labels == label][:_ROW]
         name = f"class {label}" if label >= 0 else "no label"
         rows.append(_strip(name, images, f"{len(images)} samples, {name}"))
     more = f" {len(classes) - _CLASSES} more classes were drawn." if len(classes) > _CLASSES else ""
@@ -187,15 +174,15 @@ def _certificates(found: Examination) -> str:
 def _times(found: Examination) -> str:
     total = sum(found.block_seconds)
     rows = [
-        (f"block {k}", found.block_seconds[k], f"{found.block_seconds[k]:.3g} s, {found.passes[k]} passes")
-        for k in reversed(range(len(found.passes)))
+        (f"block {k}", found.block_seconds[k], f"{found.block_seconds[k]:.3g} s, {found.report.passes[k]} passes")
+        for k in reversed(range(len(found.block_seconds)))
     ]
     rows.append(("encoding", found.encode_seconds, f"{found.encode_seconds:.3g} s, all blocks"))
     if found.denoise_seconds:
         rows.append(("denoising", found.denoise_seconds, f"{found.denoise_seconds:.3g} s, all blocks"))
     text = (
-        f"{len(found.labels)} samples on {found.backend}, decoded: {found.decoding}. Blocks are inverted from the last "
-        f"to the first, {total:.3g} s in all; a pass is a step that waits for the one before."
+        f"{found.request.n} samples on {found.report.backend}, decoded: {found.report.decoding}. Blocks are inverted "
+        f"from the last to the first, {total:.3g} s in all; a pass is a step that waits for the one before."
     )
     return _section("Time", text, f'<figure class="plot">{plots.bars(rows, "Seconds by block")}</figure>')
 
@@ -223,7 +210,7 @@ def _parity(bundle: Bundle) -> str:
 def _provenance(found: Examination, making: Making) -> str:
     versions = [(name, version) for name, version in making.versions.items()]
     made = [(f"exported with {name}", version) for name, version in found.bundle.manifest.exporter.items()]
-    rows = [("bundle", found.bundle.hash), ("backend", found.backend), ("date", making.date), *versions, *made]
+    rows = [("bundle", found.bundle.hash), ("backend", found.report.backend), ("date", making.date), *versions, *made]
     items = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
     command = f"<p>The same report again:</p><pre>{html.escape(making.command)}</pre>"
     return _section("Where this comes from", "", f'{command}<table class="facts">{items}</table>')

@@ -55,11 +55,11 @@ class Dataset:
         return f"{self.name}: {len(self.train)} images, crc32 {checksum:08x}"
 
 
-def split_every(name: str, everything: Split, hold_out: int, offset: int, classes: Sequence[str]) -> Dataset:
-    """Hold out the images whose index leaves ``offset`` when divided by ``hold_out`` (0: hold out nothing)."""
+def split_every(name: str, everything: Split, hold_out: int, classes: Sequence[str]) -> Dataset:
+    """Hold out every ``hold_out``-th image (0: none)."""
     held = np.zeros(len(everything), bool)
     if hold_out:
-        held[offset::hold_out] = True
+        held[hold_out - 1 :: hold_out] = True
     return Dataset(name, everything.take(np.flatnonzero(~held)), everything.take(np.flatnonzero(held)), tuple(classes))
 
 
@@ -76,7 +76,7 @@ def digits() -> Dataset:
         ) from None
     raw = load_digits()
     images = np.round(raw.images * 255 / 16).astype(np.uint8)[:, None]
-    return split_every("digits", Split(images, raw.target.astype(np.int64)), 6, 5, [str(k) for k in range(10)])
+    return split_every("digits", Split(images, raw.target.astype(np.int64)), 6, [str(k) for k in range(10)])
 
 
 def folder(path: str | os.PathLike[str], size: int, channels: int = 3, hold_out: int = 0) -> Dataset:
@@ -94,4 +94,4 @@ def folder(path: str | os.PathLike[str], size: int, channels: int = 3, hold_out:
     if hold_out < 0 or hold_out == 1:
         raise InputError.of("hold_out", hold_out, "0 for none, or 2 or more to keep every n-th image")
     images = found.read(PictureReader(channels, size, on_white=False))
-    return split_every(Path(path).resolve().name, Split(images, found.labels), hold_out, hold_out - 1, found.classes)
+    return split_every(Path(path).resolve().name, Split(images, found.labels), hold_out, found.classes)

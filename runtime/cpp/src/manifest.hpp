@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "precision.hpp"
+
 namespace tarflow::internal {
 
 constexpr const char* kManifest = "manifest.json";
@@ -43,7 +45,13 @@ struct FileEntry {
 };
 
 struct Manifest {
-  std::string name, precision;
+  // Bytes of keys and values that one image takes in one guidance branch.
+  double cache_bytes() const {
+    return 2.0 * double(shape.layers) * double(shape.width) * double(shape.tokens()) * double(precision->cache_bytes);
+  }
+
+  std::string name;
+  const Precision* precision;
   ModelShape shape;
   std::vector<BlockEntry> blocks;
   std::map<std::string, FileEntry> files;

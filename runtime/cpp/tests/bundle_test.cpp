@@ -16,11 +16,11 @@ support::Failure opening(const fs::path& folder) {
 
 }  // namespace
 
-TEST_CASE("what is no bundle is refused with what to type next") {
+TEST_CASE("what is no bundle is refused with what would help") {
   const Copy copy;
   const auto missing = opening(copy.root / "nothing");
   CHECK(missing.status == TARFLOW_BUNDLE);
-  CHECK(missing.says("tarflow export -o"));
+  CHECK(missing.says("; export one"));
   CHECK(opening(copy.folder / "manifest.json").status == TARFLOW_BUNDLE);
   fs::remove(copy.folder / "manifest.json");
   CHECK(opening(copy.folder).says("has no manifest.json"));
@@ -109,7 +109,7 @@ TEST_CASE("a bundle without graphs for devices runs on CPUs alone, and says what
   options.provider = "cuda";  // refused before a GPU is looked for
   const auto found = failure([&] { tarflow::Flow flow(copy.folder.string(), options); });
   CHECK(found.status == TARFLOW_BUNDLE);
-  CHECK(found.says("runs on CPUs alone; use provider cpu, or export it again"));
+  CHECK(found.says("runs on CPUs alone; use `provider` cpu, or export it again"));
   options.provider = "auto";
   const tarflow::Flow flow(copy.folder.string(), options);
   CHECK(std::string(flow.shape().backend).find("CPU; not tensorrt: ") != std::string::npos);

@@ -14,7 +14,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next call that succeeds would tell it again
   if (status == cudaErrorMemoryAllocation)
-    throw machine_error("out of GPU memory; use a smaller batch size, or low_memory");
+    throw machine_error("out of GPU memory; use a smaller `batch_size`, or `low_memory`");
   throw machine_error(std::string("CUDA cannot ") + what + ": " + cudaGetErrorString(status));
 }
 

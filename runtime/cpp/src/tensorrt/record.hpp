@@ -8,7 +8,11 @@
 #include <string_view>
 #include <vector>
 
+#include "manifest.hpp"
+
 namespace tarflow::internal {
+
+constexpr std::array<Kind, 3> kEngineKinds = {kStep, kForward, kGradient};
 
 struct Profile {
   std::int64_t branches;
@@ -27,19 +31,18 @@ struct Here {
 };
 
 struct Record {
-  std::string bundle, precision, package, version, gpu;  // `gpu` empty: any of these capabilities
+  std::string bundle;
+  const Precision* precision;
+  std::string package, version, gpu;  // `gpu` empty: any of these capabilities
   std::vector<std::string> capabilities;
-  std::map<std::string, std::vector<Profile>> profiles;  // by kind
-  std::map<std::string, EngineEntry> engines;            // by file name
+  std::array<std::vector<Profile>, 3> profiles;  // by Kind, in the engines' order
+  std::map<std::string, EngineEntry> engines;    // by file name
 
   // The file of a block's engine; empty if there is none.
-  std::string file(std::size_t block, const std::string& kind) const;
+  std::string file(std::size_t block, Kind kind) const;
 
   // Why these engines cannot run here; empty if they can.
   std::string misfit(const std::string& bundle_hash, std::size_t blocks, const Here& here) const;
-
-  // The command that builds the like of them on the machine it runs on: everything the record knows of the first one.
-  std::string rebuild(const std::string& folder, const Here& here) const;
 };
 
 // Throws Error(TARFLOW_BUNDLE).

@@ -4,8 +4,7 @@
 #include <condition_variable>
 #include <mutex>
 
-#include "backend.hpp"
-#include "error.hpp"
+#include "call.hpp"
 
 namespace tarflow::internal {
 
@@ -14,7 +13,9 @@ class Turns {
   // A call that waits here wakes when it is cancelled. `this` must outlive the call's use of its backend.
   void prepare(Call& call) {
     call.interrupt = [this] {
-      { const std::lock_guard<std::mutex> lock(mutex_); }  // or a call could look just before, and sleep just after
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+      }  // or a call could look just before, and sleep just after
       changed_.notify_all();
     };
   }

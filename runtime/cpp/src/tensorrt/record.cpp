@@ -1,7 +1,6 @@
-#include "engines.hpp"
+#include "tensorrt/record.hpp"
 
 #include <algorithm>
-#include <sstream>
 
 #include "json_reader.hpp"
 
@@ -9,7 +8,6 @@ namespace tarflow::internal {
 namespace {
 
 constexpr std::int64_t kMost = std::int64_t{1} << 24;  // of any size in a profile
-constexpr const char* kKinds[] = {"step", "forward", "gradient"};
 
 std::array<std::int64_t, 3> read_range(const JsonReader& reader, const Json& profile, const char* key) {
   const Json& numbers = reader.array(profile, key);
@@ -21,6 +19,25 @@ std::array<std::int64_t, 3> read_range(const JsonReader& reader, const Json& pro
   return range;
 }
 
+std::vector<Profile> read_profiles(const JsonReader& reader, const Json& profiles, Kind kind) {
+  std::vector<Profile> found;
+  for (const Json& profile : reader.array(profiles, kKindNames[kind])) {
+    found.push_back({reader.natural(reader.get(profile, "branches"), "branches", 1, 2),
+                     read_range(reader, profile, "batch"), read_range(reader, profile, "window")});
+  }
+  if (found.empty()) throw reader.wrong(std::string("profiles.") + kKindNames[kind] + " is empty");
+  return found;
+}
+
+// An engine's file lies beside the record, nowhere else.
+void require_file_name(const JsonReader& reader, const std::string& name) {
+  const std::string ending = ".engine";
+  const bool plain = name.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos &&
+                     name.size() > ending.size() &&
+                     name.compare(name.size() - ending.size(), ending.size(), ending) == 0;
+  if (!plain) throw reader.wrong(shown(name) + " is no engine's name");
+}
+
 // "11.4.0.12" -> "11.4.0": what a library says of itself.
 std::string release(const std::string& version) {
   std::size_t end = 0;
@@ -30,9 +47,9 @@ std::string release(const std::string& version) {
 
 }  // namespace
 
-std::string Record::file(std::size_t block, const std::string& kind) const {
+std::string Record::file(std::size_t block, Kind kind) const {
   for (const auto& [name, engine] : engines) {
-    if (engine.block == static_cast<std::int64_t>(block) && engine.kind == kind) return name;
+    if (engine.block == static_cast<std::int64_t>(block) && engine.kind == kKindNames[kind]) return name;
   }
   return "";
 }
@@ -42,7 +59,7 @@ std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, c
     return "they were built from another bundle (" + bundle.substr(0, 12) + ", this one is " +
            bundle_hash.substr(0, 12) + ")";
   for (std::size_t block = 0; block < blocks; ++block) {
-    for (const char* kind : kKinds) {
+    for (const Kind kind : kEngineKinds) {
       if (file(block, kind).empty()) return "the build was not finished";
     }
   }
@@ -57,31 +74,8 @@ std::string Record::misfit(const std::string& bundle_hash, std::size_t blocks, c
   return "";
 }
 
-std::string Record::rebuild(const std::string& folder, const Here& here) const {
-  const auto joined = [](const auto& parts) {
-    std::ostringstream text;
-    for (std::size_t i = 0; i < parts.size(); ++i) text << (i > 0 ? "," : "") << parts[i];
-    return text.str();
-  };
-  std::string command = "tarflow build '" + folder + "'";
-  for (const char* known : {"fp32", "fp16", "bf16"}) {  // no other text of a file's goes into what people type
-    if (precision == known) command += " --engine " + precision;
-  }
-  const auto steps = profiles.find("step");
-  if (steps != profiles.end() && !steps->second.empty()) {
-    command += " --batch " + joined(steps->second.front().batch);
-    if (steps->second.back().window[2] > 1) command += " --window " + joined(steps->second.back().window);
-  }
-  const bool served = std::find(capabilities.begin(), capabilities.end(), here.capability) != capabilities.end();
-  const bool plain = std::all_of(capabilities.begin(), capabilities.end(), [](const std::string& capability) {
-    return capability.find_first_not_of("0123456789.") == std::string::npos;
-  });
-  if (gpu.empty() && served && plain) command += " --device " + joined(capabilities);
-  return command;
-}
-
 Record read_record(std::string_view content, const std::string& source) {
-  const JsonReader reader(source, "remove its folder and build again: tarflow build BUNDLE");
+  const JsonReader reader(source, "remove its folder and build the engines again");
   const Json document = reader.parse(content);
   if (reader.text(document, "format") != "tarflow-engines" ||
       reader.natural(reader.get(document, "schema"), "schema", 1) != 1) {
@@ -93,14 +87,18 @@ Record read_record(std::string_view content, const std::string& source) {
                          "' is true, which this version neither builds nor runs; expected false");
     }
   }
+  const std::string precision = reader.text(document, "precision");
   Record record{reader.sha256(document, "bundle"),
-                reader.text(document, "precision"),
+                find_precision(precision),
                 reader.text(document, "package"),
                 reader.text(document, "version"),
                 "",
                 {},
                 {},
                 {}};
+  if (record.precision == nullptr || record.precision->tensorrt < 0) {
+    throw reader.wrong("'precision' is " + shown(precision) + "; expected one of fp32, fp16, bf16");
+  }
   const Json& target = reader.object(document, "target");
   if (!reader.get(target, "gpu").is_null()) record.gpu = reader.text(target, "gpu");
   for (const Json& capability : reader.array(target, "capabilities")) {
@@ -108,19 +106,9 @@ Record read_record(std::string_view content, const std::string& source) {
     record.capabilities.push_back(capability.get<std::string>());
   }
   const Json& profiles = reader.object(document, "profiles");
-  for (const char* kind : kKinds) {
-    for (const Json& profile : reader.array(profiles, kind)) {
-      record.profiles[kind].push_back({reader.natural(reader.get(profile, "branches"), "branches", 1, 2),
-                                       read_range(reader, profile, "batch"), read_range(reader, profile, "window")});
-    }
-    if (record.profiles[kind].empty()) throw reader.wrong(std::string("profiles.") + kind + " is empty");
-  }
+  for (const Kind kind : kEngineKinds) record.profiles[kind] = read_profiles(reader, profiles, kind);
   for (const auto& [name, entry] : reader.object(document, "engines").items()) {
-    const std::string ending = ".engine";
-    const bool plain = name.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos &&
-                       name.size() > ending.size() &&
-                       name.compare(name.size() - ending.size(), ending.size(), ending) == 0;
-    if (!plain) throw reader.wrong(shown(name) + " is no engine's name");
+    require_file_name(reader, name);
     record.engines[name] = {reader.natural(reader.get(entry, "block"), "block", 0), reader.text(entry, "kind"),
                             reader.sha256(entry, "sha256"), reader.natural(reader.get(entry, "size"), "size", 0)};
   }

@@ -1,8 +1,8 @@
-#include "engines.hpp"
+#include "tensorrt/record.hpp"
 
-#include "built.hpp"
 #include "error.hpp"
 #include "support.hpp"
+#include "tensorrt/built.hpp"
 
 using support::Json;
 using tarflow::internal::Bundle;
@@ -50,23 +50,6 @@ TEST_CASE("engines that fit are told from those that do not, with the reason") {
         std::string::npos);
 }
 
-TEST_CASE("the command that builds again repeats what the record knows") {
-  const Here here{"tensorrt", "11.4.0", "NVIDIA L4", "8.9"};
-  const auto command = [&](const Json& record) {
-    return read_record(record.dump(), "engines.json").rebuild("my bundle", here);
-  };
-  Json record = document();
-  CHECK(command(record) == "tarflow build 'my bundle' --engine fp16 --batch 1,2,4");
-  record["profiles"]["step"].push_back({{"branches", 1}, {"batch", {1, 2, 4}}, {"window", {2, 4, 8}}});
-  record["target"] = {{"gpu", nullptr}, {"capabilities", {"8.9", "9.0"}}};
-  CHECK(command(record) ==
-        "tarflow build 'my bundle' --engine fp16 --batch 1,2,4 --window 2,4,8 --device 8.9,9.0");
-  record["precision"] = "; rm -r /";
-  record["target"]["capabilities"] = {"8.9", "$(reboot)"};
-  CHECK(command(record) ==
-        "tarflow build 'my bundle' --batch 1,2,4 --window 2,4,8");
-}
-
 TEST_CASE("one damaged record keeps no good engines from running, and is named if there are none") {
   namespace fs = std::filesystem;
   const support::Copy copy;
@@ -97,8 +80,8 @@ TEST_CASE("one damaged record keeps no good engines from running, and is named i
     FAIL("engines of another version were chosen");
   } catch (const tarflow::internal::Error& error) {
     const std::string said = error.what();
-    for (const char* words : {"a: ", "cannot be parsed", "b: ", "levels deep", "c: ", "no record", "d: they need tensorrt",
-                              "' --engine fp16 --batch 1,2,4"}) {
+    for (const char* words : {"a: ", "cannot be parsed", "b: ", "levels deep", "c: ", "no record",
+                              "d: they need tensorrt", "\nBuild engines on this machine"}) {
       CHECK_MESSAGE(said.find(words) != std::string::npos, said);
     }
   }
@@ -113,6 +96,9 @@ TEST_CASE("a record that is not one is refused") {
   };
   refused([](Json& r) { r["schema"] = 2; });
   refused([](Json& r) { r["bundle"] = "abc"; });
+  for (const char* precision : {"int8", "fp64"}) {
+    refused([&](Json& r) { r["precision"] = precision; }, "expected one of fp32, fp16, bf16");
+  }
   refused([](Json& r) { r["engines"]["../x.engine"] = r["engines"]["block_00.step.engine"]; });
   refused([](Json& r) { r["engines"]["x.dll"] = r["engines"]["block_00.step.engine"]; });
   refused([](Json& r) { r["profiles"]["step"] = Json::array(); });

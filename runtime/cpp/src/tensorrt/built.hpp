@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bundle.hpp"
-#include "engines.hpp"
+#include "tensorrt/record.hpp"
 
 namespace tarflow::internal {
 

@@ -1,9 +1,8 @@
-#include "built.hpp"
+#include "tensorrt/built.hpp"
 
 #include <algorithm>
 #include <fstream>
 #include <iterator>
-#include <optional>
 
 #include "error.hpp"
 
@@ -31,8 +30,10 @@ Built choose_built(const Bundle& bundle, const Here& here) {
   for (const fs::path& entry : entries_of(bundle.path("engines"), error)) {
     if (fs::exists(fs::symlink_status(entry / "engines.json", error))) folders.push_back(entry);
   }
+  if (folders.empty()) {
+    throw bundle_error("'" + bundle.folder + "' has no TensorRT engines; build engines on this machine");
+  }
   std::sort(folders.begin(), folders.end());
-  std::optional<Record> like;  // of the first that was readable: what to build again
   std::string reasons;
   for (const fs::path& folder : folders) {
     reasons += "\n  " + folder.filename().string() + ": ";
@@ -41,15 +42,12 @@ Built choose_built(const Bundle& bundle, const Here& here) {
       const std::string wrong = record.misfit(bundle.hash, bundle.manifest.blocks.size(), here);
       if (wrong.empty()) return {folder.string(), std::move(record)};
       reasons += wrong;
-      if (!like) like = std::move(record);
     } catch (const Error& damaged) {
       reasons += damaged.what();
     }
   }
-  const std::string command = like ? like->rebuild(bundle.folder, here) : "tarflow build '" + bundle.folder + "'";
-  throw bundle_error((folders.empty() ? "'" + bundle.folder + "' has no TensorRT engines; "
-                                      : "no engines of '" + bundle.folder + "' run on this machine:" + reasons + "\n") +
-                     "build engines on this machine: " + command);
+  throw bundle_error("no engines of '" + bundle.folder + "' run on this machine:" + reasons +
+                     "\nBuild engines on this machine");
 }
 
 }  // namespace tarflow::internal
