@@ -14,7 +14,8 @@ import typer
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
 from ..runtime.opening import Opening
-from .console import duration_text, emit, label_choices, parse_labels, sample_bar, say
+from .console import emit, label_choices, parse_labels, say
+from .progress import duration_text, sample_bar
 
 if TYPE_CHECKING:
     from ..runtime.bundle import Bundle

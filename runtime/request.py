@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,21 @@ class Request:
         found = Resolved(**mine | {"denoise": False if strength is None else strength})
         self.guidance.check(config, found.classes(min(self.n, len(self.labels or (-1,)))))
         return found
+
+
+class Keywords(TypedDict, total=False):
+    """Fields of :class:`Request` but ``n`` and ``labels``, as keywords of ``Flow.sample``; None is the default."""
+
+    guidance: Guidance | None
+    seed: int
+    first_sample: int
+    denoise: bool | float | None
+    certify: bool
+    redraw_nonfinite: bool
+    decode: str | None
+    tolerance: float | None
+    reproducible: bool
+    batch_size: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tarflow.checkpoint import load
-from tarflow.export.pipeline import twin_flow
+from tarflow.export.comparison import oracle_flow
 from tarflow.runtime.backend import Array
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
@@ -124,7 +124,7 @@ def open_flow(kind: str, folder: Path, opening: Opening = Opening()) -> Flow:  #
     """A bundle on one of STEPS; for "tensorrt" inside :func:`double_device`, with engines of :func:`build_double`."""
     bundle = Bundle.open(folder)
     if kind == "twin":
-        return twin_flow(load(folder), bundle)
+        return oracle_flow(load(folder), bundle)
     if kind == "tensorrt":
         return Flow(bundle, open_tensorrt(bundle, opening))
     return Flow(bundle, OrtBackend(bundle, opening, kind == "resident"))

@@ -232,7 +232,7 @@ class DoubleEngine:
         return len(self.inputs) + len(self.outputs)
 
     def get_tensor_name(self, number: int) -> str:
-        return [*self.inputs, *self.outputs][number]
+        return str([*self.inputs, *self.outputs][number])
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return TYPES[{**self.inputs, **self.outputs}[name].type][1]

@@ -57,7 +57,7 @@ def test_an_opening_may_be_given_whole(bundle: Callable[..., Path]) -> None:
         Flow.open(bundle("cond"), Opening(), threads=2)
     for wrong in ({"threads": 0}, {"memory": "little"}, {"memory": 0}, {"provider": "ort-tensorrt"}):
         with pytest.raises(InputError, match=f"`{next(iter(wrong))}`"):
-            Flow.open(bundle("cond"), **wrong)  # type: ignore[arg-type]
+            Flow.open(bundle("cond"), **wrong)
 
 
 def test_an_unguided_certificate_and_the_gradient_share_one_encoding(

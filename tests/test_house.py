@@ -55,13 +55,13 @@ class Room:
 ROOMS = {
     "tarflow": Room("numpy torch safetensors", "runtime.files runtime.errors", {"data": "tarflow.train.data"}),
     "tarflow.train": Room(
-        "numpy torch sklearn PIL",
-        "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.pictures",
+        "numpy torch sklearn",
+        "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.picture_folder",
     ),
     "tarflow.export": Room(
         "numpy torch onnx onnx_ir onnxscript safetensors", "checkpoint config model reference runtime* quality*"
     ),
-    "tarflow.export.engines": Room("numpy onnx polygraphy", "runtime* quality*"),
+    "tarflow.export.engines": Room("numpy onnx polygraphy", "runtime* quality* export.emulate"),
     "tarflow.runtime": Room("numpy safetensors PIL", "", {"providers": "runtime.ort.backend runtime.tensorrt.backend"}),
     "tarflow.runtime.ort": Room("numpy onnxruntime", "runtime*"),
     "tarflow.runtime.tensorrt": Room("numpy cuda", "runtime*"),
@@ -217,8 +217,8 @@ def test_sampling_works_with_pytorch_and_onnx_absent() -> None:
     done = run(
         blocked + "sys.argv = ['tarflow', 'generate', '--n', '2', '--save', '/dev/null/none', '--json']\n"
         "from tarflow.runtime.flow import Flow\nfrom tarflow.cli.console import DEMO\n"
-        "from tarflow.quality.parity import failures, verify_golden\n"
-        "flow = Flow.open(DEMO)\nprint(flow.sample(2).shape, failures(verify_golden(flow)))"
+        "from tarflow.quality.parity import verify_golden\n"
+        "flow = Flow.open(DEMO)\nprint(flow.sample(2).shape, verify_golden(flow).failures())"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 1, 8, 8) []"

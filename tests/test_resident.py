@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -18,15 +19,39 @@ from tarflow.model import TarFlow
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.ports import inputs, is_state, outputs
 
+from .conftest import DEMO
 from .test_graphs import CONFIGS, random_model
 
 
 def resident_flow(folder: Path) -> Flow:
     bundle = Bundle.open(folder)
     return Flow(bundle, OrtBackend(bundle, resident=True))
+
+
+@pytest.mark.parametrize("graph", ["forward", "resident"])
+@pytest.mark.parametrize("captured", [True, False])
+def test_cuda_multiplies_fp32_in_fp32(monkeypatch: pytest.MonkeyPatch, graph: str, captured: bool) -> None:
+    """What the provider is asked for: it needs a GPU to start, so the sessions here open on the CPU."""
+    asked, usual = [], onnxruntime.InferenceSession
+
+    class Session(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            asked.append(providers)
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None, raising=False)
+    OrtBackend(Bundle.open(DEMO), Opening("cuda", cuda_graph=captured)).sessions.get(0, graph)
+    options = {"use_tf32": "0", **({"enable_cuda_graph": "1"} if captured and graph == "resident" else {})}
+    assert asked[-1] == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 SHARED = """

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backend import Array, Branches, block_order, check_window
+from ..parts import Feeds
 from ..precision import PRECISIONS
-from .sessions import Feeds, Sessions
+from .sessions import Sessions
 
 MASKED = -1e30  # exp() of it is exactly 0
 

@@ -1,8 +1,8 @@
 // Any bytes as engines.json: a record that keeps its promises, or Error(TARFLOW_BUNDLE).
 #include <cstdlib>
 
-#include "engines.hpp"
 #include "error.hpp"
+#include "tensorrt/record.hpp"
 
 using namespace tarflow::internal;
 
@@ -12,7 +12,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     for (const auto& [name, engine] : record.engines) {
       if (name.find('/') != std::string::npos || engine.sha256.size() != 64 || engine.block < 0) std::abort();
     }
-    for (const auto& [kind, profiles] : record.profiles) {
+    if (record.precision == nullptr || record.precision->tensorrt < 0) std::abort();
+    for (const std::vector<Profile>& profiles : record.profiles) {
+      if (profiles.empty()) std::abort();
       for (const Profile& profile : profiles) {
         if (profile.batch[0] < 1 || profile.batch[0] > profile.batch[1] || profile.batch[1] > profile.batch[2])
           std::abort();

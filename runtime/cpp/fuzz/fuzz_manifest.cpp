@@ -10,8 +10,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     const Manifest manifest = read_manifest({reinterpret_cast<const char*>(data), size}, "manifest.json");
     const ModelShape& shape = manifest.shape;
-    bool sound = shape.tokens() >= 1 && shape.patch_dim() >= 1 && shape.heads() >= 1 && shape.numbers() >= 1 &&
-                 static_cast<std::int64_t>(manifest.blocks.size()) == shape.blocks;
+    bool sound = manifest.precision != nullptr && shape.tokens() >= 1 && shape.patch_dim() >= 1 && shape.heads() >= 1 &&
+                 shape.numbers() >= 1 && static_cast<std::int64_t>(manifest.blocks.size()) == shape.blocks;
     for (const BlockEntry& block : manifest.blocks) {
       for (int kind = kStep; kind <= kGradient; ++kind)
         sound = sound && manifest.files.count(block.graphs[static_cast<std::size_t>(kind)]) == 1;

@@ -78,11 +78,11 @@ typedef int (*tarflow_preview)(void *user, int block, uint64_t first, int64_t co
 /* Structs begin with their size as the caller knows it, so that they can grow. */
 typedef struct tarflow_open_options {
   size_t size;
-  const char *provider;    /* "cpu", "cuda", "ort-tensorrt", "tensorrt", or "auto": the first that works here */
+  const char *provider;    /* "cpu", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda and cpu that works here */
   const char *onnxruntime; /* the library's file; NULL: $TARFLOW_ONNXRUNTIME, else as the loader finds it */
   int32_t threads;         /* inside one operator; 0: one a core */
   int32_t spinning;        /* idle threads wait busily; 0 is better where cores are shared */
-  int32_t low_memory;      /* keep the graphs of one block alone in memory */
+  int32_t low_memory;      /* keep the graphs of one block alone in memory; under ABI 1 this stays the one way to say so */
   tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */
   void *user;              /* passed to `log` */
   int32_t cuda_graph;      /* TensorRT: record a step once and replay it; 0: launch every kernel of every step */

@@ -18,8 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kCopyAgain =
-    "Copy the bundle again, or export it again: tarflow export CHECKPOINT -o BUNDLE --force";
+constexpr const char* kCopyAgain = "Copy the bundle again, or export it again";
 
 class Sha256 {
  public:
@@ -97,13 +96,11 @@ std::vector<std::filesystem::path> entries_of(const std::string& folder, std::er
 Bundle::Bundle(const std::string& folder) : folder(folder) {
   std::error_code error;
   if (!fs::is_directory(folder, error)) {
-    throw bundle_error("no bundle at '" + folder + "': expected a folder with " + kManifest +
-                       "; make one with: tarflow export -o '" + folder + "'");
+    throw bundle_error("no bundle at '" + folder + "': expected a folder with " + kManifest + "; export one");
   }
   const fs::path path = fs::path(folder) / kManifest;
   if (!fs::exists(fs::symlink_status(path, error))) {
-    throw bundle_error("'" + folder + "' has no " + kManifest +
-                       ", so it is not a bundle; make one with: tarflow export -o BUNDLE");
+    throw bundle_error("'" + folder + "' has no " + kManifest + ", so it is not a bundle; export one");
   }
   require_inside(folder, path);
   std::ifstream file = open_file(path.string());

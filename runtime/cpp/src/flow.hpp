@@ -3,71 +3,42 @@
 #pragma once
 
 #include <memory>
-#include <string>
 #include <vector>
 
-#include "backend.hpp"
-#include "tarflow.h"
+#include "chain.hpp"
+#include "inputs.hpp"
+#include "opened.hpp"
+#include "request.hpp"
 
 namespace tarflow::internal {
 
-// What handles that share weights have in common.
-struct Opened {
-  Opened(const std::string& folder, tarflow_log log, void* user) : bundle(folder), log(log), user(user) {}
-
-  // Throws Cancelled if the callback says so.
-  void say(int level, const std::string& message) const;
-
-  Bundle bundle;
-  std::unique_ptr<Backend> backend;  // refers to `bundle`
-  std::string backend_description;
-  const tarflow_log log;
-  void* const user;
-};
-
-// Opens a bundle on "cpu", "cuda", "ort-tensorrt", "tensorrt" or "auto".
-std::shared_ptr<Opened> open_bundle(const std::string& folder, const tarflow_open_options& options);
-
+// One handle: at most one call at a time.
 class Flow {
  public:
-  explicit Flow(std::shared_ptr<Opened> opened);
+  explicit Flow(std::shared_ptr<const Opened> opened);
 
-  // `noise` may be null: samples are then drawn by seed.
-  void sample(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options,
-              float* images);
-  void encode(std::int64_t n, const float* images, const std::int64_t* labels, float* latents, float* log_det);
-  void log_likelihood(std::int64_t n, const float* images, const std::int64_t* labels, float* nats);
-  void denoise(std::int64_t n, const float* images, const std::int64_t* labels, double strength, float* denoised);
+  const Manifest& model() const { return opened->bundle.manifest; }
+
+  // Warns in the log of samples that are not finite.
+  void sample(const Request& request, float* images);
+
+  // Either output may be null.
+  void encode(const Images& images, float* latents, float* log_det);
+  void log_likelihood(const Images& images, float* nats);
+  void denoise(const Images& images, double strength, float* denoised);
   void noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float* noise) const;
 
-  const std::shared_ptr<Opened> opened;
+  const std::shared_ptr<const Opened> opened;
   Call call;
   std::vector<float> certificate;  // of the last sample(), if asked for
 
  private:
-  struct Run;   // one call of sample(): what was asked for, checked
-  struct Tile;  // one batch of it
-  using States = std::vector<std::vector<float>>;
-
-  Run plan(std::int64_t n, const float* noise, const std::int64_t* labels, const tarflow_sample_options& options) const;
-  void draw(Run& run, std::uint64_t start, std::int64_t rows, float* images);
-  void decode(Run& run, const Tile* tile, const std::vector<float>& z, const Branches& branches, std::vector<float>& x);
-  void warn_of_nonfinite(const Run& run, const float* images) const;
-  void redraw(Run& run, const Tile& tile, std::vector<float>& z, const Branches& branches, std::vector<float>& x);
-  void encode_patches(std::vector<float>& x, const Branches& branches, std::vector<float>& log_det);
-  States encode_states(const std::vector<float>& x, const Branches& branches);
-  void denoise_patches(std::vector<float>& x, const Branches& plain, double strength, States states);
-  void round_trip(const std::vector<float>& found, const std::vector<float>& z, float* errors) const;
-  double checked_strength(double strength) const;
-  std::vector<std::int64_t> classes(std::int64_t n, const std::int64_t* labels) const;
-  void check_images(std::int64_t n, const float* images) const;
-  Branches branches(const tarflow_sample_options* guidance, std::vector<std::int64_t> labels) const;
-  double cache_row(bool guided) const;
-  std::int64_t default_batch(bool guided) const;
+  void warn_of_nonfinite(const Request& request, const float* images) const;
   template <class Work>
-  void in_batches(std::int64_t n, const float* images, const std::int64_t* labels, const Work& work);
+  void in_batches(const Images& images, const Work& work) const;
 
   const ModelShape& shape_;
+  const Chain chain_;
 };
 
 }  // namespace tarflow::internal

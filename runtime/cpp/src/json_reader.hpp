@@ -18,7 +18,7 @@ std::string shown(const Json& value);
 
 class JsonReader {
  public:
-  // `cure` is what to type next.
+  // `cure` is what would help.
   JsonReader(std::string source, std::string cure) : source_(std::move(source)), cure_(std::move(cure)) {}
 
   Error wrong(const std::string& what) const;

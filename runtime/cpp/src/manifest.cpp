@@ -8,10 +8,10 @@
 namespace tarflow::internal {
 namespace {
 
-constexpr const char* kRebuild = "export it again: tarflow export CHECKPOINT -o BUNDLE --force";
+constexpr const char* kAgain = "copy the bundle again, or export it again";
 constexpr std::int64_t kLargestSide = 1 << 24;  // of any number of a model: products of a few stay within 64 bits
 
-JsonReader reader_of(const std::string& source) { return {source, kRebuild}; }
+JsonReader reader_of(const std::string& source) { return {source, kAgain}; }
 
 // A relative path of plain components, with forward slashes, that stays inside the bundle.
 void require_confined(const JsonReader& reader, const std::string& name) {
@@ -105,13 +105,10 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
   const Json schema = document.value("schema", Json());
   if (!schema.is_number_integer() || schema != 1) {
     throw bundle_error("'" + source + "' has schema version " + shown(schema) +
-                       "; this tarflow reads version 1. Install the tarflow that wrote it, or " + kRebuild);
+                       "; this tarflow reads version 1. Install the tarflow that wrote it, or export it again");
   }
-  Manifest manifest{reader.text(document, "name"),
-                    reader.text(document, "precision"),
-                    read_shape(reader, reader.object(document, "config")),
-                    {},
-                    {}};
+  Manifest manifest{
+      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}};
   for (const auto& [name, entry] : reader.object(document, "files").items()) {
     require_confined(reader, name);
     const std::string hash = reader.sha256(entry, "sha256");
@@ -127,9 +124,9 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
   for (const char* name : {kWeights, "golden.safetensors"}) {
     if (!manifest.files.count(name)) throw reader.wrong("files lacks " + std::string(name));
   }
-  if (manifest.precision != "fp32" && manifest.precision != "fp16" && manifest.precision != "bf16" &&
-      manifest.precision != "int8") {
-    throw reader.wrong("precision is " + shown(manifest.precision) + "; expected one of fp32, fp16, bf16, int8");
+  manifest.precision = find_precision(reader.text(document, "precision"));
+  if (manifest.precision == nullptr) {
+    throw reader.wrong("precision is " + shown(document["precision"]) + "; expected one of fp32, fp16, bf16, int8");
   }
   reader.natural(reader.get(document, "opset"), "opset", 1);
   reader.object(document, "parity");

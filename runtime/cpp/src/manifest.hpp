@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "precision.hpp"
+
 namespace tarflow::internal {
 
 constexpr const char* kManifest = "manifest.json";
@@ -29,12 +31,12 @@ struct ModelShape {
 
 bool operator==(const ModelShape& a, const ModelShape& b);
 
-enum Kind { kStep, kForward, kGradient, kResident, kPingpong };
-constexpr std::array<const char*, 5> kKindNames = {"step", "forward", "gradient", "resident", "pingpong"};
+enum Kind { kStep, kForward, kGradient, kResident };  // others, of older versions, are left alone
+constexpr std::array<const char*, 4> kKindNames = {"step", "forward", "gradient", "resident"};
 
 struct BlockEntry {
   bool reversed;
-  std::array<std::string, 5> graphs;  // file names by Kind; the last two may be empty
+  std::array<std::string, 4> graphs;  // file names by Kind; of a bundle from before there were any, no resident
 };
 
 struct FileEntry {
@@ -43,7 +45,13 @@ struct FileEntry {
 };
 
 struct Manifest {
-  std::string name, precision;
+  // Bytes of keys and values that one image takes in one guidance branch.
+  double cache_bytes() const {
+    return 2.0 * double(shape.layers) * double(shape.width) * double(shape.tokens()) * double(precision->cache_bytes);
+  }
+
+  std::string name;
+  const Precision* precision;
   ModelShape shape;
   std::vector<BlockEntry> blocks;
   std::map<std::string, FileEntry> files;

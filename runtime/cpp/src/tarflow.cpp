@@ -11,8 +11,14 @@
 #include "version.hpp"
 
 using tarflow::internal::Error;
+using tarflow::internal::field_error;
 using tarflow::internal::Flow;
+using tarflow::internal::Images;
 using tarflow::internal::input_error;
+using tarflow::internal::Opened;
+using tarflow::internal::Opening;
+using tarflow::internal::Request;
+using tarflow::internal::text_of;
 
 struct tarflow_flow {
   std::unique_ptr<Flow> flow;  // null if opening failed
@@ -22,19 +28,19 @@ struct tarflow_flow {
 
 namespace {
 
-// A struct of the caller's, who may have been compiled with a shorter or longer one, as this library knows it.
+// A struct of the caller's, who may have been compiled with a shorter or longer one, as this library knows it. `name`
+// is that of its type and of the function that initialises it.
 template <class T>
-T understood(const T* given, T known, const char* name) {
+T understood(const T* given, T known, const std::string& name) {
   if (given == nullptr) return known;
   if (given->size < sizeof(std::size_t) || given->size > 4096) {
-    throw input_error(std::string(name) + ".size is " + std::to_string(given->size) + "; initialise it with " + name +
-                      "_defaults()");
+    throw field_error(name + "_options.size", given->size, "what " + name + "_defaults() sets");
   }
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
   if (std::any_of(bytes + std::min(sizeof(T), given->size), bytes + given->size,
                   [](unsigned char b) { return b != 0; })) {
-    throw input_error(std::string(name) + " asks for something that libtarflow " TARFLOW_VERSION
-                                          " does not know; install the version that the program was compiled with");
+    throw input_error(name + "_options ask for something that libtarflow " TARFLOW_VERSION
+                             " does not know; install the version that the program was compiled with");
   }
   std::memcpy(&known, given, std::min(sizeof(T), given->size));
   return known;
@@ -57,9 +63,9 @@ int guarded(std::string& message, const Work& work) noexcept {
   } catch (const Error& error) {
     return keep(error.status, error.what());
   } catch (const std::bad_alloc&) {
-    return keep(TARFLOW_MACHINE, "out of memory; use a smaller n or batch_size");
+    return keep(TARFLOW_MACHINE, "out of memory; use a smaller `n` or `batch_size`");
   } catch (const std::length_error&) {
-    return keep(TARFLOW_MACHINE, "out of memory; use a smaller n or batch_size");
+    return keep(TARFLOW_MACHINE, "out of memory; use a smaller `n` or `batch_size`");
   } catch (const std::exception& error) {
     return keep(TARFLOW_DEFECT, error.what());
   } catch (...) {
@@ -85,8 +91,13 @@ int run(tarflow_flow* handle, const Work& work) noexcept {
 
 template <class T>
 void require(const T* pointer, const char* name, int64_t n = 1) {
-  if (n < 1) throw input_error("n is " + std::to_string(n) + "; expected 1 or more");
-  if (pointer == nullptr) throw input_error(std::string(name) + " is NULL");
+  if (n < 1) throw field_error("n", n, "1 or more");
+  if (pointer == nullptr) throw field_error(name, std::string("NULL"), "where it lies");
+}
+
+Request request(Flow& of, int64_t n, const float* noise, const int64_t* labels, const tarflow_sample_options* options) {
+  of.certificate.clear();  // one of a call before would pass for this one's
+  return {of.model(), n, noise, labels, understood(options, tarflow_sample_defaults(), "tarflow_sample")};
 }
 
 }  // namespace
@@ -101,8 +112,8 @@ int tarflow_open(const char* bundle, const tarflow_open_options* options, tarflo
   if (*flow == nullptr) return TARFLOW_MACHINE;
   const int status = guarded((*flow)->open_error, [&] {
     require(bundle, "bundle");
-    const auto known = understood(options, tarflow_open_defaults(), "tarflow_open");
-    (*flow)->flow = std::make_unique<Flow>(tarflow::internal::open_bundle(bundle, known));
+    const Opening opening(understood(options, tarflow_open_defaults(), "tarflow_open"));
+    (*flow)->flow = std::make_unique<Flow>(std::make_shared<const Opened>(bundle, opening));
   });
   std::swap((*flow)->error, (*flow)->open_error);
   if (status != TARFLOW_OK) guarded((*flow)->open_error, [&] { (*flow)->open_error = (*flow)->error; });
@@ -122,11 +133,11 @@ int tarflow_share(tarflow_flow* flow, tarflow_flow** other) {
 int tarflow_get_shape(tarflow_flow* flow, tarflow_shape* shape) {
   return run(flow, [&](Flow& from) {
     require(shape, "shape");
-    const auto& bundle = from.opened->bundle;
-    const auto& model = bundle.manifest.shape;
+    const auto& manifest = from.model();
+    const auto& model = manifest.shape;
     const auto number = [](std::int64_t value) { return static_cast<std::int32_t>(value); };
     const std::size_t size = shape->size;
-    if (size < sizeof size) throw input_error("shape.size is " + std::to_string(size) + "; set it to sizeof shape");
+    if (size < sizeof size) throw field_error("shape.size", size, "sizeof(tarflow_shape)");
     const tarflow_shape known = {size,
                                  number(model.channels),
                                  number(model.image_size),
@@ -139,10 +150,10 @@ int tarflow_get_shape(tarflow_flow* flow, tarflow_shape* shape) {
                                  number(model.classes),
                                  model.noise_std.value_or(0) > 0 ? 1 : 0,
                                  model.numbers(),
-                                 bundle.manifest.name.c_str(),
-                                 bundle.manifest.precision.c_str(),
-                                 from.opened->backend_description.c_str(),
-                                 bundle.hash.c_str()};
+                                 manifest.name.c_str(),
+                                 manifest.precision->name,
+                                 from.opened->description.c_str(),
+                                 from.opened->bundle.hash.c_str()};
     std::memcpy(shape, &known, std::min(size, sizeof known));
   });
 }
@@ -151,7 +162,7 @@ int tarflow_sample(tarflow_flow* flow, int64_t n, const int64_t* labels, const t
                    float* images) {
   return run(flow, [&](Flow& on) {
     require(images, "images", n);
-    on.sample(n, nullptr, labels, understood(options, tarflow_sample_defaults(), "tarflow_sample"), images);
+    on.sample(request(on, n, nullptr, labels, options), images);
   });
 }
 
@@ -160,17 +171,16 @@ int tarflow_decode(tarflow_flow* flow, int64_t n, const float* noise, const int6
   return run(flow, [&](Flow& on) {
     require(noise, "noise", n);
     require(images, "images", n);
-    on.sample(n, noise, labels, understood(options, tarflow_sample_defaults(), "tarflow_sample"), images);
+    on.sample(request(on, n, noise, labels, options), images);
   });
 }
 
 int tarflow_certificate(tarflow_flow* flow, int64_t n, float* errors) {
   return run(flow, [&](Flow& of) {
     require(errors, "errors", n);
-    if (of.certificate.empty()) throw input_error("the last samples were drawn without certify = 1");
+    if (of.certificate.empty()) throw input_error("the last samples were drawn without `certify`; set it to 1");
     if (static_cast<std::uint64_t>(n) != of.certificate.size()) {
-      throw input_error("n is " + std::to_string(n) + "; " + std::to_string(of.certificate.size()) +
-                        " samples were drawn last");
+      throw field_error("n", n, text_of(of.certificate.size()) + ", as many samples as were drawn last");
     }
     std::copy(of.certificate.begin(), of.certificate.end(), errors);
   });
@@ -180,7 +190,7 @@ int tarflow_encode(tarflow_flow* flow, int64_t n, const float* images, const int
                    float* log_det) {
   return run(flow, [&](Flow& on) {
     require(images, "images", n);
-    on.encode(n, images, labels, latents, log_det);
+    on.encode(Images(on.model().shape, n, images, labels), latents, log_det);
   });
 }
 
@@ -188,7 +198,7 @@ int tarflow_log_likelihood(tarflow_flow* flow, int64_t n, const float* images, c
   return run(flow, [&](Flow& on) {
     require(images, "images", n);
     require(nats, "nats", n);
-    on.log_likelihood(n, images, labels, nats);
+    on.log_likelihood(Images(on.model().shape, n, images, labels), nats);
   });
 }
 
@@ -197,7 +207,7 @@ int tarflow_denoise(tarflow_flow* flow, int64_t n, const float* images, const in
   return run(flow, [&](Flow& on) {
     require(images, "images", n);
     require(denoised, "denoised", n);
-    on.denoise(n, images, labels, strength, denoised);
+    on.denoise(Images(on.model().shape, n, images, labels), strength, denoised);
   });
 }
 

@@ -126,22 +126,25 @@ TEST_CASE("what cannot be meant is refused in one sentence") {
   };
   using How = tarflow::SampleOptions;
   refused([](How&) {}, "label 10 is out of range", {10});
-  refused([](How&) {}, "n is 0", {});
-  refused([](How& how) { how.guidance = -1; }, "guidance scale is -1.0");
-  refused([](How& how) { how.guidance = NAN; }, "guidance scale is");
-  refused([](How& how) { how.guided = "c"; }, "guidance of 'c' is unknown");
-  refused([](How& how) { how.attention_temperature = 0; }, "attention temperature is 0");
+  refused([](How&) {}, "`n` is 0", {});
+  refused([](How& how) { how.guidance = -1; }, "`guidance` is -1; expected 0 (none) or a positive number");
+  refused([](How& how) { how.guidance = NAN; }, "`guidance` is nan");
+  refused([](How& how) { how.guided = "c"; }, "`guided` is 'c'; expected ab, a (log_scale) or b (shift)");
+  refused([](How& how) { how.attention_temperature = 0; }, "`attention_temperature` is 0");
   refused([](How& how) { how.attention_temperature = 2; }, "does nothing without guidance");
   refused([](How& how) { how.guidance = 1; }, "does nothing for samples without a label", {-1});
-  refused([](How& how) { how.batch_size = -1; }, "batch size is -1");
-  refused([](How& how) { how.denoise = -2; }, "denoising strength is -2.0");
-  refused([](How& how) { how.denoise = INFINITY; }, "denoising strength");
-  refused([](How& how) { how.size = 0; }, "tarflow_sample.size is 0");
+  refused([](How& how) { how.batch_size = -1; }, "`batch_size` is -1");
+  refused([](How& how) { how.denoise = -2; }, "`denoise` is -2");
+  refused([](How& how) { how.denoise = INFINITY; }, "`denoise` is inf");
+  refused([](How& how) { how.size = 0; },
+          "`tarflow_sample_options.size` is 0; expected what tarflow_sample_defaults() sets");
   CHECK(failure([&] { flow.decode({1, 2}, {1}); }).status == TARFLOW_INPUT);
-  CHECK(failure([&] { flow.decode(std::vector<float>(64, NAN), {1}); }).says("not finite, first in row 0"));
-  CHECK(failure([&] { flow.denoise(std::vector<float>(64, INFINITY), {1}); }).says("not finite"));
-  CHECK(failure([&] { flow.denoise(std::vector<float>(64), {1}, -1); }).says("denoising strength"));
-  CHECK(failure([&] { flow.certificate(1); }).says("without certify"));
+  CHECK(failure([&] {
+          flow.decode(std::vector<float>(64, NAN), {1});
+        }).says("`noise` is not finite, the first at row 0"));
+  CHECK(failure([&] { flow.denoise(std::vector<float>(64, INFINITY), {1}); }).says("`images` is not finite"));
+  CHECK(failure([&] { flow.denoise(std::vector<float>(64), {1}, -1); }).says("`strength` is -1"));
+  CHECK(failure([&] { flow.certificate(1); }).says("without `certify`"));
   tarflow_flow* handle = nullptr;
   CHECK(tarflow_open(TARFLOW_DEMO, nullptr, &handle) == TARFLOW_OK);
   float image[64];
@@ -157,7 +160,7 @@ TEST_CASE("what cannot be meant is refused in one sentence") {
   CHECK(tarflow_open(nullptr, nullptr, &handle) == TARFLOW_INPUT);
   CHECK(tarflow_sample(handle, 1, nullptr, nullptr, image) == TARFLOW_INPUT);  // not open
   const std::string closed = tarflow_error(handle);
-  CHECK(closed.find("not open: tarflow_open failed with: bundle is NULL") != std::string::npos);
+  CHECK(closed.find("not open: tarflow_open failed with: `bundle` is NULL") != std::string::npos);
   CHECK(tarflow_sample(handle, 1, nullptr, nullptr, image) == TARFLOW_INPUT);
   CHECK(tarflow_error(handle) == closed);
   tarflow_close(handle);

@@ -36,7 +36,7 @@ TEST_CASE("the demo's manifest is read") {
   CHECK(manifest.shape.patch_dim() == 4);
   CHECK(manifest.blocks.size() == 4);
   CHECK(manifest.blocks[1].reversed);
-  CHECK(manifest.precision == "fp32");
+  CHECK(std::string(manifest.precision->name) == "fp32");
 }
 
 TEST_CASE("a manifest that is not one is refused with the place") {

@@ -3,7 +3,7 @@
 #include <thread>
 
 #include "support.hpp"
-#include "turn.hpp"
+#include "tensorrt/turn.hpp"
 
 using support::failure;
 

@@ -1,0 +1,126 @@
+#include "ort/sessions.hpp"
+
+#include <algorithm>
+
+#include "error.hpp"
+
+namespace tarflow::internal {
+namespace {
+
+const char* provider_name(const Opening& opening) {
+  return opening.on_cpu() ? "CPUExecutionProvider" : "CUDAExecutionProvider";
+}
+
+}  // namespace
+
+Sessions::Sessions(const Bundle& bundle, const Opening& opening)
+    : bundle(bundle), opening(opening), library(opening.onnxruntime) {
+  const std::vector<std::string> available = library.providers();
+  if (std::find(available.begin(), available.end(), provider_name(opening)) != available.end()) return;
+  std::string all;
+  for (const std::string& name : available) all += (all.empty() ? "" : ", ") + name;
+  throw machine_error("`provider` '" + opening.provider + "' needs " + provider_name(opening) + "; this ONNX Runtime " +
+                      library.version + " has " + all + ". Name one for GPUs by `onnxruntime`, or use `provider` cpu");
+}
+
+std::string Sessions::description() const {
+  const std::string name = provider_name(opening);
+  return "ONNX Runtime " + library.version + ", " + name.substr(0, name.find("Execution"));
+}
+
+Session Sessions::get(std::size_t block, Kind kind) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (opening.one_block) {  // sessions in use elsewhere live on until their users let go of them
+    for (auto at = open_.begin(); at != open_.end();) at = at->first.first == block ? std::next(at) : open_.erase(at);
+  }
+  Session& found = open_[{block, kind}];
+  if (!found) found = open(block, kind);
+  return found;
+}
+
+void Sessions::run(const Pass& pass, Kind kind, const std::vector<Place>& inputs, const std::vector<Place>& outputs) {
+  const Session session = get(pass.block, kind);
+  std::vector<Owned<OrtValue>> owned;
+  std::vector<const char*> input_names, output_names;
+  std::vector<const OrtValue*> in;
+  std::vector<OrtValue*> out;
+  for (const Place& place : inputs) {
+    owned.push_back(library.tensor(place.data, place.shape, place.type));
+    input_names.push_back(place.name);
+    in.push_back(owned.back().get());
+  }
+  for (const Place& place : outputs) {
+    owned.push_back(library.tensor(place.data, place.shape, place.type));
+    output_names.push_back(place.name);
+    out.push_back(owned.back().get());
+  }
+  auto* options = static_cast<OrtRunOptions*>(pass.call.engine.get());
+  check_run(library.api->Run(session.get(), options, input_names.data(), in.data(), in.size(), output_names.data(),
+                             out.size(), out.data()),
+            pass, kind);
+}
+
+void Sessions::check_run(OrtStatus* status, const Pass& pass, Kind kind) const {
+  if (status == nullptr) return;
+  const std::string message = library.message(status);
+  pass.call.check();
+  const std::string where = "block " + text_of(pass.block) + "'s " + kKindNames[kind] + " graph";
+  if (message.find("llocate") != std::string::npos) {
+    throw machine_error("out of memory in " + where + "; use a smaller `batch_size`, or `low_memory`");
+  }
+  throw bundle_error(where + " failed in " + description() + ": " +
+                     message.substr(0, message.find('\n')).substr(0, 300));
+}
+
+Session Sessions::open(std::size_t block, Kind kind) const {
+  const std::string path = bundle.graph(block, kind);
+  const Owned<OrtSessionOptions> options = this->options(kind);
+  OrtSession* session = nullptr;
+  OrtStatus* status = library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), &session);
+  if (status == nullptr) return Session(session, Release{library.api});
+  const std::string message = library.message(status);
+  const auto says = [&](const char* words) { return message.find(words) != std::string::npos; };
+  const bool memory = says("llocat") || says("bad_alloc"),
+             device = !opening.on_cpu() && (says("CUDA") || says("rovider"));
+  throw Error(memory || device ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
+              "'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300));
+}
+
+Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
+  const OrtApi* api = library.api;
+  OrtSessionOptions* made = nullptr;
+  library.check(api->CreateSessionOptions(&made), "it has no memory");
+  Owned<OrtSessionOptions> options = library.own(made);
+  const auto entry = [&](const char* key, const char* value) {
+    library.check(api->AddSessionConfigEntry(made, key, value), std::string("it refuses ") + key);
+  };
+  library.check(api->SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), "it refuses a log level");
+  library.check(api->SetInterOpNumThreads(made, 1), "it refuses one thread");
+  if (opening.threads > 0) library.check(api->SetIntraOpNumThreads(made, opening.threads), "it refuses the threads");
+  if (!opening.spinning) entry("session.intra_op.allow_spinning", "0");
+  // Blocks run one after the other: the last one's idle threads must not take a core from this one's.
+  if (opening.spinning) entry("session.force_spinning_stop", "1");
+  // Prepacking copies the weights of every session. It pays only where a graph runs once a step.
+  const bool stepping = kind == kStep || kind == kResident;
+  if (!stepping) entry("session.disable_prepacking", "1");
+  if (bundle.manifest.precision->int8) {  // steps multiply in int8; what judges them does not
+    entry("session.qdq_matmulnbits_accuracy_level", stepping ? "4" : "1");
+    entry("session.qdq_matmulnbits_block_size", "64");
+  }
+  if (!opening.on_cpu()) append_cuda(made);
+  return options;
+}
+
+void Sessions::append_cuda(OrtSessionOptions* options) const {
+  const OrtApi* api = library.api;
+  OrtCUDAProviderOptionsV2* made = nullptr;
+  library.check(api->CreateCUDAProviderOptions(&made), "its CUDA provider does not start");
+  const Owned<OrtCUDAProviderOptionsV2> provider = library.own(made);
+  // By default fp32's products would round what they multiply to 10 bits of mantissa.
+  const char* const key = "use_tf32";
+  const char* const value = "0";
+  library.check(api->UpdateCUDAProviderOptions(made, &key, &value, 1), "its CUDA provider has no use_tf32");
+  library.check(api->SessionOptionsAppendExecutionProvider_CUDA_V2(options, made), "its CUDA provider does not start");
+}
+
+}  // namespace tarflow::internal

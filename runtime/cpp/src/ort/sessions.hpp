@@ -1,0 +1,45 @@
+// Sessions of ONNX Runtime: a bundle's graphs, each opened when it is first used, and run with errors that name it.
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "../backend.hpp"
+#include "bundle.hpp"
+#include "opening.hpp"
+#include "ort/tensors.hpp"
+
+namespace tarflow::internal {
+
+using Session = std::shared_ptr<OrtSession>;
+
+class Sessions {
+ public:
+  // Throws Error(TARFLOW_MACHINE) if the library or the provider is not to be had.
+  Sessions(const Bundle& bundle, const Opening& opening);
+
+  // The session of one graph. With `one_block`, those of other blocks are let go of.
+  Session get(std::size_t block, Kind kind);
+
+  // One run from the host's memory to the host's.
+  void run(const Pass& pass, Kind kind, const std::vector<Place>& inputs, const std::vector<Place>& outputs);
+
+  // Throws what a run's status says, unless it is fine: Cancelled, or an Error that names the graph.
+  void check_run(OrtStatus* status, const Pass& pass, Kind kind) const;
+
+  std::string description() const;
+
+  const Bundle& bundle;
+  const Opening opening;
+  const Library library;
+
+ private:
+  Session open(std::size_t block, Kind kind) const;
+  Owned<OrtSessionOptions> options(Kind kind) const;
+  void append_cuda(OrtSessionOptions* options) const;
+
+  std::mutex mutex_;
+  std::map<std::pair<std::size_t, Kind>, Session> open_;
+};
+
+}  // namespace tarflow::internal
