@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,9 @@ import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+
+from tarflow.runtime.bundle import MANIFEST
+from tarflow.runtime.files import sha256
 
 GOLDEN = Path(__file__).parent / "golden"
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
@@ -75,6 +79,24 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
         return folder
 
     return export_once
+
+
+@pytest.fixture
+def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """copy("cond", "fp32"): a bundle of this test's own, to change or to write engines into."""
+
+    def make(case: str = "cond", engine: str = "fp32") -> Path:
+        return Path(shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}"))
+
+    return make
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Make a bundle whose files were changed consistent again, as a careless editor would."""
+    manifest = {**json.loads((folder / MANIFEST).read_text()), **changes}
+    for name, entry in manifest["files"].items():
+        entry.update(sha256=sha256(folder / name), size=(folder / name).stat().st_size)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,23 +15,7 @@ from tarflow.export.bisect import bisect_bundle
 from tarflow.export.comparison import Comparison
 from tarflow.export.repro import write_repro
 
-from .conftest import Cli
-
-
-@pytest.fixture
-def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[[str, str], Path]:
-    def make(case: str, engine: str = "fp32") -> Path:
-        return Path(shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}"))
-
-    return make
-
-
-def rehash(folder: Path, name: str) -> None:
-    """What a careless editor would do: make the manifest agree with the changed file."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    content = (folder / name).read_bytes()
-    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+from .conftest import Cli, reseal
 
 
 def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
@@ -42,7 +24,7 @@ def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
     node = [n for n in model.graph.node if n.op_type == op][which]
     node.op_type = other
     onnx.save(model, folder / name)
-    rehash(folder, name)
+    reseal(folder)
     return str(node.name)
 
 
@@ -105,7 +87,7 @@ def test_a_wrong_weight_is_named(copy: Callable[..., Path], tmp_path: Path, bund
     changed = np.frombuffer(content[8 + header_length + start : 8 + header_length + end], np.float32) + 0.5
     content[8 + header_length + start : 8 + header_length + end] = changed.astype(np.float32).tobytes()
     (folder / "weights.safetensors").write_bytes(content)
-    rehash(folder, "weights.safetensors")
+    reseal(folder)
     found = bisect_bundle(Comparison(folder, bundle("cond")))
     assert found is not None
     assert found.suspect.block == 1

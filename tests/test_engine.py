@@ -6,13 +6,13 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -53,32 +53,12 @@ from tarflow.runtime.tensorrt.cuda import Cuda
 from tarflow.runtime.tensorrt.record import Record, Target
 from tarflow.runtime.tensorrt.record_reader import read_record
 
-from .conftest import GOLDEN, Cli
+from .conftest import GOLDEN, Cli, reseal
 from .device_double import DoubleCuda, DoubleTensorRT, build_double
 from .interrupting import interrupted
 
 LARGE = {"2-768-8-8": (2, 768), "4-1024-8-8": (4, 1024)}  # ImageNet64: 1024 patches of 12 numbers, 256 of 48
 QUICK = Options(batch=(1, 2, 4), device=("8.9",))
-
-
-@pytest.fixture
-def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """copy("cond", "fp32"): a bundle to write engines into."""
-
-    def make(case: str = "cond", engine: str = "fp32") -> Path:
-        folder = tmp_path / f"{case}-{engine}"
-        shutil.copytree(bundle(case, engine), folder)
-        return folder
-
-    return make
-
-
-def reseal(folder: Path, **changes: Any) -> None:
-    """Make a bundle whose files were changed consistent again."""
-    manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
-    for name, entry in manifest["files"].items():
-        entry.update(sha256=sha256(folder / name), size=(folder / name).stat().st_size)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 # --- what builds ------------------------------------------------------------------------------------------------
@@ -291,17 +271,14 @@ def test_a_single_product_in_the_wrong_precision_is_caught(copy: Callable[..., P
     path = folder / "block_02.forward.onnx"
     model = onnx.load(path, load_external_data=False)
     at, product = next((i, node) for i, node in enumerate(model.graph.node) if node.op_type == "MatMul")
-    wide = [f"{name}.wide" for name in (*product.input, *product.output)]
-    casts = [
-        helper.make_node("Cast", [name], [f"{name}.wide"], f"Cast_{name}", to=TensorProto.FLOAT)
-        for name in product.input
-    ]
-    model.graph.node.insert(
-        at + 1, helper.make_node("Cast", [wide[-1]], list(product.output), "Cast_out", to=TensorProto.FLOAT16)
-    )
-    product.input[:], product.output[:] = wide[:-1], wide[-1:]
-    for node in reversed(casts):
-        model.graph.node.insert(at, node)
+    cast = partial(helper.make_node, "Cast")
+    wide = [cast([name], [f"{name}.wide"], f"Cast_{name}", to=TensorProto.FLOAT) for name in product.input]
+    narrow = cast([f"{product.output[0]}.wide"], list(product.output), "Cast_out", to=TensorProto.FLOAT16)
+    product.input[:], product.output[:] = [node.output[0] for node in wide], narrow.input
+    before, after = list(model.graph.node[:at]), list(model.graph.node[at + 1 :])
+    nodes = [*before, *wide, product, narrow, *after]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, path)
     reseal(folder)
     with pytest.raises(CheckFailed, match=r"block 2's forward engine .* asked fp16, built 1 matrix products in fp32"):

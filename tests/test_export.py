@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +26,7 @@ from tarflow.runtime.errors import BundleError, CheckFailed, InputError, Machine
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS, Tolerance
 
-from .conftest import Golden, largest
+from .conftest import Golden, largest, reseal
 from .interrupting import interrupted
 
 WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
@@ -126,21 +124,21 @@ def test_an_export_out_of_tolerance_leaves_no_bundle(
 
 
 def test_a_failed_export_leaves_the_bundle_that_was_there(
-    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
-    before = Bundle.open(tmp_path / "bundle").hash
+    folder = copy("uncond")
+    before = Bundle.open(folder).hash
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "_finish", interrupted)
     with pytest.raises(InputError, match="exists"):
-        export(golden("uncond").checkpoint, tmp_path / "bundle")
+        export(golden("uncond").checkpoint, folder)
     with pytest.raises(KeyboardInterrupt):
-        export(golden("uncond").checkpoint, tmp_path / "bundle", force=True, check=False)
-    assert Bundle.open(tmp_path / "bundle").hash == before
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+        export(golden("uncond").checkpoint, folder, force=True, check=False)
+    assert Bundle.open(folder).hash == before
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_an_estimate_tells_the_files_and_sizes_of_the_export(
@@ -180,16 +178,13 @@ def test_verify_catches_another_prior(
     assert verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
 
 
-def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle("cond"), tmp_path / "copy"))
+def test_verify_catches_a_graph_that_is_wrong_only_when_guided(copy: Callable[..., Path]) -> None:
+    folder = copy("cond")
     model = onnx.load(folder / "block_01.step.onnx", load_external_data=False)
     (node,) = [n for n in model.graph.node if n.op_type == "ReduceSum"]  # over the branches
     node.op_type = "ReduceMax"
     onnx.save(model, folder / "block_01.step.onnx")
-    content = (folder / "block_01.step.onnx").read_bytes()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["block_01.step.onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder)
     wrong = verify_bundle(Comparison(folder)).failures()
     assert wrong
     assert all("guided" in sentence for sentence in wrong)
@@ -290,8 +285,8 @@ def test_a_weight_that_cannot_be_stored_is_named(
     assert [path.name for path in tmp_path.iterdir()] == [golden("vp").checkpoint.name], "new folders were left"
 
 
-def test_a_damaged_bundle_is_not_exported_again(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle("uncond"), tmp_path / "bundle"))
+def test_a_damaged_bundle_is_not_exported_again(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy("uncond")
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (folder / WEIGHTS).write_bytes(content)
@@ -301,11 +296,10 @@ def test_a_damaged_bundle_is_not_exported_again(bundle: Callable[..., Path], tmp
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_export_leaves_the_bundle_that_was_there(
-    number: int, code: int, golden: Callable[[str], Golden], bundle: Callable[..., Path], tmp_path: Path
+    number: int, code: int, golden: Callable[[str], Golden], copy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
+    args = ["export", golden("uncond").checkpoint, "-o", copy("uncond"), "--force"]
     before = contents(tmp_path)
-    args = ["export", golden("uncond").checkpoint, "-o", "bundle", "--force"]
     done = interrupted(args, tmp_path, "trace", number)
     assert (done.returncode, done.stdout) == (code, "")
     assert contents(tmp_path) == before

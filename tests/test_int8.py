@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -119,8 +118,8 @@ def test_the_certificate_sees_what_int8_steps_do(int8: Path) -> None:
     assert 1e-3 < samples.report.certificate.max() < 1.0  # the judge's products are float32
 
 
-def test_tensorrt_takes_the_graphs_but_no_engine_is_kept(int8: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(int8, tmp_path / "bundle")
+def test_tensorrt_takes_the_graphs_but_no_engine_is_kept(copy: Callable[..., Path]) -> None:
+    folder = copy("demo", "int8")
     bundle = Bundle.open(folder)
     blueprint = Blueprint.of(bundle, Options(batch=(1, 2, 4)))
     graph = bundle.manifest.blocks[1].graphs["resident"]
