@@ -534,13 +534,11 @@ def test_a_narrow_window_is_enough(browser: Browser, server: Server) -> None:
 # --- what the page asks for, without a page -------------------------------------------------------------------------
 
 
-def test_the_page_allows_nothing_from_elsewhere_and_serves_only_its_files(server: Server) -> None:
+def test_the_page_allows_nothing_from_elsewhere(server: Server) -> None:
     index = httpx.get(server.url)
     assert "default-src 'self'" in index.headers["content-security-policy"]
     assert "//" not in re.sub(r"<!doctype.*?>", "", index.text).replace("http-equiv", "")
     assert httpx.get(server.url, headers={"If-None-Match": index.headers["etag"]}).status_code == 304
-    for path in ("page/../app.py", "page/%2e%2e/app.py", "page/..%2fapp.py", "page/nothing.js", "page/"):
-        assert httpx.get(server.url + path).status_code == 404
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:
