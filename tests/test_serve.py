@@ -91,7 +91,7 @@ def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_par
     client: triton.InferenceServerClient, flow: Flow, binary: bool
 ) -> None:
     labels = np.array([3, 7, -1])
-    numbers = {"first_sample": np.array([14], np.uint64), "guidance": np.array([1.5], np.float32)}
+    numbers: dict[str, Any] = {"first_sample": np.array([14], np.uint64), "guidance": np.array([1.5], np.float32)}
     inputs = [
         tensor("labels", labels, "INT64", binary),
         tensor("seed", np.array([2**64 - 1], np.uint64), "UINT64", binary),
