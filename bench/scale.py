@@ -26,8 +26,11 @@ import numpy as np
 
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.image import png, to_uint8
-from tarflow.shards.folder import Record, claimed, finished, write_index
+from tarflow.runtime.opening import Opening
+from tarflow.runtime.request import Request
+from tarflow.shards.folder import claimed, write_index
 from tarflow.shards.job import Job
+from tarflow.shards.record import Record, finished
 from tarflow.shards.workers import Local, Solo, Task, carry_out
 
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
@@ -149,7 +152,7 @@ def overhead(folder: Path) -> None:
     import tarflow.shards.cluster as cluster
 
     flow = Flow.open(DEMO, threads=1)
-    base = Job(flow.bundle.hash, n=16 * 100, shard_size=16, certify=False, denoise=None)
+    base = Job.of(flow.bundle, Request(16 * 100, denoise=False), shard_size=16)
     own, clock = list[float](), list[float]()
     for shard in base.shards():
         before = time.process_time(), time.perf_counter()
@@ -173,7 +176,7 @@ def between_shards(job: Job, out: Path, kind: str) -> float:
     """Seconds from one finished shard to the next, the median, for a crew of one."""
     import tarflow.shards.cluster as cluster
 
-    task, moments, records = Task(job, DEMO, out, threads=1), list[float](), list[Record]()
+    task, moments, records = Task(job, DEMO, out, Opening(threads=1)), list[float](), list[Record]()
     clock = time.process_time if kind == "solo" else time.perf_counter
 
     def done(record: Record) -> None:

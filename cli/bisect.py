@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .console import emit, stages
-from .options import Channels, Json, NoiseStd, PatchSize, Provider
+from ..runtime.opening import Opening
+from .console import emit
+from .options import Json, NoiseStd, PatchSize, opens
+from .progress import stages
 
 
+@opens()
 def bisect(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     checkpoint: Annotated[
@@ -22,9 +25,9 @@ def bisect(
     output: Annotated[Path, typer.Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing repro folder.")] = False,
     patch_size: PatchSize = None,
-    channels: Channels = None,
     noise_std: NoiseStd = None,
-    provider: Provider = "cpu",
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Name the first block, step and graph node that leaves tolerance of PyTorch, and write a folder that shows it.
@@ -35,40 +38,26 @@ def bisect(
     """
     from tarflow.config import Hints
 
-    from ..export.bisect import write_repro
-    from ..export.pipeline import bisect_bundle
+    from ..export.bisect import bisect_bundle
+    from ..export.comparison import Comparison
+    from ..export.repro import MARKER, write_repro
     from ..runtime.files import check_replaceable
 
-    check_replaceable(output, force, marker="finding.json")
+    check_replaceable(output, force, MARKER)
     with stages(quiet=json) as watch:
-        hints = Hints(patch_size, channels, noise_std)
-        result = bisect_bundle(bundle, checkpoint, hints, provider, tolerance, watch)
-        if result is not None:
-            write_repro(output, *result, force)
-    if result is None:
+        comparison = Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening)
+        finding = bisect_bundle(comparison, tolerance, watch)
+        if finding is not None:
+            write_repro(output, finding, force)
+    if finding is None:
         if json:
             emit({"bundle": str(bundle), "found": None})
         else:
             print("every step, forward and gradient graph is within tolerance")
         return
-    finding, _ = result
     if json:
-        emit(
-            {
-                "bundle": str(bundle),
-                "found": {
-                    "block": finding.block,
-                    "graph": finding.kind,
-                    "step": finding.step,
-                    "node": finding.node,
-                    "op": finding.op,
-                    "error": finding.error,
-                    "node_error": finding.node_error,
-                    "reason": finding.reason,
-                },
-                "repro": str(output),
-            }
-        )
+        found = finding.to_json()
+        emit({"bundle": str(bundle), "found": {"graph": found.pop("kind"), **found}, "repro": str(output)})
     else:
-        print(f"{finding.reason}\nerror {finding.error:.3g}; repro in {output}")
+        print(f"{finding.reason}\nerror {finding.suspect.error:.3g}; repro in {output}")
     raise typer.Exit(1)

@@ -12,11 +12,12 @@ import typer
 
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
-from .console import default_bundle, emit, say, stages, status_line
+from .console import default_bundle, emit, say
 from .options import BundleArgument, Json
+from .progress import stages, status_line
 
 if TYPE_CHECKING:
-    from ..export.engines.build import Progress
+    from ..export.engines.progress import Headway
     from ..runtime.tensorrt.record import Record
 
 
@@ -38,12 +39,6 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option(metavar="F", help="Read and keep TensorRT's timings here; only makes builds faster.")
     ] = None,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Engines that later TensorRT versions run too.")
-    ] = False,
-    strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="Leave weights out; the bundle's are filled in on loading.")
-    ] = False,
     level: Annotated[int | None, typer.Option(metavar="N", help="TensorRT's optimisation level, 0 to 5.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run every engine against ONNX Runtime, if a GPU is here.")
@@ -56,20 +51,13 @@ def build(
 
     Example: tarflow build imagenet64 --engine fp16 --batch 1,8,32
     """
-    from ..export.engines.build import Options
     from ..export.engines.build import build as build_engines
-    from ..quality.parity import verify_engines
+    from ..export.engines.options import Options
+    from ..export.engines.parity import verify_engines
     from ..runtime.bundle import Bundle
 
-    options = Options(
-        batch=_range("batch", batch),
-        window=_range("window", window),
-        device=_capabilities(device),
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        strip_weights=strip_weights,
-        level=level,
-    )
+    sizes = _range("batch", batch), _range("window", window)
+    options = Options(*sizes, device=_capabilities(device), timing_cache=timing_cache, level=level)
     opened = Bundle.open(default_bundle(bundle))
     with shown(quiet=json) as watch:
         folder, record = build_engines(opened, engine, options, watch)
@@ -99,26 +87,25 @@ def _summary(record: Record) -> str:
 
 
 @contextlib.contextmanager
-def shown(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def shown(quiet: bool) -> Iterator[Callable[[Headway], None]]:
     """Progress for people: one line that moves on a terminal, a line for each engine elsewhere."""
     if quiet:
-        yield lambda progress: None
+        yield lambda headway: None
         return
     with status_line() as line:
         last = ""
 
-        def watch(progress: Progress) -> None:
+        def watch(headway: Headway) -> None:
             nonlocal last
-            place = f"engine {progress.done} of {progress.total}, {progress.name}"
-            if progress.kept:
+            place = f"engine {headway.done} of {headway.total}, {headway.name}"
+            left = f", about {headway.left:.0f} s left" if headway.left is not None else ""
+            if headway.kept:
                 say(f"{place}: kept")
             elif sys.stderr.isatty():
-                left = f", about {progress.left:.0f} s left" if progress.left is not None else ""
-                line(f"{place}: {100 * progress.fraction:.0f} %, {progress.elapsed:.0f} s{left}")
-            elif progress.name != last:
-                left = f", about {progress.left:.0f} s left" if progress.left is not None else ""
-                say(f"[{progress.elapsed:6.1f} s{left}] {place}")
-            last = progress.name
+                line(f"{place}: {100 * headway.fraction:.0f} %, {headway.elapsed:.0f} s{left}")
+            elif headway.name != last:
+                say(f"[{headway.elapsed:6.1f} s{left}] {place}")
+            last = headway.name
 
         yield watch
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_sizes, stages
+from .console import default_bundle, emit, parse_sizes
 from .options import BundleArgument, Json, opens
+from .progress import stages
 
 
 @opens()

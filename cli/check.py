@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .console import default_bundle, emit, stages
+from .console import default_bundle, emit
 from .options import BundleArgument, Json
+from .progress import stages
 
 
 def check_engine(
@@ -27,7 +28,7 @@ def check_engine(
     """
     from ..export.engines.check import check
     from ..runtime.bundle import Bundle
-    from ..runtime.errors import CheckFailed
+    from ..runtime.errors import CheckFailed, Remedy
 
     opened = Bundle.open(default_bundle(bundle))
     with stages(quiet=json) as watch:
@@ -49,5 +50,6 @@ def check_engine(
         raise CheckFailed(
             f"{len(failed)} of {len(verdicts)} graphs do not become engines"
             + (f"; refused operators: {refused}" if refused else "")
-            + ". Graphs of this tarflow do: export the bundle again, with tarflow export"
+            + ". Graphs of this tarflow do: export the bundle again",
+            remedy=Remedy("export"),
         )

@@ -1,15 +1,11 @@
-"""What the commands share: where results and messages go, progress, and how files are read."""
+"""What the commands share: where results and messages go, and how files are read."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..runtime.flow import Progress
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_BUNDLE = Path("tarflow-bundle")
-_LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
 
 
 def default_bundle(bundle: Path | None) -> Path:
@@ -61,93 +55,6 @@ def parse_sizes(batch: str) -> list[int]:
     if min(sizes) < 1:
         raise InputError.of("batch", f"'{batch}'", "sizes of 1 or more")
     return sizes
-
-
-@contextlib.contextmanager
-def step_bar(what: str) -> Iterator[Callable[[Progress], None] | None]:
-    """A progress bar over sequential steps, on stderr; nothing when that is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
-    with Bar(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        task = bar.add_task(what, total=None)
-
-        def advance(progress: Progress) -> None:
-            description = f"{what}, block {progress.block}"
-            bar.update(task, completed=progress.done, total=progress.total, description=description)
-
-        yield advance
-
-
-@contextlib.contextmanager
-def stages(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Names the stage of a long task: a spinner on a terminal, timed lines elsewhere."""
-    started = time.monotonic()
-    if quiet:
-        yield lambda stage: None
-    elif sys.stderr.isatty():
-        with status_line() as line:
-            yield lambda stage: line(f"{stage}  ({time.monotonic() - started:.0f} s)")
-    else:
-        yield lambda stage: say(f"[{time.monotonic() - started:6.1f} s] {stage}")
-
-
-@contextlib.contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal's stderr that each call replaces; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True, no_color="NO_COLOR" in os.environ).status("") as status:
-        yield status.update
-
-
-@contextlib.contextmanager
-def sample_bar(total: int, done: int) -> Iterator[Callable[[float], None]]:
-    """Is told how many of ``total`` samples are drawn by now: a bar on a terminal, elsewhere a line every few seconds,
-    with the rate and an estimate that leave out the ``done`` samples found at the start.
-    """
-    started = time.monotonic()
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Bar(*columns, console=Console(stderr=True, no_color="NO_COLOR" in os.environ)) as bar:
-            task = bar.add_task("", total=total, completed=done)
-            yield lambda now: bar.update(task, completed=int(now))
-        return
-    first: tuple[float, float] | None = None  # moment and samples of the first news: workers take time to start
-    latest, told = started, float(done)
-
-    def line(now: float) -> None:
-        nonlocal first, latest, told
-        moment = time.monotonic()
-        first = first or (moment, now)
-        if now == told or (moment - latest < _LINE_EVERY and now < total):
-            return
-        latest, told = moment, now
-        rate = (now - first[1]) / (moment - first[0]) if moment > first[0] else 0.0
-        estimate = f", {rate:.3g} a second, {duration_text((total - now) / rate)} left" if rate else ""
-        say(f"[{moment - started:6.1f} s] {now:.0f} of {total} samples{estimate}")
-
-    yield line
-
-
-def duration_text(seconds: float) -> str:
-    """Hours, minutes and seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 def read_array(path: Path, what: str) -> NDArray[Any]:
@@ -203,17 +110,6 @@ def label_choices(text: str) -> list[int]:
             raise InputError(f"labels '{part}' are an empty or endless range; write the smaller class first, as in 0-9")
         choices += span
     return choices
-
-
-def read_images(path: Path, channels: int, size: int) -> tuple[NDArray[Any], list[str] | None]:
-    """Images from an .npy file or a folder of pictures: as stored, and the pictures' names."""
-    if path.is_dir():
-        from ..runtime.image import read_folder
-
-        return read_folder(path, channels, size)
-    if not path.exists():
-        raise InputError(f"no images at '{path}'; expected a folder of pictures, or an array saved with numpy.save")
-    return read_array(path, "images"), None
 
 
 def _finite(value: Any) -> Any:

@@ -49,7 +49,7 @@ def doctor(json: Json = False) -> None:
 
     Example: tarflow doctor
     """
-    versions = {name: found for name in PACKAGES if (found := _version(name))}
+    versions = {name: found for name in PACKAGES if (found := version_of(name))}
     providers, problems = _providers()
     problems += _known_bad(versions, providers)
     tests = _self_tests(providers)
@@ -89,7 +89,7 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -142,13 +142,13 @@ def _gpu() -> str | None:
 
 def _tensorrt(versions: dict[str, str]) -> list[str]:
     """Sentences about building and running engines here."""
-    from ..export.engines.build import find_tensorrt
+    from ..export.engines.target import find_tensorrt
     from ..runtime.errors import MachineError, briefly
     from ..runtime.tensorrt.cuda import Cuda
 
     sentences = []
     try:
-        trt, package = find_tensorrt(None)
+        trt, package = find_tensorrt()
         sentences.append(f"{package} {trt.__version__} builds engines: tarflow build BUNDLE")
     except MachineError as error:
         sentences.append(spell(error))
@@ -193,7 +193,9 @@ def _engine_test() -> dict[str, Any]:
     """Build the demo's engines in a temporary folder, as quickly as they build, and try them."""
     import tempfile
 
-    from ..export.engines.build import Options, build, find_tensorrt
+    from ..export.engines.build import build
+    from ..export.engines.options import Options
+    from ..export.engines.target import find_tensorrt
     from ..runtime.bundle import Bundle
     from ..runtime.errors import MachineError, briefly
     from ..runtime.tensorrt.backend import open_tensorrt
@@ -201,7 +203,7 @@ def _engine_test() -> dict[str, Any]:
 
     try:
         Cuda()
-        find_tensorrt(None)
+        find_tensorrt()
     except MachineError as error:
         return _untried(briefly(error))
 

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import default_bundle, emit, parse_labels, read_images, say, status_line, step_bar
-from .options import BundleArgument, Decode, Json, Labels, LowMemory, Provider, Spinning, Threads
+from ..runtime.errors import CheckFailed, InputError
+from ..runtime.opening import Opening
+from .console import default_bundle, emit, parse_labels, say
+from .images import read_images
+from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .progress import status_line, step_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,11 +24,14 @@ if TYPE_CHECKING:
     from ..quality.frechet import Statistics
     from ..runtime.bundle import Bundle
     from ..runtime.flow import Flow, Progress
+    from ..runtime.request import Resolved
 
 DIGITS = Path(__file__).parent.parent / "features" / "digits.onnx"  # the demo's; its statistics lie beside it
 _PART = 1024  # samples drawn before their features are taken: memory stays bounded
 
 
+@opens()
+@draws(*DRAWING.keys() - {*GUIDANCE, "seed", "batch_size", "decode"})
 def evaluate(
     bundle: BundleArgument = None,
     against: Annotated[
@@ -44,21 +51,11 @@ def evaluate(
         Path | None, typer.Option(help="Evaluate these images (a folder or .npy) instead of drawing.")
     ] = None,
     labels: Labels = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 0 is none.")] = 0.0,
-    guide: Annotated[str, typer.Option(help="What is guided: ab, a (scale) or b (shift).")] = "ab",
-    annealed: Annotated[
-        bool, typer.Option("--annealed/--constant", help="Let guidance grow along the sequence.")
-    ] = False,
-    attention_temperature: Annotated[float, typer.Option(help="Divides the unconditional branch's logits.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise and of the resampling.")] = 0,
-    resamples: Annotated[int, typer.Option(help="Resamplings of the bootstrap.")] = 100,
+    *,
+    drawing: Drawing,
+    resamples: Annotated[int, typer.Option(help="Resamplings of the bootstrap, by the same seed.")] = 100,
     save_stats: Annotated[Path | None, typer.Option(help="Write the statistics of --against as .npz.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples at a time. Default: up to 64, by memory.")] = None,
-    decode: Decode = None,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    spinning: Spinning = None,
-    low_memory: LowMemory = False,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Frechet distance between samples and real images, over features of an ONNX network, with its standard error.
@@ -67,22 +64,21 @@ def evaluate(
 
     Example: tarflow evaluate tarflow-bundle --against photos/ --features inception.onnx --n 50000
     """
-    from ..quality.features import FeatureNetwork
+    from ..quality.features import FeatureNetwork, Usage
     from ..quality.frechet import estimate, write_statistics
     from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
     from ..runtime.files import check_writable
-    from ..runtime.flow import Flow, Guidance
+    from ..runtime.flow import Flow
 
+    seed = drawing.said["seed"]
     if seed < 0:
-        raise InputError(f"--seed is {seed}; expected 0 or more")
+        raise InputError.of("seed", seed, "0 or more")
     if n < 2 or resamples < 2:
         raise InputError(f"--n is {n} and --resamples {resamples}; expected 2 or more of each, thousands of samples")
-    guided = Guidance(guidance, guide, annealed, attention_temperature)
     opened = Bundle.open(default_bundle(bundle))
-    network = FeatureNetwork.open(
-        features or _default_network(opened), feature_output, feature_size, feature_range, threads
-    )
+    request = None if samples is not None else request_of(opened, drawing, n, labels)
+    usage = Usage(feature_output, feature_size, feature_range)
+    network = FeatureNetwork.open(features or _default_network(opened), usage, opening.threads)
     if save_stats is not None:
         check_writable(save_stats)
     with status_line() as line:
@@ -90,40 +86,40 @@ def evaluate(
         reference = _reference(against or _default_images(features, opened), network, opened)
     if save_stats is not None:
         write_statistics(save_stats, reference, network.identity)
-    if samples is not None:
+    if request is None:
+        assert samples is not None
         found = network(_pictures(samples, opened))
     else:
-        flow = Flow.open(opened, provider, threads, spinning, low_memory)
-        classes = labels if labels is not None or not flow.config.classes else f"0-{flow.config.classes - 1}"
-        how = {"guidance": guided, "seed": seed, "batch_size": batch_size, "decode": decode}
-        found = _draw(flow, network, parse_labels(classes, 0, n), n, how)
+        found = _draw(Flow.open(opened, opening), network, request)
     with status_line() as line:
         line(f"resampling {resamples} times")
         result = estimate(found, reference, resamples, seed)
 
     warnings = _warnings(result.count, reference, result.dimension)
-    document = {
-        "bundle": str(opened.folder),
-        "bundle_hash": opened.hash,
-        "precision": opened.manifest.precision,
-        "samples": str(samples) if samples is not None else "drawn",
-        "seed": seed,
-        "guidance": asdict(guided) if samples is None else None,
-        "network": network.identity,
-        "against": str(against) if against is not None else "digits",
-        "reference_images": reference.count or None,
-        **asdict(result),
-        "saved": str(save_stats) if save_stats is not None else None,
-        "warnings": warnings,
-    }
+    against_what = str(against) if against is not None else "digits"
     if json:
-        emit(document)
+        emit(
+            {
+                "bundle": str(opened.folder),
+                "bundle_hash": opened.hash,
+                "precision": opened.manifest.precision,
+                "samples": str(samples) if samples is not None else "drawn",
+                "seed": seed,
+                "guidance": asdict(request.guidance) if request else None,
+                "network": network.identity,
+                "against": against_what,
+                "reference_images": reference.count or None,
+                **asdict(result),
+                "saved": str(save_stats) if save_stats is not None else None,
+                "warnings": warnings,
+            }
+        )
     else:
-        low, high = result.interval
-        what = str(samples) if samples is not None else f"samples of {opened.manifest.name}, guidance {guidance:g}"
-        print(f"Frechet distance {result.distance:.4g} +- {result.standard_error:.2g} (95 %: {low:.4g} to {high:.4g})")
+        what = f"samples of {opened.manifest.name}, guidance {request.guidance.scale:g}" if request else str(samples)
+        print(f"Frechet distance {result.distance:.4g} +- {result.standard_error:.2g}", end=" ")
+        print(f"(95 %: {result.interval[0]:.4g} to {result.interval[1]:.4g})")
         print(f"  {result.count} images: {what}")
-        print(f"  against {reference.count or 'an unknown number of'} images: {document['against']}")
+        print(f"  against {reference.count or 'an unknown number of'} images: {against_what}")
         print(f"  {result.dimension} features; of the distance, {result.mean_part:.2g} is of means")
         print(f"  about {result.bias:.2g} of it is there because {result.count} images are not infinitely many")
         if save_stats is not None:
@@ -134,8 +130,6 @@ def evaluate(
 
 def _default_network(bundle: Bundle) -> Path:
     """The demo's own network for the demo and exports of it; for any other model InputError."""
-    from ..runtime.errors import InputError
-
     if bundle.manifest.name == "digits" and bundle.manifest.config.image == (1, 8, 8):
         return DIGITS
     raise InputError(
@@ -145,8 +139,6 @@ def _default_network(bundle: Bundle) -> Path:
 
 
 def _default_images(features: Path | None, bundle: Bundle) -> Path:
-    from ..runtime.errors import InputError
-
     if features is None and _default_network(bundle) == DIGITS:
         return DIGITS.with_suffix(".npz")
     raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
@@ -155,7 +147,6 @@ def _default_images(features: Path | None, bundle: Bundle) -> Path:
 def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statistics:
     """The statistics of the images to compare with: read, or computed. Raises InputError if they do not fit."""
     from ..quality.frechet import Statistics, read_statistics
-    from ..runtime.errors import InputError
 
     if against.suffix != ".npz":
         return Statistics.of(network(_pictures(against, bundle)))
@@ -172,45 +163,33 @@ def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statis
 
 def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
     """8-bit images of the model's shape from a folder or .npy; floats are taken to be in [-1, 1] units."""
-    from ..runtime.errors import InputError
     from ..runtime.image import to_uint8
 
-    shape = bundle.manifest.config.image
-    if path.is_dir():
-        return read_images(path, shape[0], shape[1])[0]
-    stored = read_images(path, shape[0], shape[1])[0]
-    known = stored.dtype.kind == "f" or stored.dtype == "uint8"
-    if stored.ndim != 4 or stored.shape[1:] != shape or not len(stored) or not known:
-        raise InputError(
-            f"'{path}' holds {stored.dtype} of shape {stored.shape}; expected (N, {', '.join(map(str, shape))}), uint8 "
-            "or floats in [-1, 1]"
-        )
+    stored, _ = read_images(path, bundle.manifest.config)
     return stored if stored.dtype.kind == "u" else to_uint8(_finite(stored))
 
 
-def _draw(
-    flow: Flow, network: FeatureNetwork, labels: NDArray[np.int64] | None, n: int, how: dict[str, Any]
-) -> NDArray[np.float32]:
-    """Features (n, F) of samples 0 ... n - 1, drawn part by part."""
+def request_of(bundle: Bundle, drawing: Drawing, n: int, labels: str | None) -> Resolved:
+    """What is drawn: all classes in turn, unless labels are given. Raises InputError for what this model cannot."""
+    config = bundle.manifest.config
+    classes = parse_labels(labels if labels is not None or not config.classes else f"0-{config.classes - 1}", 0, n)
+    return drawing.request(config, n, None if classes is None else tuple(classes.tolist())).resolved(config)
+
+
+def _draw(flow: Flow, network: FeatureNetwork, request: Resolved) -> NDArray[np.float32]:
+    """Features (n, F) of the samples of a request, drawn part by part."""
     import numpy as np
 
     from ..runtime.image import to_uint8
+    from ..runtime.samples import Watch
 
-    flow.resolve(n, labels=labels, guidance=how["guidance"], seed=how["seed"])
-    rows = []
+    vectors, end = [], request.first_sample + request.n
     with step_bar("sampling") as bar:
-        for start in range(0, n, _PART):
-            stop = min(start + _PART, n)
-            images = flow.sample(
-                stop - start,
-                labels=None if labels is None else labels[start:stop],
-                first_sample=start,
-                part_of_more=True,
-                progress=_scaled(bar, start / n, (stop - start) / n),
-                **how,
-            )
-            rows.append(network(to_uint8(_finite(images))))
-    return np.concatenate(rows)
+        for start in range(request.first_sample, end, _PART):
+            part = request.part(start, min(_PART, end - start))
+            progress = _scaled(bar, (start - request.first_sample) / request.n, part.n / request.n)
+            vectors.append(network(to_uint8(_finite(flow.draw(part, watch=Watch(progress))))))
+    return np.concatenate(vectors)
 
 
 def _scaled(bar: Callable[[Progress], None] | None, before: float, share: float) -> Callable[[Progress], None] | None:
@@ -223,8 +202,6 @@ def _scaled(bar: Callable[[Progress], None] | None, before: float, share: float)
 def _finite(images: NDArray[Any]) -> NDArray[Any]:
     """The images, if all are finite; else CheckFailed: a black picture would be judged in a sample's place."""
     import numpy as np
-
-    from ..runtime.errors import CheckFailed
 
     broken = int((~np.isfinite(images).all((1, 2, 3))).sum())
     if broken:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..runtime.files import size_text
-from .console import DEFAULT_BUNDLE, DEMO, emit, say, show, stages
-from .options import Channels, Json, NoiseStd, PatchSize
+from .console import DEFAULT_BUNDLE, DEMO, emit, say, show
+from .options import Json, NoiseStd, PatchSize
+from .progress import stages
 
 if TYPE_CHECKING:
-    from ..export.pipeline import Plan
+    from ..export.estimate import Estimate
     from ..runtime.bundle import Bundle
 
 
@@ -26,7 +28,6 @@ def export(
         str, typer.Option(help="Precision typed into the graphs: fp32, fp16, bf16, or int8 (weights alone).")
     ] = "fp32",
     patch_size: PatchSize = None,
-    channels: Channels = None,
     noise_std: NoiseStd = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before it appears.")
@@ -44,18 +45,23 @@ def export(
     """
     from tarflow.config import Hints
 
-    from ..export import pipeline
-
     source = checkpoint if checkpoint is not None else DEMO
-    hints = Hints(patch_size, channels, noise_std)
+    hints = Hints(patch_size, noise_std)
     if dry_run:
-        _print_plan(pipeline.plan(source, engine, hints), output, json)
+        from ..export.estimate import estimate
+
+        _print_estimate(estimate(source, engine, hints), output, json)
         return
+    from ..export.pipeline import export as export_bundle
+    from ..quality.card import Card
+    from ..runtime.errors import Remedy
+    from .messages import command
+
     with stages() as watch:
-        bundle = pipeline.export(source, output, engine, hints, force, verify, watch)
+        bundle = export_bundle(source, output, engine, hints, force, verify, watch)
     engines, why_not, unverified = _engines(bundle, quiet=json) if build else (None, "not asked for", None)
     total = sum(entry.size for entry in bundle.manifest.files.values())
-    card = bundle.manifest.parity
+    parity = bundle.manifest.parity
     if json:
         emit(
             {
@@ -64,7 +70,7 @@ def export(
                 "precision": engine,
                 "bytes": total,
                 "files": {name: entry.size for name, entry in bundle.manifest.files.items()},
-                "parity": card,
+                "parity": parity,
                 "engines": engines,
                 "engines_missing": why_not,
                 "engines_unverified": unverified,
@@ -72,14 +78,15 @@ def export(
         )
         return
     print(f"{output}: {len(bundle.manifest.files) + 1} files, {size_text(total)}, {engine}")
-    if card:
+    if parity:
+        card = Card.from_json(parity, str(output))
+        worst = max(difference.rms for difference in card.blocks.values())
         print(
-            f"against PyTorch: blocks rms {max(b['rms'] for b in card['blocks']):.2g} at most, "
-            f"bits/dim {card['bits_per_dim_shift']:.2g}, "
-            f"round trip {card['certificate']:.2g}"
+            f"against PyTorch: blocks rms {worst:.2g} at most, bits/dim {card.bits_per_dim_shift:.2g}, round trip "
+            f"{card.certificate:.2g}"
         )
     else:
-        say("not verified; run: tarflow verify " + str(output))
+        say(f"not verified; run: {command(Remedy('verify', {'bundle': output}))}")
     if engines:
         print(f"engines: {engines}" + (", built, not run" if unverified else ""))
         if unverified:
@@ -87,14 +94,14 @@ def export(
     elif build and engine == "int8":
         say(f"no engines: {why_not}")
     elif build:
-        say(f"no engines: {why_not}; on a GPU machine run: tarflow build {output}")
+        say(f"no engines: {why_not}; on a GPU machine run: {command(Remedy('build', {'bundle': output}))}")
 
 
 def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str | None]:
     """The folder of engines just built, or why there are none (the machine, never the bundle), or why none was run."""
     from ..export.engines.build import build
-    from ..quality.parity import verify_engines
-    from ..runtime.errors import MachineError
+    from ..export.engines.parity import verify_engines
+    from ..runtime.errors import MachineError, briefly
     from .build import shown
 
     if bundle.manifest.precision == "int8":
@@ -104,35 +111,24 @@ def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str |
             folder, record = build(bundle, watch=watch)
         _, unverified = verify_engines(bundle, folder, record)
     except MachineError as error:
-        return None, str(error).split(". Install it")[0].split("; pip")[0], None
+        return None, briefly(error), None
     return str(folder), None, unverified
 
 
-def _print_plan(plan: Plan, output: Path, json: bool) -> None:
-    total = sum(plan.files.values())
+def _print_estimate(estimate: Estimate, output: Path, json: bool) -> None:
+    total = sum(estimate.files.values())
     if json:
-        emit(
-            {
-                "bundle": str(output),
-                "name": plan.name,
-                "precision": plan.precision,
-                "config": plan.config.to_dict(),
-                "files": plan.files,
-                "bytes": total,
-                "peak_memory": plan.peak_memory,
-                "seconds": plan.seconds,
-            }
-        )
+        emit({"bundle": str(output), **asdict(estimate), "bytes": total})
         return
-    c = plan.config
+    c = estimate.config
     show(
         [
-            ("model", f"{plan.name}: {c.blocks} blocks x {c.layers} layers, width {c.width}, {c.tokens} patches"),
-            ("precision", plan.precision),
-            ("memory", f"about {size_text(plan.peak_memory)} at peak"),
-            ("time", f"about {plan.seconds:.0f} s, verification included"),
-            ("files", f"{len(plan.files)}, about {size_text(total)}"),
-            *((f"  {name}", size_text(size)) for name, size in plan.files.items()),
+            ("model", f"{estimate.name}: {c.blocks} blocks x {c.layers} layers, width {c.width}, {c.tokens} patches"),
+            ("precision", estimate.precision),
+            ("memory", f"about {size_text(estimate.peak_memory)} at peak"),
+            ("time", f"about {estimate.seconds:.0f} s, verification included"),
+            ("files", f"{len(estimate.files)}, about {size_text(total)}"),
+            *((f"  {name}", size_text(size)) for name, size in estimate.files.items()),
         ],
         f"would write {output}",
     )

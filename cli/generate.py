@@ -9,8 +9,9 @@ import typer
 
 from ..runtime.files import size_text
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, read_array, say, step_bar
+from .console import default_bundle, emit, parse_labels, read_array, say
 from .options import BundleArgument, Drawing, Json, Labels, Ray, draws, opens
+from .progress import step_bar
 
 if TYPE_CHECKING:
     from ..runtime.flow import Flow, Report, Samples

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..runtime.files import size_text
 from .console import default_bundle, emit, show
@@ -19,7 +18,11 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
 
     Example: tarflow inspect tarflow-bundle --json
     """
-    from ..runtime.bundle import Bundle
+    from ..quality.card import Card
+    from ..runtime.bundle import MANIFEST, Bundle
+    from ..runtime.errors import BundleError, Remedy, briefly
+    from .card import print_card
+    from .messages import command
 
     opened = Bundle.open(default_bundle(bundle))
     opened.check()
@@ -54,20 +57,20 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
         print(f"  block {k} ({'reversed' if block.reversed else 'in order'}): {sizes}, opset {m.opset}")
     for line in _engines(opened):
         print(line)
-    card = m.parity
-    if not card:
-        print("parity: not verified; run: tarflow verify")
+    if not m.parity:
+        print(f"parity: not verified; run: {command(Remedy('verify', {'bundle': opened.folder}))}")
         return
     try:
-        _print_card(card)
-    except (KeyError, TypeError, ValueError):
-        print("parity: a card of another version; see it with --json")
+        print_card(Card.from_json(m.parity, str(opened.folder / MANIFEST)))
+    except BundleError as error:
+        print(f"parity: {briefly(error)}; see it with --json")
 
 
 def _engines(bundle: Bundle) -> list[str]:
     """A line for each build of TensorRT engines, without loading any."""
     from ..runtime.errors import BundleError
-    from ..runtime.tensorrt.record import folders, read_record
+    from ..runtime.tensorrt.record import folders
+    from ..runtime.tensorrt.record_reader import read_record
 
     lines = []
     for folder in folders(bundle):
@@ -86,13 +89,3 @@ def _engines(bundle: Bundle) -> list[str]:
         state = "; ".join([f"{len(engines)} engines, {built} for {record.target}", run, *wrong])
         lines.append(f"  {record.package} {record.version}, batch {record.profiles['step'][0].batch}: {state}")
     return ["engines", *lines] if lines else []
-
-
-def _print_card(card: Mapping[str, Any]) -> None:
-    print(f"parity: {card.get('backend')} against {card.get('oracle')}, {card.get('method')}")
-    for block in card.get("blocks", ()):
-        print(f"  block {block['block']}: rms {block['rms']:.2g}, max {block['max']:.2g}, cosine {block['cosine']:.9f}")
-    for part in ("guided", "resident", "sample", "denoised"):
-        if part in card:
-            print(f"  {part}: rms {card[part]['rms']:.2g}, max {card[part]['max']:.2g}")
-    print(f"  certificate {card['certificate']:.2g}, shift of bits/dim {card.get('bits_per_dim_shift', 0):.2g}")

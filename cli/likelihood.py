@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .console import emit, parse_labels, read_images
-from .options import Json, Labels, LowMemory, Memory, Provider, Spinning, Threads
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from ..runtime.flow import Flow
+from ..runtime.opening import Opening
+from .console import emit, parse_labels
+from .images import as_trained_on, read_images
+from .options import Json, Labels, opens
 
 Images = Annotated[Path, typer.Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle folder.")]
 
 
+@opens()
 def likelihood(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
     save: Annotated[Path | None, typer.Option(help="Write latents z and logdet as .npz.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    spinning: Spinning = None,
-    low_memory: LowMemory = False,
-    memory: Memory = None,
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Bits per dimension and log-determinant of images. Floats are taken as they are; 8-bit images get training noise.
@@ -40,13 +35,11 @@ def likelihood(
 
     from ..runtime.files import replacing
     from ..runtime.flow import Flow
-    from ..runtime.memory import parse_memory
 
-    flow = Flow.open(bundle, provider, threads, spinning, low_memory, parse_memory(memory))
-    stored, names = read_images(images, flow.config.channels, flow.config.image_size)
-    x = _dequantised(flow, stored, seed)
-    classes = parse_labels(labels, 0, x.shape[0] if x.ndim else 0)
-    z, log_det = flow.encode(x, classes)
+    flow = Flow.open(bundle, opening)
+    stored, names = read_images(images, flow.config)
+    x = as_trained_on(flow, stored, seed)
+    z, log_det = flow.encode(x, parse_labels(labels, 0, len(x)))
     bits = flow.bits_of(z, log_det)
     if save is not None:
         with replacing(save) as file:
@@ -68,6 +61,7 @@ def likelihood(
     print(f"mean {bits.mean():.4f} bits/dim over {len(x)} images")
 
 
+@opens()
 def denoise(
     bundle: BundlePath,
     images: Images,
@@ -77,11 +71,8 @@ def denoise(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
     ] = None,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    spinning: Spinning = None,
-    low_memory: LowMemory = False,
-    memory: Memory = None,
+    *,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Remove the model's training noise from images: one step along the gradient of their likelihood.
@@ -93,12 +84,11 @@ def denoise(
     from ..runtime.files import replacing
     from ..runtime.flow import Flow
     from ..runtime.image import grid, write_png
-    from ..runtime.memory import parse_memory
 
-    flow = Flow.open(bundle, provider, threads, spinning, low_memory, parse_memory(memory))
-    stored, _ = read_images(images, flow.config.channels, flow.config.image_size)
+    flow = Flow.open(bundle, opening)
+    stored, _ = read_images(images, flow.config)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
-    result = flow.denoise(x, parse_labels(labels, 0, x.shape[0] if x.ndim else 0), strength)
+    result = flow.denoise(x, parse_labels(labels, 0, len(x)), strength)
     output = Path("denoised.png") if output is None and save is None else output
     written = {}
     if save is not None:
@@ -122,10 +112,3 @@ def denoise(
         )
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(written.values())}")
-
-
-def _dequantised(flow: Flow, images: NDArray[Any], seed: int) -> NDArray[Any]:
-    """8-bit images with the noise the model was trained on; floats as they are."""
-    import numpy as np
-
-    return flow.dequantise(images, seed) if images.dtype == np.uint8 else images

@@ -12,12 +12,15 @@ _FLAGS = {  # of fields whose flag is not their name with dashes
     "scale": "--guidance",
     "what": "--guide",
     "denoise": "--denoise-strength",
+    "check": "--no-verify",
     "largest_n": "--max-n",
     "largest_body": "--max-body",
     "precision": "--engine",
     "folder": "-o",
     "stats": "--save-stats",
     "run": "--out",
+    "gpus": "--gpu",
+    "tasks": "--models",
 }
 _ARGUMENTS = ("bundle", "checkpoint", "images")  # named by their place, not by a flag
 _PLACES = {  # what stands behind an operation's name, in order
@@ -32,7 +35,11 @@ _PLACES = {  # what stands behind an operation's name, in order
     "serve": ("bundle",),
     "generate": ("bundle",),
 }
-_NEEDED = {"export": {"checkpoint": "CHECKPOINT", "folder": "BUNDLE"}, "verify": {"bundle": "BUNDLE"}}
+_NEEDED = {
+    "export": {"checkpoint": "CHECKPOINT", "folder": "BUNDLE"},
+    "verify": {"bundle": "BUNDLE"},
+    "bisect": {"bundle": "BUNDLE"},
+}
 _FIELD = re.compile(r"`(\w+)`")
 
 

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., None])
 Flags = Mapping[str, tuple[Any, Any]]  # name -> annotation, default
 
+
+def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, help=help, metavar=metavar)], default
+
+
 BundleArgument = Annotated[
     Path | None,
     typer.Argument(
@@ -34,7 +39,6 @@ BundleArgument = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of one operator. Default: one a core.")]
 PatchSize = Annotated[int | None, typer.Option(help="Patch size, if the checkpoint's name does not say it.")]
 NoiseStd = Annotated[
     str | None, typer.Option(help="Training noise, if the name does not say it: a number, or 'uniform'.")
@@ -55,93 +59,45 @@ Ray = Annotated[
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
 
 OPENING: Flags = {
-    "provider": (
-        Annotated[str, typer.Option(help="cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here.")],
-        "cpu",
+    "provider": _flag(str, "cpu", "cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here."),
+    "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
+    "spinning": _flag(
+        bool | None, None, "Let idle threads spin; not where cores are shared.", "--spinning/--no-spinning"
     ),
-    "threads": (Threads, None),
-    "spinning": (
-        Annotated[
-            bool | None,
-            typer.Option("--spinning/--no-spinning", help="Let idle threads spin; not where cores are shared."),
-        ],
+    "memory": _flag(
+        str | None,
         None,
+        "Memory that a process stays below, such as 8GiB: sets batches, and opens one block at a time where all do not "
+        "fit. least: always one block at a time.",
+        metavar="SIZE|least",
     ),
-    "memory": (
-        Annotated[
-            str | None,
-            typer.Option(
-                metavar="SIZE|least",
-                help="Memory a process stays below, such as 8GiB: sets batches, and opens one block at a time where "
-                "all do not fit. least: always one block at a time.",
-            ),
-        ],
-        None,
-    ),
-    "cuda_graph": (
-        Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step on a GPU as one CUDA graph.")],
-        True,
-    ),
+    "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph.", "--cuda-graph/--no-cuda-graph"),
 }
+Threads = OPENING["threads"][0]
 GUIDANCE: Flags = {
-    "guidance": (Annotated[float, typer.Option(help="Guidance scale; 0 is none.")], 0.0),
-    "guide": (Annotated[str, typer.Option(help="What is guided: ab, a (scale) or b (shift).")], "ab"),
-    "annealed": (
-        Annotated[bool, typer.Option("--annealed/--constant", help="Let guidance grow along the sequence.")],
-        False,
-    ),
-    "attention_temperature": (
-        Annotated[float, typer.Option(help="Divides the unconditional branch's logits.")],
-        1.0,
-    ),
+    "guidance": _flag(float, 0.0, "Guidance scale; 0 is none."),
+    "guide": _flag(str, "ab", "What is guided: ab, a (scale) or b (shift)."),
+    "annealed": _flag(bool, False, "Let guidance grow along the sequence.", "--annealed/--constant"),
+    "attention_temperature": _flag(float, 1.0, "Divides the unconditional branch's logits."),
 }
 DECODING: Flags = {
-    "decode": (
-        Annotated[
-            str | None,
-            typer.Option(
-                help="serial, exact (in parallel, to 1e-5) or fast (to 1e-3). Default: exact where tarflow calibrate "
-                "found it faster."
-            ),
-        ],
+    "decode": _flag(
+        str | None,
         None,
+        "serial, exact (in parallel, to 1e-5) or fast (to 1e-3). Default: exact where calibrate found it faster.",
     ),
-    "tolerance": (
-        Annotated[float | None, typer.Option(help="Decode in parallel until patches change by no more than this.")],
-        None,
-    ),
+    "tolerance": _flag(float | None, None, "Decode in parallel until patches change by no more than this."),
 }
 DRAWING: Flags = {
     **GUIDANCE,
-    "denoise": (
-        Annotated[
-            bool | None,
-            typer.Option("--denoise/--no-denoise", help="Denoise. Default: if trained with Gaussian noise."),
-        ],
-        None,
-    ),
-    "denoise_strength": (Annotated[float, typer.Option(help="Factor on the noise variance when denoising.")], 1.0),
-    "seed": (Annotated[int, typer.Option(help="Seed of the noise.")], 0),
-    "first_sample": (
-        Annotated[int, typer.Option(help="Index of the first sample; seed and index fix a sample.")],
-        0,
-    ),
-    "certify": (
-        Annotated[bool, typer.Option("--certify/--no-certify", help="Encode the samples again and report the error.")],
-        True,
-    ),
-    "redraw_nonfinite": (
-        Annotated[bool, typer.Option("--redraw-nonfinite", help="Draw samples that overflow again.")],
-        False,
-    ),
-    "batch_size": (
-        Annotated[int | None, typer.Option(help="Samples at a time. Default: up to 64, by memory.")],
-        None,
-    ),
-    "reproducible": (
-        Annotated[bool, typer.Option("--reproducible", help="Bitwise the same whatever n, batch size, threads.")],
-        False,
-    ),
+    "denoise": _flag(bool | None, None, "Denoise. Default: if trained with Gaussian noise.", "--denoise/--no-denoise"),
+    "denoise_strength": _flag(float, 1.0, "Factor on the noise variance when denoising."),
+    "seed": _flag(int, 0, "Seed of the noise."),
+    "first_sample": _flag(int, 0, "Index of the first sample; seed and index fix a sample."),
+    "certify": _flag(bool, True, "Encode the samples again and report the error.", "--certify/--no-certify"),
+    "redraw_nonfinite": _flag(bool, False, "Draw samples that overflow again.", "--redraw-nonfinite"),
+    "batch_size": _flag(int | None, None, "Samples at a time. Default: up to 64, by memory."),
+    "reproducible": _flag(bool, False, "Bitwise the same whatever n, batch size, threads.", "--reproducible"),
     **DECODING,
 }
 

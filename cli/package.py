@@ -36,18 +36,20 @@ def package(
     """
     from ..runtime.bundle import Bundle
     from ..runtime.errors import InputError
-    from ..serve.repository import TASKS, Serving, write_repository
+    from ..runtime.opening import Opening
+    from ..serve.repository import TASKS, Models, Serving, write_repository
 
     if triton is None:
-        raise InputError("a package for what? Pass --triton DIR, the folder of a Triton model repository")
+        raise InputError("a package for what? Pass `triton` DIR, the folder of a Triton model repository")
     if triton.exists() and not triton.is_dir():
         raise InputError(f"'{triton}' is a file; expected a folder, or a name for one")
     opened = Bundle.open(default_bundle(bundle))
     gpus = _numbers(gpu)
-    serving = Serving(instances, max_batch, delay, gpus, provider or ("auto" if gpus else "cpu"), threads)
+    opening = Opening(provider or ("auto" if gpus else "cpu"), threads)
+    serving = Serving(instances, max_batch, delay, gpus, opening)
     able = TASKS if opened.manifest.config.noise_std else TASKS[:2]
     tasks = able if models is None else tuple(part.strip() for part in models.split(","))
-    written = write_repository(opened, triton, serving, tasks, name, link, force)
+    written = write_repository(opened, triton, serving, Models(tasks, name, link), force)
     if json:
         emit(
             {
@@ -70,4 +72,4 @@ def _numbers(gpu: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in gpu.split(",")) if gpu is not None else ()
     except ValueError:
-        raise InputError(f"--gpu '{gpu}' is not understood; expected device numbers, as in 0,1") from None
+        raise InputError.of("gpus", f"'{gpu}'", "device numbers, as in 0,1") from None

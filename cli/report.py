@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import default_bundle, emit, parse_labels, read_images, say, status_line
-from .options import BundleArgument, Json, Labels, LowMemory, Provider, Spinning, Threads
+from ..runtime.errors import InputError
+from ..runtime.opening import Opening
+from .console import default_bundle, emit, parse_labels, say
+from .doctor import version_of
+from .evaluate import request_of
+from .images import as_trained_on, read_images
+from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .progress import status_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,21 +24,20 @@ if TYPE_CHECKING:
     from ..runtime.flow import Flow
 
 
+@opens()
+@draws(*DRAWING.keys() - {*GUIDANCE, "seed"})
 def report(
     bundle: BundleArgument = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     n: Annotated[int, typer.Option("--n", help="How many samples are drawn.")] = 160,
     labels: Labels = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 0 is none.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, and of the data's dequantisation.")] = 0,
+    *,
+    drawing: Drawing,
     data: Annotated[
         Path | None, typer.Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
     ] = None,
     data_labels: Annotated[str | None, typer.Option(help="Their labels, as in --labels. Default: none.")] = None,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    spinning: Spinning = None,
-    low_memory: LowMemory = False,
+    opening: Opening,
     json: Json = False,
 ) -> None:
     """Draw samples and write a page about them: pictures, latents, likelihoods, round trips, times, parity, versions.
@@ -43,27 +48,22 @@ def report(
     """
     import time
 
-    import numpy as np
-
     from ..quality.examine import examine
     from ..quality.report import Making, render
     from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
     from ..runtime.files import check_writable, replacing
-    from ..runtime.flow import Flow, Guidance
+    from ..runtime.flow import Flow
 
     if n < 2:
-        raise InputError(f"--n is {n}; expected 2 samples or more, a hundred or more for statistics")
-    guided = Guidance(guidance)
+        raise InputError.of("n", n, "2 samples or more, a hundred or more for statistics")
     check_writable(output)
     opened = Bundle.open(default_bundle(bundle))
-    classes = opened.manifest.config.classes
-    dealt = parse_labels(labels if labels is not None or not classes else f"0-{classes - 1}", 0, n)
-    flow = Flow.open(opened, provider, threads, spinning, low_memory)
-    images = None if data is None else _images(flow, data, data_labels, seed)
+    request = request_of(opened, drawing, n, labels)
+    flow = Flow.open(opened, opening)
+    images = None if data is None else _images(flow, data, data_labels, request.seed)
     with status_line() as line:
         line(f"drawing and examining {n} samples")
-        found = examine(flow, np.full(n, -1, np.int64) if dealt is None else dealt, guided, seed, images)
+        found = examine(flow, request, images)
     page = render(found, Making(_command(), time.strftime("%Y-%m-%d"), _versions()))
     with replacing(output) as file:
         file.write(page.encode())
@@ -74,11 +74,11 @@ def report(
             {
                 "bundle": str(opened.folder),
                 "bundle_hash": opened.hash,
-                "backend": found.backend,
+                "backend": found.report.backend,
                 "report": str(output),
                 "n": n,
-                "seed": seed,
-                "guidance": guidance,
+                "seed": request.seed,
+                "guidance": request.guidance.scale,
                 "certificate": float(found.certificate.max()),
                 "nonfinite": list(found.nonfinite),
                 "mean_bits_per_dim": bits,
@@ -95,17 +95,8 @@ def report(
 
 def _images(flow: Flow, data: Path, labels: str | None, seed: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The data as the model was trained on it, and its labels."""
-    from ..runtime.errors import InputError
-
-    stored, _ = read_images(data, flow.config.channels, flow.config.image_size)
-    shape = flow.config.image
-    if stored.ndim != 4 or stored.shape[1:] != shape or not len(stored) or stored.dtype.kind not in "uf":
-        raise InputError(
-            f"'{data}' holds {stored.dtype} of shape {stored.shape}; expected (N, {', '.join(map(str, shape))}), uint8 "
-            "or floats in [-1, 1]"
-        )
-    x = flow.dequantise(stored, seed) if stored.dtype == "uint8" else stored
-    return x, parse_labels(labels, 0, len(x))
+    stored, _ = read_images(data, flow.config)
+    return as_trained_on(flow, stored, seed), parse_labels(labels, 0, len(stored))
 
 
 def _command() -> str:
@@ -114,12 +105,7 @@ def _command() -> str:
 
 def _versions() -> dict[str, str]:
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for name in ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    names = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
+    found = {name: version for name in names if (version := version_of(name))}
     return {**found, "python": platform.python_version(), "system": platform.platform()}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..runtime.opening import Opening
 from .console import default_bundle
-from .options import BundleArgument, Decode, LowMemory, Provider, Ray, Threads, Tolerance
+from .options import DECODING, DRAWING, BundleArgument, Drawing, Ray, draws, opens
 
 TOKEN = "TARFLOW_TOKEN"
 
 
+@opens()
+@draws(*DRAWING.keys() - DECODING.keys())
 def serve(
     bundle: BundleArgument = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
@@ -40,11 +44,9 @@ def serve(
         str | None,
         typer.Option(help="With --ray: how many, or the least and the most that load decides between (1,4)."),
     ] = None,
-    decode: Decode = None,
-    tolerance: Tolerance = None,
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    low_memory: LowMemory = False,
+    *,
+    drawing: Drawing,
+    opening: Opening,
 ) -> None:
     """Serve a bundle over HTTP: the Open Inference Protocol, /v1/samples, a page, metrics. docs/SERVE.md has it all.
 
@@ -63,12 +65,13 @@ def serve(
 
     if ray is None and replicas is not None:
         raise InputError(
-            "--replicas means nothing without --ray; for batches computed at a time in one process: --workers"
+            "`replicas` means nothing without `ray`; for batches computed at a time in one process: `workers`"
         )
+    on_cpu = opening.provider == "cpu"
     if workers is None:
-        workers = 2 if provider == "cpu" and cores() > 1 else 1
-    if threads is None and provider == "cpu" and ray is None:
-        threads = max(1, cores() // max(workers, 1))
+        workers = 2 if on_cpu and cores() > 1 else 1
+    if opening.threads is None and on_cpu and ray is None:
+        opening = replace(opening, threads=max(1, cores() // max(workers, 1)))
     settings = Settings(
         queue=queue,
         batch=batch,
@@ -78,24 +81,23 @@ def serve(
         largest_n=max_n,
         largest_body=max_body << 20,
         token=_token(token_file),
-        decode=decode,
-        tolerance=tolerance,
         certify=certify,
+        **drawing.said,
     )
     listener = listen(host, port, stall=timeout)
     if ray is not None:
-        from ..serve.replicas import Opening, parse_replicas, serve_on_ray
+        from ..serve.replicas import Deployment, parse_replicas, serve_on_ray
 
         number = parse_replicas(replicas or "1")
         opened = Bundle.open(default_bundle(bundle))
-        opening = Opening(opened.folder.absolute(), opened.hash, provider, threads, low_memory)
+        deployment = Deployment(opened.folder.absolute(), opened.hash, opening, settings, number)
         where = host, listener.getsockname()[1]
         listener.close()  # it was free; the proxies bind it themselves
         line = f"listening on {_url(*where)} with"
         stdout = sys.stdout  # Ray's own words go elsewhere
-        serve_on_ray(ray, opening, settings, number, where, lambda text: print(line, text, file=stdout, flush=True))
+        serve_on_ray(ray, deployment, where, lambda text: print(line, text, file=stdout, flush=True))
         return
-    flow = Flow.open(default_bundle(bundle), provider, threads, low_memory=low_memory)
+    flow = Flow.open(default_bundle(bundle), opening)
     address = listener.getsockname()
     line = f"listening on {_url(*address[:2])} with {flow.backend.description}"
     run(create_app(flow, settings), listener, grace, lambda: print(line, flush=True))
@@ -114,4 +116,4 @@ def _token(file: Path | None) -> str | None:
     try:
         return file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--token-file '{file}' cannot be read ({error}); expected a file with one line") from None
+        raise InputError(f"`token_file` '{file}' cannot be read ({error}); expected a file with one line") from None

@@ -13,32 +13,31 @@ import typer
 
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
-from .console import duration_text, emit, label_choices, parse_labels, sample_bar, say
+from ..runtime.opening import Opening
+from .console import emit, label_choices, parse_labels, say
+from .progress import duration_text, sample_bar
 
 if TYPE_CHECKING:
     from ..runtime.bundle import Bundle
-    from ..runtime.flow import Progress
-    from ..shards.folder import Record
+    from ..runtime.samples import Progress
     from ..shards.job import Job, Shard
+    from ..shards.record import Record
     from ..shards.workers import Crew, Task
+    from .options import Drawing
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """Who draws and how a bundle is opened: nothing that a sample depends on. ``ray`` "" is Ray at no address."""
+    """Who draws, and how each opens the bundle: nothing that a sample depends on. ``ray`` "" is Ray at no address."""
 
     workers: int | None
     ray: str | None
-    provider: str
-    threads: int | None
-    spinning: bool | None
-    low_memory: bool
-    cuda_graph: bool
+    opening: Opening
 
 
 def refuse(where: str, **options: object) -> None:
     """Raise InputError for options that were given but mean nothing here."""
-    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    given = [f"`{name}`" for name, value in options.items() if value is not None]
     if given:
         cure = {
             "with --out": "shards are drawn by seed, in tiles of 16, and are all that is written: drop it",
@@ -47,41 +46,46 @@ def refuse(where: str, **options: object) -> None:
         raise InputError(f"{', '.join(given)} means nothing {where}; {cure}")
 
 
-def turns(text: str | None, first: int, n: int) -> tuple[int, ...] | None:
-    """``--labels`` as a job keeps them: the classes dealt out in turn from the first sample on."""
-    if text is None:
-        return None
-    labels = parse_labels(text, first, n if text.endswith(".npy") else len(label_choices(text)))
-    assert labels is not None
-    return tuple(int(label) for label in labels)
+def job_of(
+    bundle: Bundle, drawing: Drawing, n: int, labels: str | None, format: str | None, shard_size: int | None
+) -> Job:
+    """The job that was asked for. Raises InputError."""
+    from ..shards.job import DEFAULT_SHARD, Job
+
+    first = drawing.said["first_sample"]
+    turn = n if labels is None or labels.endswith(".npy") else len(label_choices(labels))
+    dealt = parse_labels(labels, first, turn)  # once: a job keeps the classes that it deals out in turn
+    request = drawing.request(bundle.manifest.config, n, None if dealt is None else tuple(dealt.tolist()))
+    return Job.of(bundle, request, format or "npy", DEFAULT_SHARD if shard_size is None else shard_size)
 
 
 def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -> None:
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
     are not finite, or have no round trip.
     """
-    from ..shards.folder import check_space, claimed, finished, forget_index, write_index
+    from ..shards.folder import check_space, claimed, forget_index, write_index
+    from ..shards.record import finished
 
-    job.check(bundle.manifest.config)
+    n, config = job.request.n, bundle.manifest.config
     if means.workers is not None and means.workers < 1:
-        raise InputError(f"--workers is {means.workers}; expected 1 or more")
-    if bundle.manifest.config.classes and job.labels is None:
-        say(f"no labels given: drawing from the null class; --labels 0-{bundle.manifest.config.classes - 1} is all")
+        raise InputError.of("workers", means.workers, "1 or more")
+    if config.classes and job.request.labels is None:
+        say(f"no labels given: drawing from the null class; --labels 0-{config.classes - 1} is all")
     started, shards = time.monotonic(), job.shards()
     with claimed(out, job), told_to_continue(out):
         records = {shard.number: record for shard in shards if (record := finished(out, job, shard))}
         missing = [shard for shard in shards if shard.number not in records]
         kept = sum(record.samples for record in records.values())
         if kept:
-            say(f"{len(records)} of {len(shards)} shards are there, {kept} of {job.n} samples")
+            say(f"{len(records)} of {len(shards)} shards are there, {kept} of {n} samples")
         if missing:
             forget_index(out)
-            check_space(out, job.bytes_needed(bundle.manifest.config) * (job.n - kept) // job.n)
+            check_space(out, job.bytes_needed(config) * (n - kept) // n)
             numbers = {job.name(shard): shard.number for shard in missing}
-            for record in _drawn(bundle, job, out, means, missing, kept):
+            for record in _drawn(bundle, job, out, means, missing):
                 records[numbers[record.name]] = record
         index = write_index(out, job, [records[shard.number] for shard in shards])
-    _tell(bundle, out, index, job.n - kept, time.monotonic() - started, json)
+    _tell(bundle, out, index, n - kept, time.monotonic() - started, json)
 
 
 @contextlib.contextmanager
@@ -99,22 +103,14 @@ def told_to_continue(out: Path) -> Iterator[None]:
         raise
 
 
-def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shard], kept: int) -> list[Record]:
+def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shard]) -> list[Record]:
     """Draw the missing shards, with progress on stderr."""
     from ..shards.workers import Task, carry_out
 
-    task = Task(
-        job,
-        bundle.folder.absolute(),
-        out.absolute(),
-        means.provider,
-        means.threads,
-        means.spinning,
-        means.low_memory,
-        means.cuda_graph,
-    )
+    task = Task(job, bundle.folder.absolute(), out.absolute(), means.opening)
+    kept = job.request.n - sum(shard.samples for shard in missing)
     records: list[Record] = []
-    with sample_bar(job.n, kept) as show:
+    with sample_bar(job.request.n, kept) as show:
 
         def drawn() -> int:
             return kept + sum(record.samples for record in records)
@@ -142,7 +138,7 @@ def _crew(task: Task, means: Means, shards: int, within: Callable[[Progress], No
             from ..shards.cluster import RayCrew, connected, share
 
             stack.enter_context(connected(means.ray))
-            parts = share(means.workers, means.threads, means.provider, shards)
+            parts = share(means.workers, means.opening, shards)
             crew = RayCrew(task, parts, say)
         elif (workers := min(means.workers or 1, shards)) > 1:
             crew = Local(task, workers)
@@ -182,7 +178,7 @@ def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds:
         say(
             f"tarflow: check failed: {len(index['nonfinite'])} of {index['samples']} samples are not finite, the first "
             f"{index['nonfinite'][0]}; '{out / 'index.json'}' lists them. Lower the guidance, or draw them again with "
-            " --redraw-nonfinite and another --out"
+            "--redraw-nonfinite and another --out"
         )
     if index["nonfinite"] or index["uncertified"]:
         raise typer.Exit(1)

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.errors import InputError
 from .console import emit, say
 from .options import Json, Threads
+from .progress import bar
 
-Report = Callable[[dict[str, Any]], None]
+Watch = Callable[[dict[str, Any]], None]  # is told each line of the log
 
 
 def train(
@@ -69,15 +71,17 @@ def train(
     from ..train.data import digits, folder
     from ..train.loop import train as carry_out
     from ..train.processes import pick_device
-    from ..train.recipe import Recipe, Run, TrainError
+    from ..train.recipe import Recipe, Run
 
     if threads is not None:
         if threads < 1:
-            raise TrainError(f"--threads is {threads}; expected 1 or more")
+            raise InputError.of("threads", threads, "1 or more")
         torch.set_num_threads(threads)
     recipe = Recipe(steps, batch_size, lr, warmup, weight_decay, drop_label, ema, grad_clip, flip, jitter, seed)
     every = (log_every, evaluate_every, sample_every, save_every)
     run = Run(out, pick_device(device), amp, resume, force, *every, samples, guidance)
+    if data != "digits" and not Path(data).is_dir():
+        raise InputError(f"no folder at '{data}'; expected 'digits' or a folder of images", field="data")
     dataset = digits() if data == "digits" else folder(data, image_size, channels, hold_out)
     config = Config(
         image_size=dataset.image_size,
@@ -91,8 +95,8 @@ def train(
         noise_std=parse_noise(noise_std),
     )
     try:
-        with progress(steps) as report:
-            result = carry_out(config, dataset, recipe, run, report)
+        with log_lines(steps) as watch:
+            result = carry_out(config, dataset, recipe, run, watch)
     except KeyboardInterrupt:
         if run.state.exists() and leads():
             say(f"stopped; the same command with --resume continues the run in '{out}'")
@@ -117,31 +121,24 @@ def leads() -> bool:
 
 
 @contextlib.contextmanager
-def progress(steps: int) -> Iterator[Report]:
+def log_lines(steps: int) -> Iterator[Watch]:
     """Shows the log on stderr: a bar on a terminal, a line each elsewhere, nothing on ranks other than 0."""
     if not leads():
-        yield lambda record: None
+        yield lambda line: None
     elif not sys.stderr.isatty():
-        yield lambda record: say(f"step {record['step']}/{steps}  {summary(record)}")
+        yield lambda line: say(f"step {line['step']}/{steps}  {summary(line)}")
     else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
-        with Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
-        ) as bar:
-            task = bar.add_task("", total=steps)
-            yield lambda record: bar.update(task, completed=record["step"], description=summary(record))
+        with bar("training", steps) as update:
+            yield lambda line: update(completed=line["step"], description=summary(line))
 
 
-def summary(record: dict[str, Any]) -> str:
-    """A record of the log on one line."""
-    parts = [f"loss {record['loss']:.4f}", f"{record['bits_per_dim']:.3f} bits/dim"]
-    if "held_out_bits_per_dim" in record:
-        parts.append(f"held out {record['held_out_bits_per_dim']:.3f}")
-    minutes, seconds = divmod(record["seconds_left"], 60)
-    return "  ".join([*parts, f"{record['images_per_second']:.0f} images/s", f"{minutes:.0f}:{seconds:02.0f} left"])
+def summary(line: dict[str, Any]) -> str:
+    """A line of the log for people."""
+    parts = [f"loss {line['loss']:.4f}", f"{line['bits_per_dim']:.3f} bits/dim"]
+    if "held_out_bits_per_dim" in line:
+        parts.append(f"held out {line['held_out_bits_per_dim']:.3f}")
+    minutes, seconds = divmod(line["seconds_left"], 60)
+    return "  ".join([*parts, f"{line['images_per_second']:.0f} images/s", f"{minutes:.0f}:{seconds:02.0f} left"])
 
 
 if __name__ == "__main__":

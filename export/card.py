@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from ..quality.card import Card, Difference
 from ..runtime.bundle import Manifest
 
 
-def markdown(manifest: Manifest) -> str:
-    """One page about a manifest's parity card; says so if the bundle was not verified."""
-    config, card = manifest.config, manifest.parity
+def markdown(manifest: Manifest, card: Card | None) -> str:
+    """One page about a bundle and its parity card; None: it was not verified."""
+    config = manifest.config
     lines = [
         f"# {manifest.name}, {manifest.precision}",
         "",
@@ -19,23 +17,22 @@ def markdown(manifest: Manifest) -> str:
         f"{config.classes or 'no'} classes, images {config.channels}x{config.image_size}x{config.image_size}.",
         "",
     ]
-    if not card:
-        return "\n".join([*lines, "Not verified: exported with --no-verify.", ""])
+    if card is None:
+        return "\n".join([*lines, "Not verified when it was exported.", ""])
     lines += [
-        f"{card['backend']} against {card['oracle']}: {card['method']}, {card['samples']} samples.",
+        f"{card.backend} against {card.oracle}: {card.method}, {card.samples} samples.",
         "",
         "| | cosine | norm ratio | rms | p99 | max |",
         "|---|---|---|---|---|---|",
-        *(_row(f"block {block['block']}", block) for block in card.get("blocks", ())),
-        *(_row(part, card[part]) for part in ("guided", "resident", "sample", "denoised") if part in card),
+        *(_row(name, difference) for name, difference in card.rows()),
         "",
-        f"Round-trip certificate {card['certificate']:.2g}.",
+        f"Round-trip certificate {card.certificate:.2g}.",
     ]
-    if "bits_per_dim_shift" in card:
-        lines.append(f"Largest shift of bits per dimension {card['bits_per_dim_shift']:.2g}.")
+    if card.bits_per_dim_shift is not None:
+        lines.append(f"Largest shift of bits per dimension {card.bits_per_dim_shift:.2g}.")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.exporter.items())
     return "\n".join([*lines, "", f"Made with {versions}.", ""])
 
 
-def _row(name: str, d: Mapping[str, Any]) -> str:
-    return f"| {name} | {d['cosine']:.9f} | {d['norm_ratio']:.7f} | {d['rms']:.2g} | {d['p99']:.2g} | {d['max']:.2g} |"
+def _row(name: str, d: Difference) -> str:
+    return f"| {name} | {d.cosine:.9f} | {d.norm_ratio:.7f} | {d.rms:.2g} | {d.p99:.2g} | {d.max:.2g} |"

@@ -18,6 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..runtime.bundle import GOLDEN, WEIGHTS, Bundle
 
+WIDE = ".float32"  # behind a bfloat16 value's name: the same in float32
+
 
 def emulate_bfloat16(model: ModelProto) -> ModelProto:
     """Rewrite a graph, in place; its weights stay where they are."""
@@ -76,7 +78,7 @@ def _bfloat16_values(model: ModelProto) -> set[str]:
 
 
 def _wide(name: str) -> str:
-    return f"{name}.float32"
+    return name + WIDE
 
 
 def _cast(source: str, target: str, to: int) -> NodeProto:

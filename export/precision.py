@@ -1,4 +1,4 @@
-"""Where precision is decided, once: which tensors are half, which stay float32.
+"""A precision in PyTorch: which of a block's tensors are half, which stay float32.
 
 Matmul operands, attention and the KV cache are stored and computed in the precision's type. The residual stream,
 LayerNorm, softmax, GELU, exp, the affine update, guidance and the flow state stay in float32.
@@ -7,35 +7,27 @@ LayerNorm, softmax, GELU, exp, the affine update, guidance and the flow state st
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from tarflow.model import Block
 
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """A precision's name and the type it gives matrix products, attention and the cache.
-
-    ``int8``: the products' weights are stored as int8, see :mod:`.quantise`; all else is in ``dtype``.
-    """
-
-    name: str
-    dtype: torch.dtype
-    int8: bool = False
+from ..runtime.errors import InputError
+from ..runtime.precision import PRECISIONS, Precision
 
 
-PRECISIONS = {
-    p.name: p
-    for p in (
-        Precision("fp32", torch.float32),
-        Precision("fp16", torch.float16),
-        Precision("bf16", torch.bfloat16),
-        Precision("int8", torch.float32, int8=True),
-    )
-}
+def precision_named(engine: str) -> Precision:
+    """Raises InputError for a precision that is not one of ours."""
+    if engine not in PRECISIONS:
+        raise InputError.of("engine", f"'{engine}'", f"one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[engine]
+
+
+def torch_type(precision: Precision) -> torch.dtype:
+    """The type of matrix products, attention and the cache."""
+    found: torch.dtype = getattr(torch, precision.type)
+    return found
 
 
 def half_names(block: Block) -> set[str]:
@@ -50,10 +42,11 @@ def half_names(block: Block) -> set[str]:
 
 def typed(block: Block, precision: Precision) -> Block:
     """The block with its matrix products in ``precision``; the same object in float32."""
-    if precision.dtype == torch.float32:
+    dtype = torch_type(precision)
+    if dtype == torch.float32:
         return block
     block = copy.deepcopy(block)
     for module in block.modules():
         if isinstance(module, nn.Linear):
-            module.to(precision.dtype)
+            module.to(dtype)
     return block

@@ -17,8 +17,9 @@ from tarflow.checkpoint import CONFIG_KEY, DERIVED, SCALE, CheckpointError, refe
 from tarflow.model import TarFlow
 
 from ..runtime.errors import InputError
+from ..runtime.precision import Precision
 from .graphs import BlockGraph
-from .precision import Precision, half_names
+from .precision import half_names, torch_type
 from .quantise import candidates, quantise
 from .trace import Stored, weight_names
 
@@ -111,7 +112,7 @@ def _tensors(model: TarFlow, precision: Precision, int8: Collection[str]) -> Ite
             yield name, levels, torch.int8
             yield f"{DERIVED}{name}{SCALE}", scale, torch.float32
             continue
-        yield name, tensor, precision.dtype if name in half else torch.float32
+        yield name, tensor, torch_type(precision) if name in half else torch.float32
         if name.endswith(".class_embed"):
             yield f"{DERIVED}{name.removesuffix('class_embed')}null_class", tensor.mean(0), torch.float32
 
@@ -129,7 +130,9 @@ def check_weights(model: TarFlow, precision: Precision) -> None:
             continue
         if torch.isfinite(tensor).all():
             raise InputError(
-                f"weight {name} reaches {tensor.abs().max():.3g}, more than float16 can hold; use --engine bf16 or fp32"
+                f"weight {name} reaches {tensor.abs().max():.3g}, more than {precision.type} can hold; use `engine` "
+                f"{precision.wider}",
+                field="engine",
             )
         raise CheckpointError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from ..runtime.backend import Array
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed
-from ..runtime.flow import Flow, Guidance, Preview
+from ..runtime.flow import Flow
 from ..runtime.image import unpatchify
+from ..runtime.request import Resolved
+from ..runtime.samples import Preview, Report, Watch
 
 SHOWN = 10  # samples followed from block to block
 _ENCODED = 256  # images encoded at a time: their states after every block are held
@@ -28,57 +30,46 @@ class Population:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What :func:`examine` found. All N samples are in ``images`` (N, channels, size, size) and ``labels`` (N,); rows
-    that are not finite are listed in ``nonfinite`` and in none of the statistics.
+class Examination:
+    """What :func:`examine` found. All N samples of ``request`` are in ``images`` (N, channels, size, size); those that
+    are not finite are listed in ``nonfinite`` and in none of the statistics. ``report`` says how they were drawn.
 
     ``stages`` are the first few samples as (name, images): the noise, after each block, denoised. ``block_seconds``
-    and ``passes`` are of decoding all samples, by block in encoding order. Times in seconds.
+    are of decoding all samples, by block in encoding order. Times in seconds.
     """
 
     bundle: Bundle
-    backend: str
-    decoding: str
-    seed: int
-    guidance: Guidance
+    request: Resolved
+    report: Report
     images: Array
-    labels: NDArray[np.int64]
     stages: tuple[tuple[str, Array], ...]
     nonfinite: tuple[int, ...]
     certificate: Array
     block_seconds: tuple[float, ...]
-    passes: tuple[int, ...]
     encode_seconds: float
     denoise_seconds: float
     populations: tuple[Population, ...]
 
 
-def examine(
-    flow: Flow,
-    labels: NDArray[np.int64],
-    guidance: Guidance,
-    seed: int,
-    data: tuple[Array, NDArray[np.int64] | None] | None = None,
-) -> Findings:
-    """Draw one sample a label (below 0: the null class), and look at them and at ``data``: images in [-1, 1] units,
-    with the training noise in them, and their labels.
+def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] | None] | None = None) -> Examination:
+    """Draw what is asked for, and look at it and at ``data``: images in [-1, 1] units, with the training noise in them,
+    and their labels.
 
-    Raises CheckFailed if no sample is finite or none can be encoded, InputError as :meth:`Flow.sample` and
-    :meth:`Flow.encode` do.
+    Raises CheckFailed if no sample is finite or none can be encoded, InputError as :meth:`Flow.encode` does.
     """
-    n = len(labels)
-    flow.sample(1, labels=labels[:1], guidance=guidance, seed=seed, certify=True, part_of_more=True)  # opens the graphs
-    watch = _Watch(flow.config.blocks)
-    raw = np.asarray(drawn := flow.sample(n, labels=labels, guidance=guidance, seed=seed, denoise=False, preview=watch))
+    first, labels, guidance = request.first_sample, request.classes(), request.guidance
+    flow.draw(replace(request.part(first, 1), certify=True))  # opens the graphs
+    seen = _Seen(flow.config.blocks, first)
+    drawn = flow.draw(replace(request, denoise=False, certify=False), watch=Watch(preview=seen.add))
     assert drawn.report is not None
+    raw = np.asarray(drawn)
     finite = np.flatnonzero(np.isfinite(raw).all((1, 2, 3)))
     if not len(finite):
-        raise CheckFailed(f"none of {n} samples is finite: lower the guidance, which is {guidance.scale:g}")
+        raise CheckFailed(f"none of {request.n} samples is finite: lower the guidance, which is {guidance.scale:g}")
 
-    noise = flow.noise(seed, range(n))
+    noise = flow.noise(request.seed, range(first, first + request.n))
     parts = np.array_split(finite, -(-len(finite) // _ENCODED))
     errors = [flow.certify(raw[part], noise[part], labels[part], guidance) for part in parts]
-    certificate = np.nan_to_num(np.concatenate(errors), nan=np.inf)
     started = time.perf_counter()
     populations = [_population(flow, "samples", raw[finite], labels[finite])]
     encode_seconds = time.perf_counter() - started
@@ -88,44 +79,38 @@ def examine(
     images, started = raw.copy(), time.perf_counter()
     if flow.config.noise_std:
         images[finite] = flow.denoise(raw[finite], labels[finite])
-    denoise_seconds = time.perf_counter() - started
+    denoise_seconds = time.perf_counter() - started if flow.config.noise_std else 0.0
     z = noise[:SHOWN] * flow.deviation
-    stages = [("noise", unpatchify(z, flow.config.patch_size, flow.config.channels)), *watch.stages()]
-    if flow.config.noise_std:
-        stages.append(("denoised", images[:SHOWN]))
-    return Findings(
+    stages = [("noise", unpatchify(z, flow.config.patch_size, flow.config.channels)), *seen.stages()]
+    return Examination(
         bundle=flow.bundle,
-        backend=flow.backend.description,
-        decoding=drawn.report.decoding,
-        seed=seed,
-        guidance=guidance,
+        request=request,
+        report=drawn.report,
         images=images,
-        labels=labels,
-        stages=tuple(stages),
+        stages=(*stages, ("denoised", images[:SHOWN])) if flow.config.noise_std else tuple(stages),
         nonfinite=tuple(np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()),
-        certificate=certificate,
-        block_seconds=tuple(watch.seconds),
-        passes=drawn.report.passes,
+        certificate=np.nan_to_num(np.concatenate(errors), nan=np.inf),
+        block_seconds=tuple(seen.seconds),
         encode_seconds=encode_seconds,
-        denoise_seconds=denoise_seconds if flow.config.noise_std else 0.0,
+        denoise_seconds=denoise_seconds,
         populations=tuple(populations),
     )
 
 
-class _Watch:
+class _Seen:
     """Adds up the time of each block, and keeps what the first samples look like after it."""
 
-    def __init__(self, blocks: int) -> None:
-        self.seconds = [0.0] * blocks
-        self.seen: dict[int, list[Array]] = {block: [] for block in reversed(range(blocks))}
+    def __init__(self, blocks: int, first: int) -> None:
+        self.first, self.seconds = first, [0.0] * blocks
+        self.images: dict[int, list[Array]] = {block: [] for block in reversed(range(blocks))}
 
-    def __call__(self, now: Preview) -> None:
+    def add(self, now: Preview) -> None:
         self.seconds[now.block] += now.seconds
-        if now.first < SHOWN:
-            self.seen[now.block].append(now.images[: SHOWN - now.first].copy())
+        if now.first < self.first + SHOWN:
+            self.images[now.block].append(now.images[: self.first + SHOWN - now.first].copy())
 
     def stages(self) -> list[tuple[str, Array]]:
-        return [(f"block {block}", np.concatenate(images)) for block, images in self.seen.items()]
+        return [(f"block {block}", np.concatenate(images)) for block, images in self.images.items()]
 
 
 def _population(flow: Flow, name: str, images: Array, labels: NDArray[np.int64] | None) -> Population:

@@ -35,14 +35,34 @@ _LARGEST = 4096  # pixels a side
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """How a network is used, where its graph leaves it open.
+
+    ``feature_output`` names the layer, if there are several; ``feature_size`` is the side that images are resized to,
+    if the graph does not say; ``feature_range`` what the network was trained on: one of RANGES, by default -1,1, or
+    0,255 for a graph of bytes. Raises InputError for what is none of these.
+    """
+
+    feature_output: str | None = None
+    feature_size: int | None = None
+    feature_range: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.feature_size is not None and not 1 <= self.feature_size <= _LARGEST:
+            raise InputError.of("feature_size", self.feature_size, f"1 to {_LARGEST} pixels")
+        if self.feature_range is not None and self.feature_range not in RANGES:
+            raise InputError.of("feature_range", f"'{self.feature_range}'", f"one of {', '.join(RANGES)}")
+
+
+@dataclass(frozen=True, slots=True)
 class Preparation:
     """How 8-bit images (N, C, H, W) become a network's input.
 
-    ``size`` is the side they are resized to (bicubic, antialiased), None for their own; ``values`` one of RANGES.
+    ``size`` is the side they are resized to (bicubic, antialiased), None for their own; ``range`` one of RANGES.
     """
 
     size: int | None
-    values: str
+    range: str
     channels: int
     channels_last: bool
     dtype: type[np.generic]
@@ -52,15 +72,18 @@ class Preparation:
         pixels: NDArray[Any] = x.astype(np.float32)
         if self.size is not None and self.size != x.shape[-1]:
             pixels = _resize(pixels, self.size)
-        if self.values == "imagenet":
+        if self.range == "imagenet":
             mean, std = (np.array(row, np.float32)[:, None, None] for row in (_IMAGENET_MEAN, _IMAGENET_STD))
             pixels = (pixels / 255 - mean) / std
         else:
-            low, high = map(float, self.values.split(","))
+            low, high = map(float, self.range.split(","))
             pixels = pixels / 255 * (high - low) + low
         if self.dtype == np.uint8:
             pixels = np.rint(pixels.clip(0, 255))
         return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1) if self.channels_last else pixels, self.dtype)
+
+
+_AS_IT_IS = Usage()
 
 
 class FeatureNetwork:
@@ -73,27 +96,18 @@ class FeatureNetwork:
         self.identity = identity  # of file, layer and preparation: features compare only where it is the same
 
     @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        output: str | None = None,
-        size: int | None = None,
-        values: str | None = None,
-        threads: int | None = None,
-    ) -> FeatureNetwork:
+    def open(cls, path: str | os.PathLike[str], usage: Usage = _AS_IT_IS, threads: int | None = None) -> FeatureNetwork:
         """Open an ONNX file with one input, images, as (N, C, H, W) or (N, H, W, C).
 
-        ``output`` names the layer, if there are several; ``size`` the side images are resized to, if the graph does
-        not say; ``values`` the range it was trained on (RANGES; -1,1 by default, 0,255 for a graph of bytes). Raises
-        InputError for a network that cannot be used so, BundleError for a file that is no ONNX graph.
+        Raises InputError for a network that cannot be used so, BundleError for a file that is no ONNX graph.
         """
         path = Path(path)
         if not path.is_file():
             raise InputError(f"no feature network at '{path}'; expected an .onnx file")
         session = _open_session(path, threads)
-        batch, prepare = _preparation(session, path, size, values)
-        layer = _output(session, path, output)
-        identity = f"{_hash(path)} {layer} {prepare.size or 'own size'} {prepare.values}"
+        batch, prepare = _preparation(session, path, usage)
+        layer = _output(session, path, usage.feature_output)
+        identity = f"{_hash(path)} {layer} {prepare.size or 'own size'} {prepare.range}"
         return cls(session, layer, batch, prepare, identity)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -104,8 +118,8 @@ class FeatureNetwork:
         channels = self.prepare.channels
         if images.shape[1] not in (1, channels):
             raise InputError(f"images have {images.shape[1]} channels; this feature network takes {channels}")
-        rows = [self._features(images[start : start + self.batch]) for start in range(0, len(images), self.batch)]
-        return np.concatenate(rows)
+        starts = range(0, len(images), self.batch)
+        return np.concatenate([self._features(images[start : start + self.batch]) for start in starts])
 
     def _features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         feed = pad_rows(self.prepare(images), self.batch)
@@ -114,16 +128,18 @@ class FeatureNetwork:
         except Exception as error:  # onnxruntime's own exceptions have no public base
             raise InputError(
                 f"the feature network does not take images of shape {feed.shape[1:]} ({str(error)[:160]}); "
-                "try --feature-size"
+                "try another `feature_size`",
+                field="feature_size",
             ) from None
         features = np.asarray(found, np.float32)
         if features.ndim < 2 or len(features) != len(feed):
             raise InputError(
                 f"output '{self.output}' has shape {features.shape}; expected (N, F) or (N, F, h, w): another "
-                "--feature-output?"
+                "`feature_output`?",
+                field="feature_output",
             )
-        rows: NDArray[np.float32] = features[: len(images)].reshape(len(images), features.shape[1], -1).mean(2)
-        return rows
+        vectors: NDArray[np.float32] = features[: len(images)].reshape(len(images), features.shape[1], -1).mean(2)
+        return vectors
 
 
 def _hash(path: Path) -> str:
@@ -147,9 +163,7 @@ def _open_session(path: Path, threads: int | None) -> onnxruntime.InferenceSessi
         ) from None
 
 
-def _preparation(
-    session: onnxruntime.InferenceSession, path: Path, size: int | None, values: str | None
-) -> tuple[int, Preparation]:
+def _preparation(session: onnxruntime.InferenceSession, path: Path, usage: Usage) -> tuple[int, Preparation]:
     """The batch the network takes, and how images are prepared for it."""
     inputs = session.get_inputs()
     if len(inputs) != 1:
@@ -168,17 +182,12 @@ def _preparation(
     channels, side = (shape[3], shape[1]) if last else (shape[1], shape[2])
     if isinstance(channels, int) and channels not in (1, 3):
         raise InputError(f"'{path}' takes images of {channels} channels; expected 1 or 3")
-    if isinstance(side, int) and size not in (None, side):
-        raise InputError(f"--feature-size is {size}, but '{path}' takes images of {side} pixels: drop the option")
-    if size is not None and not 1 <= size <= _LARGEST:
-        raise InputError(f"--feature-size is {size}; expected 1 to {_LARGEST} pixels")
+    if isinstance(side, int) and usage.feature_size not in (None, side):
+        raise InputError.of("feature_size", usage.feature_size, f"{side}, which '{path}' takes", "leave it out")
     dtype = _TYPES[images.type]
-    values = values or ("0,255" if dtype == np.uint8 else "-1,1")
-    if values not in RANGES:
-        raise InputError(f"--feature-range is '{values}'; expected one of {', '.join(RANGES)}")
     prepare = Preparation(
-        size=side if isinstance(side, int) else size,
-        values=values,
+        size=side if isinstance(side, int) else usage.feature_size,
+        range=usage.feature_range or ("0,255" if dtype == np.uint8 else "-1,1"),
         channels=channels if isinstance(channels, int) else 3,
         channels_last=last,
         dtype=dtype,
@@ -189,10 +198,12 @@ def _preparation(
 def _output(session: onnxruntime.InferenceSession, path: Path, wanted: str | None) -> str:
     names = {output.name: output.shape for output in session.get_outputs()}
     if wanted is not None and wanted not in names:
-        raise InputError(f"'{path}' has no output '{wanted}'; it has {', '.join(names)}")
+        message = f"'{path}' has no output '{wanted}'; it has {', '.join(names)}"
+        raise InputError(message, field="feature_output", found=wanted, expected=", ".join(names))
     if wanted is None and len(names) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in names.items())
-        raise InputError(f"'{path}' has {len(names)} outputs ({listed}); choose one with --feature-output")
+        message = f"'{path}' has {len(names)} outputs ({listed}); choose one with `feature_output`"
+        raise InputError(message, field="feature_output", expected=", ".join(names))
     return wanted or next(iter(names))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.errors import InputError
+from ..runtime.errors import InputError, Remedy
 from ..runtime.files import replacing
 
 Array64 = NDArray[np.float64]
@@ -39,7 +39,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: NDArray[np.floating[Any]], weights: NDArray[np.integer[Any]] | None = None) -> Statistics:
-        """Statistics of features (N, F), row i counted ``weights[i]`` times. Unbiased covariance.
+        """Statistics of features (N, F), vector i counted ``weights[i]`` times. Unbiased covariance.
 
         Raises InputError for fewer than two vectors, or ones that are not finite.
         """
@@ -48,14 +48,17 @@ class Statistics:
         times = np.ones(len(features), np.int64) if weights is None else weights
         total = int(times.sum())
         chunks = [slice(start, start + _CHUNK) for start in range(0, len(features), _CHUNK)]
-        mean = sum((times[rows] @ features[rows].astype(np.float64) for rows in chunks), np.zeros(features.shape[1]))
+        mean = sum((times[part] @ features[part].astype(np.float64) for part in chunks), np.zeros(features.shape[1]))
         mean /= total
         covariance = np.zeros((len(mean), len(mean)))
-        for rows in chunks:
-            centred = (features[rows] - mean) * np.sqrt(times[rows])[:, None]
+        for part in chunks:
+            centred = (features[part] - mean) * np.sqrt(times[part])[:, None]
             covariance += centred.T @ centred
         if not np.isfinite(covariance).all():
-            raise InputError("the features are not finite: the network overflowed, or wants another --feature-range")
+            raise InputError(
+                "the features are not finite: the network overflowed, or wants another `feature_range`",
+                field="feature_range",
+            )
         return cls(mean, covariance / (total - 1), total)
 
 
@@ -153,11 +156,9 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | Non
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise InputError(f"'{path}' cannot be read as .npz ({str(error)[:100]}); make it with --save-stats") from None
+        raise _no_statistics(path, f"cannot be read as .npz ({str(error)[:100]})") from None
     if not {"mu", "sigma"} <= arrays.keys():
-        raise InputError(
-            f"'{path}' holds {', '.join(sorted(arrays)) or 'nothing'}; expected mu and sigma: make it with --save-stats"
-        )
+        raise _no_statistics(path, f"holds {', '.join(sorted(arrays)) or 'nothing'}; expected mu and sigma")
     mean, covariance = arrays["mu"], arrays["sigma"]
     if (
         mean.dtype.kind != "f"
@@ -166,10 +167,8 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | Non
         or covariance.shape != (len(mean), len(mean))
         or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
     ):
-        raise InputError(
-            f"'{path}' holds mu {mean.dtype} {mean.shape} and sigma {covariance.dtype} {covariance.shape}; expected "
-            "finite floats, (F,) and (F, F): make it again with --save-stats"
-        )
+        found = f"holds mu {mean.dtype} {mean.shape} and sigma {covariance.dtype} {covariance.shape}"
+        raise _no_statistics(path, f"{found}; expected finite floats, (F,) and (F, F)")
     symmetric = (covariance.astype(np.float64) + covariance.T) / 2
     count = arrays.get("count", np.array(0))
     network = arrays.get("network")
@@ -179,3 +178,8 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | Non
         ),
         None if network is None else str(network),
     )
+
+
+def _no_statistics(path: str | os.PathLike[str], why: str) -> InputError:
+    remedy = Remedy("evaluate", {"against": "IMAGES", "save_stats": os.fspath(path)})
+    return InputError(f"'{path}' {why}; make it again, of the images it stands for", remedy=remedy)

@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.backend import Array, Backend, Branches, briefly
-from ..runtime.bundle import GOLDEN, Bundle
+from ..runtime.backend import Array, Backend, Branches, Decoding
+from ..runtime.bundle import GOLDEN
 from ..runtime.decode import serial
-from ..runtime.errors import BundleError, CheckFailed, MachineError
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
-from ..runtime.memory import Budget
-from ..runtime.ort.backend import OrtBackend
-from ..runtime.tensorrt.backend import open_tensorrt
-from ..runtime.tensorrt.record import Record
+from ..runtime.precision import PRECISIONS
+from .card import Card, Difference
 
 SAMPLES = 4
-# By precision: rms of patches and samples, shift of bits/dim, round-trip error; about ten times what is measured on
-# trained models.
-TOLERANCES = {
-    "fp32": {"rms": 1e-4, "bits_per_dim": 1e-4, "certificate": 1e-2},
-    "fp16": {"rms": 5e-3, "bits_per_dim": 5e-3, "certificate": 0.5},
-    "bf16": {"rms": 5e-2, "bits_per_dim": 5e-2, "certificate": 5.0},
-    "int8": {"rms": 5e-2, "bits_per_dim": 5e-2, "certificate": 5.0},
-}
 _GUIDANCE = Guidance(1.0, annealed=True, attention_temperature=0.7)  # uses all a graph's guidance has
 _SWEEP_WINDOW = 128
 _SERIAL_STEPS = 16  # the first steps of a sweep, one position at a time
 _SERIAL_LIMIT = 60.0  # seconds: longer serial decoding in PyTorch gives way to a sweep
 _MEMORY_SPEED = 5e9  # bytes/s a PyTorch step reads weights with, for that estimate
 
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far ``found`` is from ``expected``: cosine, ratio of norms, and quantiles of the absolute difference."""
-
-    cosine: float
-    norm_ratio: float
-    rms: float
-    p99: float
-    max: float
-
-    @classmethod
-    def between(cls, found: NDArray[Any], expected: NDArray[Any]) -> Difference:
-        a: NDArray[np.float64] = found.astype(np.float64).ravel()
-        b: NDArray[np.float64] = expected.astype(np.float64).ravel()
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return cls(*([float("inf")] * 5))  # a sample that overflows on one side agrees with nothing
-        delta = np.abs(a - b)
-        norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
-        return cls(
-            cosine=float(a @ b) / max(norms[0] * norms[1], 1e-300),
-            norm_ratio=norms[0] / max(norms[1], 1e-300),
-            rms=float(np.sqrt(np.mean(delta**2))),
-            p99=float(np.quantile(delta, 0.99)),
-            max=float(delta.max()),
-        )
+Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +43,13 @@ class Pairs:
         stored: dict[str, NDArray[Any]] = {"noise": self.noise, "labels": self.labels, "images": self.images}
         return stored if self.denoised is None else {**stored, "denoised": self.denoised}
 
+    def inverses(self) -> list[tuple[int, Array, Array]]:
+        """Each block, what its inverse reads and what it makes of it, (B, T, D) both; the last block first."""
+        last = len(self.states) - 2
+        return [(last - place, z, x) for place, (z, x) in enumerate(pairwise(self.states))]
 
-def make_pairs(oracle: Flow, parameters: int, watch: Callable[[str], None] = lambda stage: None) -> Pairs:
+
+def make_pairs(oracle: Flow, parameters: int, watch: Watch = lambda stage: None) -> Pairs:
     """Noise, samples and denoised samples by the oracle: by decoding where that is quick, else by encoding images.
 
     Both give true pairs of a flow and its inverse; a serial decode of a large model in PyTorch takes an hour.
@@ -117,201 +85,102 @@ def make_pairs(oracle: Flow, parameters: int, watch: Callable[[str], None] = lam
 
 
 def verify(
-    flow: Flow,
-    oracle: Flow,
-    pairs: Pairs,
-    watch: Callable[[str], None] = lambda stage: None,
-    resident: Backend | None = None,
-) -> dict[str, Any]:
-    """The parity card of ``flow`` against ``oracle``: a JSON document, see FORMAT.md.
+    flow: Flow, oracle: Flow, pairs: Pairs, watch: Watch = lambda stage: None, resident: Backend | None = None
+) -> Card:
+    """The parity card of ``flow`` against ``oracle``.
 
     ``resident`` is a backend that decodes with the bundle's resident graphs, to be compared too.
     """
-    config = flow.config
-    plain = Branches.plain(pairs.labels, config.tokens)
-    blocks = []
-    for place, block in enumerate(reversed(range(config.blocks))):
-        watch(f"verify block {block}")
-        found = _decode(flow.backend, block, pairs.states[place], pairs.states[place + 1], plain, pairs.serial)
-        blocks.append({"block": block, **asdict(Difference.between(found, pairs.states[place + 1]))})
+    blocks = _blocks(flow, pairs, watch)
     watch("verify guidance")
-    guided = _GUIDANCE.branches(flow.config.tokens, pairs.labels)
-    judge = oracle if pairs.serial else flow  # in PyTorch the guided inverse is a walk, too slow for a large model
-    guided_worst = max(
-        (
-            Difference.between(_sweep(flow.backend, block, judge.backend.forward(block, x, guided)[0], x, guided), x)
-            for block, x in zip(reversed(range(config.blocks)), pairs.states[1:], strict=True)
-        ),
-        key=lambda difference: difference.rms,
-    )
-    resident_worst = None
+    guided = _guided(flow, oracle if pairs.serial else flow, pairs)
+    on_device = None
     if resident is not None:
         watch("verify resident steps")
-        resident_worst = max(
-            (
-                Difference.between(_sweep(resident, block, pairs.states[place], pairs.states[place + 1], plain), x)
-                for place, (block, x) in enumerate(zip(reversed(range(config.blocks)), pairs.states[1:], strict=True))
-            ),
-            key=lambda difference: difference.rms,
-        )
+        on_device = _worst(resident, pairs.inverses(), Branches.plain(pairs.labels, flow.config.tokens))
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
-    card: dict[str, Any] = {
-        "oracle": oracle.backend.description,
-        "backend": flow.backend.description,
-        "method": "serial decode" if pairs.serial else "fixed-point sweep of oracle patches",
-        "samples": len(pairs.noise),
-        "tolerance": TOLERANCES[flow.bundle.manifest.precision],
-        "blocks": blocks,
-        "guided": asdict(guided_worst),
-        "bits_per_dim_shift": float(shift),
-    }
-    if resident_worst is not None:
-        card["resident"] = asdict(resident_worst)
+    sample = None
     if pairs.serial:
         watch("verify samples")
-        found_images = flow.sample(noise=pairs.noise, labels=pairs.labels, denoise=False, certify=True)
-        assert found_images.report is not None
-        assert found_images.report.certificate is not None
-        card["sample"] = asdict(Difference.between(found_images, pairs.images))
-        card["certificate"] = float(found_images.report.certificate.max())
+        sample, certificate = _drawn(flow, pairs.noise, pairs.labels, pairs.images)
     else:  # no sample was drawn: the certificate is that the oracle's images encode to the oracle's latents
         latent, _ = flow.encode(pairs.images, pairs.labels)
-        card["certificate"] = float(np.abs(latent - pairs.states[0]).max())
+        certificate = float(np.abs(latent - pairs.states[0]).max())
     if pairs.denoised is not None:
         watch("verify denoising")
-        card["denoised"] = asdict(Difference.between(flow.denoise(pairs.images, pairs.labels), pairs.denoised))
-    return card
+    return Card(
+        oracle=oracle.backend.description,
+        backend=flow.backend.description,
+        method="serial decode" if pairs.serial else "fixed-point sweep of oracle patches",
+        samples=len(pairs.noise),
+        tolerance=PRECISIONS[flow.bundle.manifest.precision].tolerance,
+        blocks=blocks,
+        guided=guided,
+        bits_per_dim_shift=float(shift),
+        resident=on_device,
+        sample=sample,
+        certificate=certificate,
+        denoised=_denoised(flow, pairs.images, pairs.labels, pairs.denoised),
+    )
 
 
-def verify_golden(flow: Flow) -> dict[str, Any]:
+def verify_golden(flow: Flow) -> Card:
     """The part of the card that needs no PyTorch: the bundle's golden pairs, and the certificate of their samples."""
     tensors = flow.bundle.tensors(GOLDEN)
-    noise, labels, images = tensors["noise"], tensors["labels"], tensors["images"]
-    found = flow.sample(noise=noise, labels=labels, denoise=False, certify=True)
-    assert found.report is not None
-    assert found.report.certificate is not None
-    card: dict[str, Any] = {
-        "oracle": "golden pairs made by PyTorch",
-        "backend": flow.backend.description,
-        "method": "serial decode",
-        "samples": len(noise),
-        "tolerance": TOLERANCES[flow.bundle.manifest.precision],
-        "sample": asdict(Difference.between(found, images)),
-        "certificate": float(found.report.certificate.max()),
-    }
-    if "denoised" in tensors:
-        card["denoised"] = asdict(Difference.between(flow.denoise(images, labels), tensors["denoised"]))
-    return card
+    labels, images = tensors["labels"], tensors["images"]
+    sample, certificate = _drawn(flow, tensors["noise"], labels, images)
+    return Card(
+        oracle="golden pairs made by PyTorch",
+        backend=flow.backend.description,
+        method="serial decode",
+        samples=len(labels),
+        tolerance=PRECISIONS[flow.bundle.manifest.precision].tolerance,
+        sample=sample,
+        certificate=certificate,
+        denoised=_denoised(flow, images, labels, tensors.get("denoised")),
+    )
 
 
-def verify_engines(
-    bundle: Bundle, folder: Path, record: Record, watch: Callable[[str], None] = lambda stage: None
-) -> tuple[Record, str | None]:
-    """Run freshly built engines against ONNX Runtime's CPU, and write what came out beside each engine's hash.
-
-    Returns the record, and why nothing could be run, or None. Raises CheckFailed if an engine is out of its
-    precision's tolerance; such engines are removed.
-    """
-    try:
-        backend = open_tensorrt(bundle, folder=folder)
-    except (MachineError, BundleError) as error:
-        return record, briefly(error)
-    with _runnable(bundle) as here:
-        judge = OrtBackend(here, budget=Budget(low_memory=True))
-        parity = engine_parity(bundle, backend, judge, watch)
-    against = "ONNX Runtime CPU" + (", bfloat16 emulated" if bundle.manifest.precision == "bf16" else "")
-    return keep_parity(folder, record, parity, against), None
-
-
-def _runnable(bundle: Bundle) -> contextlib.AbstractContextManager[Bundle]:
-    """A bundle as ONNX Runtime's CPU runs it; bfloat16 is emulated, which takes onnx, and nothing else does."""
-    if bundle.manifest.precision != "bf16":
-        return contextlib.nullcontext(bundle)
-    from ..export.emulate import runnable
-
-    return runnable(bundle)
-
-
-def engine_parity(
-    bundle: Bundle, backend: Backend, judge: Backend, watch: Callable[[str], None] = lambda stage: None
-) -> dict[tuple[int, str], Difference]:
-    """(block, kind) -> how far the backend's graph is from the judge's, on the golden pairs and the judge's states."""
-    tensors = bundle.tensors(GOLDEN)
-    config = bundle.manifest.config
-    labels = tensors["labels"]
-    plain = Branches.plain(labels, config.tokens)
-    states, found = [patchify(tensors["images"], config.patch_size)], {}
-    for block in range(config.blocks):
-        watch(f"run block {block}'s engines")
-        z = judge.forward(block, states[-1], plain)[0]
-        found[block, "forward"] = Difference.between(backend.forward(block, states[-1], plain)[0], z)
-        decoding = backend.decoding(block, z, plain)
-        found[block, "step"] = Difference.between(serial(decoding, config.tokens), states[-1])
-        decoding.close()
-        states.append(z)
-    grad, ones = -states.pop(), np.ones(len(labels), np.float32)
-    for block in reversed(range(config.blocks)):
-        x = states.pop()
-        expected = judge.gradient(block, x, labels, grad, ones)
-        found[block, "gradient"] = Difference.between(backend.gradient(block, x, labels, grad, ones), expected)
-        grad = expected
+def _blocks(flow: Flow, pairs: Pairs, watch: Watch) -> dict[int, Difference]:
+    """Each block's inverse alone, position by position; or, much faster, whether x is its graphs' fixed point."""
+    plain, found = Branches.plain(pairs.labels, flow.config.tokens), {}
+    for block, z, x in pairs.inverses():
+        watch(f"verify block {block}")
+        decoding = flow.backend.decoding(block, z, plain)
+        patches = serial(decoding, flow.config.tokens) if pairs.serial else _sweep(decoding, x)
+        found[block] = Difference.between(patches, x)
     return found
 
 
-def keep_parity(
-    folder: Path, record: Record, parity: dict[tuple[int, str], Difference], against: str = "ONNX Runtime CPU"
-) -> Record:
-    """Write each engine's parity into the record. Engines out of tolerance are removed, and raise CheckFailed."""
-    limit = TOLERANCES[record.precision]["rms"]
-    engines = {
-        name: replace(engine, parity={"against": against, **asdict(parity[engine.block, engine.kind])})
-        for name, engine in record.engines.items()
-    }
-    wrong = [
-        f"{name}: rms error {parity[engine.block, engine.kind].rms:.2g} is above {limit:.2g}"
-        for name, engine in engines.items()
-        if not parity[engine.block, engine.kind].rms <= limit
-    ]
-    good = {name: engine for name, engine in engines.items() if not any(w.startswith(name) for w in wrong)}
-    record = replace(record, engines=good)
-    record.write(folder)
-    for name in engines.keys() - good.keys():
-        (folder / name).unlink(missing_ok=True)
-    if wrong:
-        raise CheckFailed(
-            "engines that do not compute what their graphs say were not kept:\n  "
-            + "\n  ".join(wrong)
-            + "\nBuild them again with another --level, or see whether the graphs are right: tarflow verify"
-        )
-    return record
+def _guided(flow: Flow, judge: Flow, pairs: Pairs) -> Difference:
+    """The worst block of guided steps. In PyTorch the guided inverse is a walk: too slow for a large model."""
+    guided = _GUIDANCE.branches(flow.config.tokens, pairs.labels)
+    encoded = ((block, judge.backend.forward(block, x, guided)[0], x) for block, _, x in pairs.inverses())
+    return _worst(flow.backend, encoded, guided)
 
 
-def failures(card: dict[str, Any]) -> list[str]:
-    """Sentences about what in a card is out of its tolerance; empty if all is well."""
-    limit = card["tolerance"]
-    rms: list[tuple[str, float]] = [
-        (part, card[part]["rms"]) for part in ("guided", "resident", "sample", "denoised", "golden") if part in card
-    ]
-    rms += [(f"block {block['block']}", block["rms"]) for block in card.get("blocks", ())]
-    measured = [(f"{part} rms error", value, limit["rms"]) for part, value in rms]
-    measured.append(("round-trip error", card["certificate"], limit["certificate"]))
-    if "bits_per_dim_shift" in card:
-        measured.append(("shift of bits/dim", card["bits_per_dim_shift"], limit["bits_per_dim"]))
-    return [f"{what} {value:.2g} is above {most:.2g}" for what, value, most in measured if not value <= most]
+def _worst(backend: Backend, inverses: Iterable[tuple[int, Array, Array]], branches: Branches) -> Difference:
+    """The difference of the block whose sweep is furthest off."""
+    found = (Difference.between(_sweep(backend.decoding(block, z, branches), x), x) for block, z, x in inverses)
+    return max(found, key=lambda difference: difference.rms)
 
 
-def _decode(backend: Backend, block: int, z: Array, x: Array, branches: Branches, whole: bool) -> Array:
-    """Invert a block position by position; or, much faster, check in one sweep that x is the graph's fixed point."""
-    if not whole:
-        return _sweep(backend, block, z, x, branches)
-    return serial(backend.decoding(block, z, branches), x.shape[1])
+def _drawn(flow: Flow, noise: Array, labels: NDArray[np.int64], images: Array) -> tuple[Difference, float]:
+    """What the flow decodes noise to, against images; and the largest round-trip error."""
+    found = flow.sample(noise=noise, labels=labels, denoise=False, certify=True)
+    assert found.report is not None
+    assert found.report.certificate is not None
+    return Difference.between(found, images), float(found.report.certificate.max())
 
 
-def _sweep(backend: Backend, block: int, z: Array, x: Array, branches: Branches) -> Array:
+def _denoised(flow: Flow, images: Array, labels: NDArray[np.int64], expected: Array | None) -> Difference | None:
+    return None if expected is None else Difference.between(flow.denoise(images, labels), expected)
+
+
+def _sweep(decoding: Decoding, x: Array) -> Array:
     """What the steps make of z when every window reads the true patches x: x again, if the graph is right."""
-    decoding = backend.decoding(block, z, branches)
     decoding.guess(x)
     for start, stop in _windows(x.shape[1]):
         decoding.step(start, stop - start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.image import to_uint8
+from ..runtime.image import png, to_uint8
 from ..runtime.noise import normal_quantile
 
 Numbers = NDArray[np.float64]
@@ -63,7 +62,7 @@ def histogram(series: dict[str, Numbers], label: str, title: str, decades: bool 
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)
     heights = {name: np.histogram(v, edges, density=True)[0] for name, v in shown.items()}
-    across, up = _axes(low, high, 0, 1.08 * max(float(h.max()) for h in heights.values()), 220, decades)
+    across, up = _across(low, high, decades), _up(0, 1.08 * max(float(h.max()) for h in heights.values()), 220)
     parts = []
     for k, counts in enumerate(heights.values()):
         bars = "".join(
@@ -78,7 +77,7 @@ def histogram(series: dict[str, Numbers], label: str, title: str, decades: bool 
 def quantiles(series: dict[str, Numbers], title: str) -> str:
     """Quantiles against those of the standard normal distribution, which is the diagonal."""
     reach = 4.0
-    across, up = _axes(-reach, reach, -reach, reach, 340)
+    across, up = _across(-reach, reach), _up(-reach, reach, 340)
     parts = [f'<path class="rule" d="M{across.start} {up.start}L{across.stop} {up.stop}"/>']
     for k, values in enumerate(series.values()):
         count = min(len(values), 401)
@@ -127,17 +126,16 @@ def heat_map(values: Numbers, reach: float, alt: str) -> str:
 
 
 def _png(pixels: NDArray[np.uint8], alt: str, width: int) -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
-    text = base64.b64encode(file.getvalue()).decode()
+    text = base64.b64encode(png(pixels, {})).decode()
     return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{text}">'
 
 
-def _axes(low: float, high: float, bottom: float, top: float, height: int, decades: bool = False) -> tuple[Axis, Axis]:
-    across = Axis(low, high, _LEFT, _WIDTH - _RIGHT, decades)
-    return across, Axis(bottom, top, height - _BOTTOM, _TOP)
+def _across(low: float, high: float, decades: bool = False) -> Axis:
+    return Axis(low, high, _LEFT, _WIDTH - _RIGHT, decades)
+
+
+def _up(low: float, high: float, height: int) -> Axis:
+    return Axis(low, high, height - _BOTTOM, _TOP)
 
 
 def _grid(across: Axis, up: Axis, label: str, side: str, numbered: bool) -> list[str]:

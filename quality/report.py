@@ -5,18 +5,22 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from string import Template
 
 import numpy as np
 
 from ..runtime.backend import Array
+from ..runtime.bundle import MANIFEST, Bundle
+from ..runtime.errors import BundleError
 from . import plots
-from .examine import Findings
-from .style import STYLE
+from .card import Card
+from .examine import Examination
 
+_PAGE = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+_STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 _ROW = 16  # samples of a class in the grid
 _CLASSES = 20  # rows of the grid
-_LETTERS = 24  # of a hash, where people read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,8 @@ class Making:
     versions: Mapping[str, str]
 
 
-def render(found: Findings, making: Making) -> str:
+def render(found: Examination, making: Making) -> str:
     """The page: self-contained HTML that asks no network for anything."""
-    name = html.escape(found.bundle.manifest.name)
     sections = [
         _samples(found),
         _blocks(found),
@@ -38,39 +41,24 @@ def render(found: Findings, making: Making) -> str:
         _likelihood(found),
         _certificates(found),
         _times(found),
-        _parity(found.bundle.manifest.parity),
+        _parity(found.bundle),
         _provenance(found, making),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{name}: quality report</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="kind">Quality report</p>
-<h1>{name}</h1>
-<p>{html.escape(_model(found))}</p>
-</header>
-<main>
-{_key_figures(found)}
-{"".join(sections)}
-</main>
-<footer><p>tarflow {html.escape(making.versions.get("tarflow", ""))}, {html.escape(making.date)}</p></footer>
-</body>
-</html>
-"""
+    return _PAGE.substitute(
+        name=html.escape(found.bundle.manifest.name),
+        style=_STYLE,
+        model=html.escape(_model(found)),
+        figures=_key_figures(found),
+        sections="".join(sections),
+        version=html.escape(making.versions.get("tarflow", "")),
+        date=html.escape(making.date),
+    )
 
 
 # --- sections, in reading order -------------------------------------------------------------------------------------
 
 
-def _model(found: Findings) -> str:
+def _model(found: Examination) -> str:
     m, c = found.bundle.manifest, found.bundle.manifest.config
     kind = "affine" if c.nvp else "volume-preserving"
     classes = f"{c.classes} classes" if c.classes else "no classes"
@@ -80,11 +68,11 @@ def _model(found: Findings) -> str:
     )
 
 
-def _key_figures(found: Findings) -> str:
-    n = len(found.labels)
+def _key_figures(found: Examination) -> str:
+    n = found.request.n
     per_sample = 1000 * sum(found.block_seconds) / n
     rows = [
-        ("samples", f"{n}", f"seed {found.seed}, guidance {found.guidance.scale:g}"),
+        ("samples", f"{n}", f"seed {found.request.seed}, guidance {found.request.guidance.scale:g}"),
         ("not finite", f"{len(found.nonfinite)}", "must be 0" if found.nonfinite else "as it should be"),
         ("round trip", f"{found.certificate.max():.1e}", "largest error of any sample"),
         *(("bits/dim", f"{p.bits.mean():.3f}", f"{p.name}, &plusmn; {_error(p.bits):.3f}") for p in found.populations),
@@ -96,11 +84,12 @@ def _key_figures(found: Findings) -> str:
     return f'<dl class="figures">{"".join(items)}</dl>'
 
 
-def _samples(found: Findings) -> str:
-    classes = list(dict.fromkeys(found.labels.tolist()))
+def _samples(found: Examination) -> str:
+    labels = found.request.classes()
+    classes = list(dict.fromkeys(labels.tolist()))
     rows = []
     for label in classes[:_CLASSES]:
-        images = found.images[found.labels == label][:_ROW]
+        images = found.images[labels == label][:_ROW]
         name = f"class {label}" if label >= 0 else "no label"
         rows.append(_strip(name, images, f"{len(images)} samples, {name}"))
     more = f" {len(classes) - _CLASSES} more classes were drawn." if len(classes) > _CLASSES else ""
@@ -111,7 +100,7 @@ def _samples(found: Findings) -> str:
     return _section("Samples", text, _strips(rows))
 
 
-def _blocks(found: Findings) -> str:
+def _blocks(found: Examination) -> str:
     rows = [_strip(name, _evened(images), f"samples: {name}") for name, images in found.stages]
     text = (
         "The first samples on their way from noise to image: a row shows all of them after one block was inverted. "
@@ -120,7 +109,7 @@ def _blocks(found: Findings) -> str:
     return _section("Block by block", text, _strips(rows))
 
 
-def _latents(found: Findings) -> str:
+def _latents(found: Examination) -> str:
     c = found.bundle.manifest.config
     side = c.image_size // c.patch_size
     rows, by_position = [], []
@@ -144,7 +133,7 @@ def _latents(found: Findings) -> str:
         "Images encoded by the forward graphs, without guidance. Were the model perfect, latents of real images would "
         "be standard normal at every position: mean 0, variance 1, excess kurtosis 0. Latents of the samples "
         "themselves show the inverse at work and what guidance changed, not how well the model fits"
-        + (". " if len(found.populations) > 1 else "; give images with --data for that. ")
+        + (". " if len(found.populations) > 1 else "; that takes real images, and none were given. ")
     )
     plot = plots.quantiles(
         {p.name: p.latent.astype(np.float64).ravel() for p in found.populations}, "Quantiles of latents"
@@ -153,18 +142,18 @@ def _latents(found: Findings) -> str:
     return _section("Latents", text, _table(names, rows) + figures)
 
 
-def _likelihood(found: Findings) -> str:
+def _likelihood(found: Examination) -> str:
     bits = {p.name: p.bits.astype(np.float64) for p in found.populations}
     plot = plots.histogram(bits, "bits per dimension", "Histogram of bits per dimension")
     text = "Bits per dimension of images with the noise the model was trained with; fewer are likelier. " + (
         "Samples far to the left of the data are smoother than real images; guidance does that."
         if len(bits) > 1
-        else "Of the samples alone, since no images were given with --data."
+        else "Of the samples alone, since no real images were given."
     )
     return _section("Likelihood", text, f'<figure class="plot">{plot}</figure>')
 
 
-def _certificates(found: Findings) -> str:
+def _certificates(found: Examination) -> str:
     plot = plots.histogram(
         {"samples": found.certificate.astype(np.float64)},
         "largest difference from the noise",
@@ -182,46 +171,46 @@ def _certificates(found: Findings) -> str:
     return _section("Round trip", text, f'<figure class="plot">{plot}</figure>')
 
 
-def _times(found: Findings) -> str:
+def _times(found: Examination) -> str:
     total = sum(found.block_seconds)
     rows = [
-        (f"block {k}", found.block_seconds[k], f"{found.block_seconds[k]:.3g} s, {found.passes[k]} passes")
-        for k in reversed(range(len(found.passes)))
+        (f"block {k}", found.block_seconds[k], f"{found.block_seconds[k]:.3g} s, {found.report.passes[k]} passes")
+        for k in reversed(range(len(found.block_seconds)))
     ]
     rows.append(("encoding", found.encode_seconds, f"{found.encode_seconds:.3g} s, all blocks"))
     if found.denoise_seconds:
         rows.append(("denoising", found.denoise_seconds, f"{found.denoise_seconds:.3g} s, all blocks"))
     text = (
-        f"{len(found.labels)} samples on {found.backend}, decoded: {found.decoding}. Blocks are inverted from the last "
-        f"to the first, {total:.3g} s in all; a pass is a step that waits for the one before."
+        f"{found.request.n} samples on {found.report.backend}, decoded: {found.report.decoding}. Blocks are inverted "
+        f"from the last to the first, {total:.3g} s in all; a pass is a step that waits for the one before."
     )
     return _section("Time", text, f'<figure class="plot">{plots.bars(rows, "Seconds by block")}</figure>')
 
 
-def _parity(card: Mapping[str, Any]) -> str:
-    if not card:
-        return _section("Parity", "This export was not verified; run: tarflow verify BUNDLE CHECKPOINT", "")
+def _parity(bundle: Bundle) -> str:
+    document = bundle.manifest.parity
+    if not document:
+        return _section("Parity", "This export was not verified against PyTorch.", "")
     try:
-        measured = [(f"block {row['block']}", row) for row in card["blocks"]]
-        measured += [(part, card[part]) for part in ("guided", "resident", "sample", "denoised") if part in card]
-        rows = [
-            (name, f"{row['cosine']:.9f}", *(f"{row[key]:.1e}" for key in ("rms", "p99", "max")))
-            for name, row in measured
-        ]
-        text = (
-            f"{card['backend']} against {card['oracle']} when the bundle was exported: {card['method']}, "
-            f"{card['samples']} samples. Certificate {card['certificate']:.1e}, shift of bits per dimension "
-            f"{card.get('bits_per_dim_shift', 0):.1e}."
-        )
-    except (KeyError, TypeError, ValueError):
-        return _section("Parity", "The card is of another version; tarflow inspect --json shows it.", "")
+        card = Card.from_json(document, MANIFEST)
+    except BundleError:
+        return _section("Parity", "The card is of another version; the manifest holds it.", "")
+    shift = "" if card.bits_per_dim_shift is None else f", shift of bits per dimension {card.bits_per_dim_shift:.1e}"
+    text = (
+        f"{card.backend} against {card.oracle} when the bundle was exported: {card.method}, {card.samples} samples. "
+        f"Certificate {card.certificate:.1e}{shift}."
+    )
+    rows = [
+        (name, f"{row.cosine:.9f}", *(f"{number:.1e}" for number in (row.rms, row.p99, row.max)))
+        for name, row in card.rows()
+    ]
     return _section("Parity", text, _table(("", "cosine", "rms", "99 %", "largest"), rows))
 
 
-def _provenance(found: Findings, making: Making) -> str:
+def _provenance(found: Examination, making: Making) -> str:
     versions = [(name, version) for name, version in making.versions.items()]
     made = [(f"exported with {name}", version) for name, version in found.bundle.manifest.exporter.items()]
-    rows = [("bundle", found.bundle.hash), ("backend", found.backend), ("date", making.date), *versions, *made]
+    rows = [("bundle", found.bundle.hash), ("backend", found.report.backend), ("date", making.date), *versions, *made]
     items = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
     command = f"<p>The same report again:</p><pre>{html.escape(making.command)}</pre>"
     return _section("Where this comes from", "", f'{command}<table class="facts">{items}</table>')

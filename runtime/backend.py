@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 WINDOW = 64  # on a device a pass costs the same for any small window; larger ones gain little more
 
 
@@ -86,6 +87,12 @@ class Backend(Protocol):
 
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
         """Vector-Jacobian product of an unguided ``forward``: (B, T, D)."""
+
+
+def check_window(position: int, window: int, tokens: int) -> None:
+    """Raise IndexError for a window whose last position has no next patch: a device drops such writes silently."""
+    if position < 0 or window < 1 or position + window >= tokens:
+        raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
 
 
 def block_order(sequence: NDArray[Any], reverse: bool) -> NDArray[Any]:

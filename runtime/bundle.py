@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, Remedy
 from .files import sha256
-from .manifest import AGAIN, read_manifest
+from .manifest import AGAIN
 from .manifest import FORMAT as FORMAT
 from .manifest import GOLDEN as GOLDEN
 from .manifest import KINDS as KINDS
@@ -29,6 +29,7 @@ from .manifest import BlockEntry as BlockEntry
 from .manifest import FileEntry as FileEntry
 from .manifest import Manifest as Manifest
 from .manifest import ModelShape as ModelShape
+from .manifest import read_manifest as read_manifest
 
 PARITY = "PARITY.md"
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal

@@ -28,6 +28,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises InputError if the folder does not exist, MachineError when the disk is full or not writable.
     """
+    with replacing_by_name(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for what opens a file itself: the name of one to write. PyTorch keeps a file's name in it, without what
+    follows the last dot, so it is that of ``path`` and a suffix, in a hidden folder beside it.
+    """
     path = Path(os.path.realpath(path))  # a link stays a link
     if path.is_dir():
         raise InputError(f"'{path}' is a folder; expected the name of a file to write")
@@ -36,19 +45,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if not path.parent.is_dir():
         raise InputError(f"the folder of '{path}' does not exist; create it first: mkdir -p '{path.parent}'")
     with disk_errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        partial = Path(name)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.chmod(0o666 & ~_UMASK)  # mkstemp is private; a result is as shared as its user says
+            partial = folder / f"{path.name}.partial"
+            yield partial
+            _flush(partial)
             partial.replace(path)
             _sync(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -81,9 +86,7 @@ def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str | No
                 if file.is_dir():
                     _sync(file)
                     continue
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-                file.chmod(0o666 & ~_UMASK)  # some writers make private files; a bundle is handed on
+                _flush(file)
             partial.chmod(0o777 & ~_UMASK)
             _sync(partial)
             _swap(partial, path, force)
@@ -142,6 +145,13 @@ def _swap(partial: Path, path: Path, force: bool) -> None:
         raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Make a finished file last beyond a power failure, and as shared as its user says: some make it private."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(0o666 & ~_UMASK)
 
 
 def _sync(folder: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import noise as noise_source
+from .backend import REPRODUCIBLE_TILE as REPRODUCIBLE_TILE
 from .backend import Array, Backend, Branches
 from .bundle import Bundle, ModelShape
 from .chain import Chain, Ways
@@ -34,17 +35,18 @@ from .image import unpatchify
 from .inputs import check_images, check_labels, check_noise, check_strength
 from .lanes import Lanes
 from .memory import USUAL, Budget, cache_row, peak, spend
-from .opening import Keywords, Opening, opening_of
+from .opening import Keywords as OpeningKeywords
+from .opening import Opening, opening_of
 from .plan import Plan, find_plan
 from .providers import open_backend
 from .request import UNGUIDED, Request, Resolved
+from .request import Keywords as RequestKeywords
 from .samples import Preview as Preview
 from .samples import Progress as Progress
 from .samples import Report as Report
 from .samples import Samples as Samples
 from .samples import Watch
 
-REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 _LARGEST_BATCH = 64
 _UNWATCHED = Watch()
 
@@ -65,7 +67,8 @@ class Flow:
         cls,
         bundle: str | os.PathLike[str] | Bundle,
         provider: str | Opening = "cpu",
-        **opening: Unpack[Keywords],  # typed: the fields of Opening are in one place
+        threads: int | None = None,  # third, as Triton repositories written earlier give it
+        **opening: Unpack[OpeningKeywords],  # typed: the fields of Opening are in one place
     ) -> Flow:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
@@ -74,7 +77,7 @@ class Flow:
         or one without engines that fit, MachineError if the provider is not to be had, InputError for an unknown one,
         and for a limit of memory that one image exceeds.
         """
-        how = opening_of(provider, opening)
+        how = opening_of(provider, threads, opening)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         opened.check_runnable()
         budget = spend(opened, how.memory)
@@ -90,41 +93,22 @@ class Flow:
         *,
         noise: ArrayLike | None = None,
         labels: ArrayLike | None = None,
-        guidance: Guidance | None = None,
-        seed: int = 0,
-        first_sample: int = 0,
-        denoise: bool | float | None = None,
-        certify: bool = False,
-        batch_size: int | None = None,
-        reproducible: bool = False,
-        redraw_nonfinite: bool = False,
-        decode: str | None = None,
-        tolerance: float | None = None,
         progress: Callable[[Progress], None] | None = None,
         preview: Callable[[Preview], None] | None = None,
+        **how: Unpack[RequestKeywords],  # typed: the fields of Request are in one place
     ) -> Samples:
         """Draw samples ``first_sample ... first_sample + n - 1`` of ``seed``, or invert ``noise`` (N, T, D).
 
-        ``labels`` is one class for all or (N,); a label below 0, or None, is the null class. All else is as in
-        :class:`Request`. ``progress`` is told each finished position, ``preview`` is shown each batch after each block,
-        blocks last to first; an exception of either cancels. Returns :class:`Samples`; raises InputError for inputs
-        that cannot be what was meant.
+        ``labels`` is one class for all or (N,); a label below 0, or None, is the null class. ``guidance``, ``seed``,
+        ``first_sample``, ``denoise``, ``certify``, ``batch_size``, ``reproducible``, ``redraw_nonfinite``, ``decode``
+        and ``tolerance`` are as in :class:`Request`. ``progress`` is told each finished position, ``preview`` is shown
+        each batch after each block, blocks last to first; an exception of either cancels. Returns :class:`Samples`;
+        raises InputError for inputs that cannot be what was meant.
         """
         latents, count = check_noise(self.config, n, noise)
-        request = Request(
-            n=count,
-            labels=None if labels is None else tuple(check_labels(self.config, labels, count).tolist()),
-            guidance=guidance or UNGUIDED,
-            seed=seed,
-            first_sample=first_sample,
-            denoise=denoise,
-            certify=certify,
-            batch_size=batch_size,
-            reproducible=reproducible,
-            redraw_nonfinite=redraw_nonfinite,
-            decode=decode,
-            tolerance=tolerance,
-        )
+        dealt = None if labels is None else tuple(check_labels(self.config, labels, count).tolist())
+        said = {name: value for name, value in how.items() if value is not None}
+        request = Request(count, dealt, **said)  # type: ignore[arg-type]  # fields, by their names
         return self.draw(request.resolved(self.config), latents, Watch(progress, preview))
 
     def draw(self, request: Resolved, noise: Array | None = None, watch: Watch = _UNWATCHED) -> Samples:
@@ -177,7 +161,7 @@ class Flow:
 
         Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
         """
-        checked = check_strength(self.config, float(strength))
+        checked = check_strength(self.config, float(strength), "strength")
         x, classes = check_images(self.config, images, labels)
         assert checked is not None
         found = np.concatenate([self.chain.denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])

@@ -6,16 +6,13 @@ import io
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
 from .files import replacing
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from .picture_folder import read_folder as read_folder
 
 
 def patchify(images: NDArray[Any], patch_size: int) -> NDArray[Any]:
@@ -41,12 +38,12 @@ def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
     return pixels
 
 
-def grid(images: NDArray[Any], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
-    """(N, C, H, W) in [-1, 1] -> one picture (rows, columns, C) uint8, images in reading order on white."""
+def grid(images: NDArray[Any], columns: int | None = None, gap: int = 2, background: int = 255) -> NDArray[np.uint8]:
+    """(N, C, H, W) in [-1, 1] -> one picture (rows, columns, C) uint8, images in reading order, by default on white."""
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), background, np.uint8)
     for i, image in enumerate(to_uint8(images)):
         top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
         canvas[top : top + h, left : left + w] = image.transpose(1, 2, 0)
@@ -77,35 +74,3 @@ def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Ma
     content = png(picture, text, zoom)
     with replacing(path) as file:
         file.write(content)
-
-
-def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """Every image below ``folder``, in name order -> (N, channels, size, size) uint8, and their relative names.
-
-    Raises InputError for an unreadable image, one of another size, a channel count that is not 1 or 3, or no image.
-    """
-    from PIL import Image
-
-    if channels not in (1, 3):
-        raise InputError(f"picture files have 1 or 3 channels; this model has {channels}: pass an .npy array instead")
-    root = Path(folder)
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"no images below '{folder}'; expected files ending in {', '.join(SUFFIXES)}")
-    images = np.empty((len(paths), channels, size, size), np.uint8)
-    for image, path in zip(images, paths, strict=True):
-        try:
-            with Image.open(path) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError("more than 8 bits a channel; save it with 8")
-                if opened.size != (size, size):
-                    raise InputError(
-                        f"'{path}' is {opened.width}x{opened.height} pixels; this model takes {size}x{size}: resize it"
-                    )
-                pixels = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"'{path}' cannot be read as an image ({error}); remove or replace it") from None
-        image[:] = pixels.reshape(size, size, channels).transpose(2, 0, 1)
-    return images, [str(p.relative_to(root)) for p in paths]

@@ -73,8 +73,8 @@ def check_images(config: ModelShape, images: ArrayLike, labels: ArrayLike | None
     return patches, check_labels(config, labels, len(array))
 
 
-def check_strength(config: ModelShape, denoise: bool | float | None) -> float | None:
-    """The factor on sigma^2, or None for no denoising."""
+def check_strength(config: ModelShape, denoise: bool | float | None, field: str = "denoise") -> float | None:
+    """The factor on sigma^2, or None for no denoising. ``field`` is what the caller calls it."""
     if denoise is None:
         return 1.0 if config.noise_std else None
     if denoise is False:
@@ -82,12 +82,12 @@ def check_strength(config: ModelShape, denoise: bool | float | None) -> float | 
     if config.noise_std is None:
         raise InputError(
             "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; do not denoise",
-            field="denoise",
+            field=field,
             found=denoise,
             expected="False",
         )
     if not 0 <= float(denoise) < math.inf:
-        raise InputError.of("denoise", denoise, "a strength of 0 or more, 1 is the theory's")
+        raise InputError.of(field, denoise, "a strength of 0 or more, 1 is the theory's")
     return float(denoise)
 
 
@@ -98,6 +98,6 @@ def _finite(convert: Callable[..., Array], array: NDArray[Any], field: str) -> A
     rows = np.flatnonzero(~np.isfinite(found).all(tuple(range(1, found.ndim))))
     if len(rows):
         raise InputError(
-            f"`{field}` is not finite in {len(rows)} of {len(found)} samples, the first at row {rows[0]}", field=field
+            f"{len(rows)} of {len(found)} samples in `{field}` are not finite, the first at row {rows[0]}", field=field
         )
     return found

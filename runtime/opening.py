@@ -42,20 +42,20 @@ class Opening:
 
 
 class Keywords(TypedDict, total=False):
-    """Fields of :class:`Opening` but the provider, as keywords of ``Flow.open``."""
+    """Fields of :class:`Opening` but the first two, as keywords of ``Flow.open``."""
 
-    threads: int | None
     spinning: bool | None
     memory: Memory
     cuda_graph: bool
 
 
-def opening_of(provider: str | Opening, keywords: Keywords) -> Opening:
+def opening_of(provider: str | Opening, threads: int | None, keywords: Keywords) -> Opening:
     """An opening that was given whole, or the one that its provider and other fields make. Raises InputError."""
     if not isinstance(provider, Opening):
-        return Opening(provider, **keywords)
-    if keywords:
-        raise InputError(f"an Opening says all there is to say; drop {', '.join(f'`{name}`' for name in keywords)}")
+        return Opening(provider, threads, **keywords)
+    also = [*(["threads"] if threads is not None else []), *keywords]
+    if also:
+        raise InputError(f"an Opening says all there is to say; drop {', '.join(f'`{name}`' for name in also)}")
     return provider
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +65,28 @@ class Request:
         if isinstance(self, Resolved):
             return self
         if self.labels is not None:
-            check_labels(config, self.labels, len(self.labels))
+            used = self.labels[: self.n]
+            check_labels(config, used, len(used))
         strength = check_strength(config, self.denoise)
         mine = {field.name: getattr(self, field.name) for field in fields(Request)}
         found = Resolved(**mine | {"denoise": False if strength is None else strength})
         self.guidance.check(config, found.classes(min(self.n, len(self.labels or (-1,)))))
         return found
+
+
+class Keywords(TypedDict, total=False):
+    """Fields of :class:`Request` but ``n`` and ``labels``, as keywords of ``Flow.sample``; None is the default."""
+
+    guidance: Guidance | None
+    seed: int
+    first_sample: int
+    denoise: bool | float | None
+    certify: bool
+    redraw_nonfinite: bool
+    decode: str | None
+    tolerance: float | None
+    reproducible: bool
+    batch_size: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, block_order, pad_rows
+from .backend import Array, Branches, block_order, check_window, pad_rows
 from .ports import POSITION
 
 
@@ -82,8 +82,7 @@ class ResidentDecoding:
         self._launch(position, window)
 
     def _launch(self, position: int, window: int) -> None:
-        if position < 0 or window < 1 or position + window >= self._tokens:  # a device drops such writes silently
-            raise IndexError(f"window {position}...{position + window - 1} has no next patch in {self._tokens}")
+        check_window(position, window, self._tokens)
         if self._mirror is not None:
             self._steps.write("x", np.ascontiguousarray(self._mirror[:, None]))
             self._mirror = None

@@ -20,6 +20,7 @@ from .description import describe, page
 from .gate import Gate
 from .service import Service, validation_message
 from .settings import Settings
+from .words import http_words
 
 
 def create_app(flow: Flow, settings: Settings | None = None) -> FastAPI:
@@ -83,7 +84,7 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 async def _unfit(request: Request, error: Any) -> Response:
-    return _said(400, str(error))
+    return _said(400, http_words(error))
 
 
 async def _invalid(request: Request, error: Any) -> Response:

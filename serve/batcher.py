@@ -16,44 +16,30 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..runtime.backend import Array
-from ..runtime.flow import REPRODUCIBLE_TILE, Flow, Guidance, Progress
+from ..runtime.backend import REPRODUCIBLE_TILE, Array
+from ..runtime.flow import Flow
+from ..runtime.guidance import Guidance
+from ..runtime.request import UNGUIDED, Request, Resolved
+from ..runtime.samples import Progress, Watch
 from .metrics import Metrics
 from .settings import Settings
 
-Watch = Callable[[Progress], None]  # raises Abandoned when nobody waits any more
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How samples are drawn. Those of one style can share a batch. ``strength`` None: not denoised."""
-
-    guidance: Guidance
-    strength: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """Samples ``first_sample ... first_sample + n - 1`` of a seed, of classes (n,), as ``Flow.resolve`` gave them."""
-
-    seed: int
-    first_sample: int
-    classes: NDArray[np.int64]
-    style: Style
-    certify: bool = False
+OnProgress = Callable[[Progress], None]  # raises Abandoned when nobody waits any more
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Images (n, channels, size, size); sample indices that are not finite; certificate (n,) if asked for."""
+    """What a request drew: images (n, channels, size, size), sample indices that are not finite, and certificate (n,)
+    if it asked for one.
+    """
 
+    request: Resolved
     images: Array
     nonfinite: tuple[int, ...]
     certificate: Array | None
@@ -71,19 +57,21 @@ class Abandoned(Exception):
     """Nobody waits for this any more."""
 
 
-class Job:
-    """One request's work: a draw, or a function computed alone. ``done`` gives its result."""
+class Waiting:
+    """One request's work: samples to draw, or a function computed alone. ``done`` gives its result.
 
-    def __init__(self, work: Draw | Callable[[Watch], Any]) -> None:
+    Samples are drawn with those of others whose ``style`` is the same: all of a request but which samples it wants.
+    """
+
+    def __init__(self, work: Resolved | Callable[[OnProgress], Any]) -> None:
         self.work = work
-        self.rows = len(work.classes) if isinstance(work, Draw) else REPRODUCIBLE_TILE
+        self.rows, self.style = REPRODUCIBLE_TILE, None
+        if isinstance(work, Resolved):
+            alike = replace(work, n=1, labels=None, seed=0, first_sample=0, certify=False)
+            self.rows, self.style = work.n, (alike, work.strength)  # 0 is a strength, and equals False
         self.since = time.monotonic()
         self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.abandoned = False  # read by the thread that computes
-
-    @property
-    def style(self) -> Style | None:
-        return self.work.style if isinstance(self.work, Draw) else None
 
     def settle(self, outcome: Any) -> None:
         if self.done.done():
@@ -100,7 +88,7 @@ class Batcher:
 
     def __init__(self, flow: Flow, settings: Settings, metrics: Metrics) -> None:
         self.flow, self.settings, self.metrics = flow, settings, metrics
-        self.waiting: deque[Job] = deque()
+        self.waiting: deque[Waiting] = deque()
         self.shares = True
         self._idle = settings.workers
         self._changed = asyncio.Event()
@@ -116,28 +104,28 @@ class Batcher:
 
     async def stop(self) -> None:
         """Stop taking requests from the queue; what is being computed ends at its next step."""
-        for job in self.waiting:
-            job.settle(Abandoned())
+        for one in self.waiting:
+            one.settle(Abandoned())
         self.waiting.clear()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._pool.shutdown)
 
-    def put(self, job: Job) -> None:
-        """Queue a job. Raises Full."""
+    def put(self, one: Waiting) -> None:
+        """Queue work. Raises Full."""
         if len(self.waiting) >= self.settings.queue:
-            rows = sum(waiting.rows for waiting in self.waiting)
+            rows = sum(one.rows for one in self.waiting)
             raise Full(rows * self._row_seconds / self.settings.workers)
-        self.waiting.append(job)
+        self.waiting.append(one)
         self._changed.set()
 
-    def abandon(self, job: Job) -> None:
-        """Nobody waits for this job: it is not begun, or ends at its next step."""
-        job.abandoned = True
+    def abandon(self, one: Waiting) -> None:
+        """Nobody waits for this: it is not begun, or ends at its next step."""
+        one.abandoned = True
         with suppress(ValueError):
-            self.waiting.remove(job)
-        job.settle(Abandoned())
+            self.waiting.remove(one)
+        one.settle(Abandoned())
 
     # --- on the event loop --------------------------------------------------------------------------------------
 
@@ -164,123 +152,105 @@ class Batcher:
         """Seconds until a batch should be begun; None: not before something changes."""
         if not self._idle or not self.waiting:
             return None
-        if sum(job.rows for job in self._mates()) >= REPRODUCIBLE_TILE:
+        if sum(one.rows for one in self._mates()) >= REPRODUCIBLE_TILE:
             return 0.0
         return self.waiting[0].since + self.settings.delay - time.monotonic()
 
-    def _mates(self) -> list[Job]:
+    def _mates(self) -> list[Waiting]:
         """The oldest request, and those behind it that could be drawn with it."""
         head = self.waiting[0]
         if head.style is None or not self.shares:
             return [head]
-        return [job for job in self.waiting if job.style == head.style]
+        return [one for one in self.waiting if one.style == head.style]
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[Waiting]:
         """A batch off the queue: the oldest requests, as many as leave the fewest rows of their tiles empty. Workers
         that are free share what waits.
         """
         mates = self._mates()
-        totals = list(itertools.accumulate(job.rows for job in mates))
+        totals = list(itertools.accumulate(one.rows for one in mates))
         room = min(self.settings.batch, _whole_tiles(math.ceil(totals[-1] / self._idle)))
         most = max(1, bisect.bisect_right(totals, room))
         count = max(range(1, most + 1), key=lambda k: (totals[k - 1] / _whole_tiles(totals[k - 1]), k))
         batch = mates[:count]
         taken = set(map(id, batch))
-        self.waiting = deque(job for job in self.waiting if id(job) not in taken)
+        self.waiting = deque(one for one in self.waiting if id(one) not in taken)
         return batch
 
-    async def _run(self, batch: list[Job]) -> None:
+    async def _run(self, batch: list[Waiting]) -> None:
         started = time.monotonic()
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._pool, self._compute, batch)
-            for job, outcome in zip(batch, outcomes, strict=True):
-                job.settle(outcome)
+            for one, outcome in zip(batch, outcomes, strict=True):
+                one.settle(outcome)
         finally:
-            for job in batch:
-                job.abandoned = True  # the service stops: so does the thread
-                job.settle(Abandoned())
+            for one in batch:
+                one.abandoned = True  # the service stops: so does the thread
+                one.settle(Abandoned())
             self._idle += 1
             self._changed.set()
-        rows = sum(job.rows for job in batch)
+        rows = sum(one.rows for one in batch)
         self._row_seconds += 0.2 * ((time.monotonic() - started) / rows - self._row_seconds)
 
     # --- in a thread --------------------------------------------------------------------------------------------
 
-    def _compute(self, batch: list[Job]) -> list[Any]:
-        """Results or exceptions, one a job. Where a batch fails its jobs are tried alone: only the guilty one fails."""
+    def _compute(self, batch: list[Waiting]) -> list[Any]:
+        """Results or exceptions, one each. Where a batch fails, each is tried alone: only the guilty one fails."""
         try:
             return self._attempt(batch)
         except Exception as error:
             if len(batch) == 1 or isinstance(error, Abandoned):
                 return [error] * len(batch)
-        return [outcome for job in batch for outcome in self._compute([job])]
+        return [outcome for one in batch for outcome in self._compute([one])]
 
-    def _attempt(self, batch: list[Job]) -> list[Any]:
-        watch = partial(_watch, batch)
-        work = batch[0].work
-        if not isinstance(work, Draw):
-            return [work(watch)]
-        return list(self._draw([job.work for job in batch if isinstance(job.work, Draw)], watch))
+    def _attempt(self, batch: list[Waiting]) -> list[Any]:
+        progress, work = partial(_end_if_abandoned, batch), batch[0].work
+        if not isinstance(work, Resolved):
+            return [work(progress)]
+        return self._draw([one.work for one in batch if isinstance(one.work, Resolved)], progress)
 
-    def _draw(self, draws: list[Draw], watch: Watch) -> list[Drawn]:
-        style, flow = draws[0].style, self.flow
-        counts = [len(draw.classes) for draw in draws]
-        started = time.perf_counter()
-        first = 0 if self.shares else draws[0].first_sample
-        samples = flow.sample(
-            None if self.shares else counts[0],
-            noise=self._noise(draws) if self.shares else None,
-            labels=np.concatenate([draw.classes for draw in draws]),
-            guidance=style.guidance,
-            seed=draws[0].seed,
-            first_sample=first,
-            denoise=False if style.strength is None else style.strength,
-            certify=self.settings.certify or any(draw.certify for draw in draws),
-            reproducible=True,
-            decode=self.settings.decode,
-            tolerance=self.settings.tolerance,
-            progress=watch,
-            preview=lambda seen: self.metrics.inverted(seen.block, seen.seconds),
-        )
-        report = samples.report
-        assert report is not None
-        self.metrics.drawn(report, len(draws), counts, time.perf_counter() - started)
-        parts = []
-        start = 0
-        for draw, count in zip(draws, counts, strict=True):
-            rows = range(start, start + count)
-            broken = tuple(i - first - start + draw.first_sample for i in report.nonfinite if i - first in rows)
-            certificate = None if report.certificate is None else report.certificate[start : start + count]
-            parts.append(Drawn(np.asarray(samples)[start : start + count], broken, certificate))
-            start += count
+    def _draw(self, requests: list[Resolved], progress: OnProgress) -> list[Drawn]:
+        started, counts = time.perf_counter(), [request.n for request in requests]
+        certify = self.settings.certify or any(request.certify for request in requests)
+        whole, noise = replace(requests[0], certify=certify), None
+        if self.shares:
+            labels = np.concatenate([request.classes() for request in requests])
+            whole = replace(whole, n=len(labels), labels=tuple(labels.tolist()), first_sample=0)
+            noise = self._noise(requests)
+        watch = Watch(progress, lambda seen: self.metrics.inverted(seen.block, seen.seconds))
+        samples = self.flow.draw(whole, noise, watch)
+        assert samples.report is not None
+        self.metrics.drawn(samples.report, counts, time.perf_counter() - started)
+        parts, ends = [], np.cumsum(counts)
+        for request, end in zip(requests, ends, strict=True):
+            rows = slice(end - request.n, end)
+            images = np.asarray(samples)[rows]
+            broken = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
+            certificate = samples.report.certificate
+            mine = certificate[rows] if certificate is not None and request.certify else None
+            parts.append(Drawn(request, images, tuple(request.first_sample + int(row) for row in broken), mine))
         return parts
 
-    def _noise(self, draws: list[Draw]) -> Array:
-        """Of all samples of these draws, in one go."""
-        pairs = [(draw.seed, draw.first_sample + k) for draw in draws for k in range(len(draw.classes))]
+    def _noise(self, requests: list[Resolved]) -> Array:
+        """Of all samples of these requests, in one go."""
+        pairs = [(request.seed, request.first_sample + k) for request in requests for k in range(request.n)]
         seeds, samples = zip(*pairs, strict=True)
         return self.flow.noise(seeds, samples)
 
     def _rows_are_independent(self) -> bool:
         """Whether a sample has the same bits in any row of a tile, whoever is in the others, on this engine."""
+        config, settings = self.flow.config, self.settings
         noise = self.flow.noise(0, range(REPRODUCIBLE_TILE))
         order = np.roll(np.arange(REPRODUCIBLE_TILE), 5)[:-3]  # other places, other mates
-        labels = np.arange(REPRODUCIBLE_TILE) % max(self.flow.config.classes, 1) - (not self.flow.config.classes)
-
-        def draw(rows: NDArray[np.intp], guidance: Guidance) -> Array:
-            found = self.flow.sample(
-                noise=noise[rows],
-                labels=labels[rows],
-                guidance=guidance,
-                reproducible=True,
-                decode=self.settings.decode,
-                tolerance=self.settings.tolerance,
-                part_of_more=True,
-            )
-            return np.asarray(found)
-
-        every = np.arange(REPRODUCIBLE_TILE)
-        return all(np.array_equal(draw(every, g)[order], draw(order, g)) for g in (Guidance(), Guidance(1.0)))
+        labels = np.arange(REPRODUCIBLE_TILE) % max(config.classes, 1) - (not config.classes)
+        every = Request(REPRODUCIBLE_TILE, tuple(labels.tolist()), decode=settings.decode, tolerance=settings.tolerance)
+        plain = replace(every.resolved(config), reproducible=True)
+        for guidance in (UNGUIDED, Guidance(1.0)):
+            all_rows = replace(plain, guidance=guidance)
+            moved = replace(all_rows, n=len(order), labels=tuple(labels[order].tolist()))
+            if not np.array_equal(self.flow.draw(all_rows, noise)[order], self.flow.draw(moved, noise[order])):
+                return False
+        return True
 
 
 def _whole_tiles(rows: int) -> int:
@@ -288,7 +258,7 @@ def _whole_tiles(rows: int) -> int:
     return -(-rows // REPRODUCIBLE_TILE) * REPRODUCIBLE_TILE
 
 
-def _watch(batch: list[Job], progress: Progress) -> None:
-    """Told every step of a batch: ends it when nobody waits for it."""
-    if all(job.abandoned for job in batch):
+def _end_if_abandoned(batch: list[Waiting], progress: Progress) -> None:
+    """Told every step of a batch."""
+    if all(one.abandoned for one in batch):
         raise Abandoned

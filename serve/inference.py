@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from .models import VERSION, Model, Tensors, denoising, draw_asked, drawn_tensors, encoding, models_of
+from .models import VERSION, Model, Tensors, denoising, drawn_tensors, encoding, models_of, wanted_of
 from .protocol import HEADER, TYPES, Asked, read_asked, write_answer
 from .service import Refusal, Service, aside
 
@@ -152,8 +152,7 @@ def _read(model: Model, lengths: list[str], body: bytes) -> Asked:
 
 async def _answer(service: Service, request: Request, model: Model, asked: Asked) -> tuple[Tensors, dict[str, Any]]:
     if model.name == "sample":
-        draw = draw_asked(service, model, asked)
-        return drawn_tensors(draw, await service.draw(request, draw))
+        return drawn_tensors(await service.draw(request, wanted_of(service, model, asked)))
     work = (encoding if model.name == "encode" else denoising)(service, asked)
     return await service.compute(request, work), {}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..runtime.flow import Report
+from ..runtime.samples import Report
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 _ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 128, 256)
@@ -55,12 +55,12 @@ class Metrics:
     def watch_queue(self, length: Callable[[], int]) -> None:
         self.queue.set_function(length)
 
-    def drawn(self, report: Report, requests: int, counts: list[int], seconds: float) -> None:
-        """Count one batch."""
+    def drawn(self, report: Report, counts: list[int], seconds: float) -> None:
+        """Count one batch, of requests for so many samples each."""
         self.samples.inc(sum(counts))
         self.nonfinite.inc(len(report.nonfinite))
         self.batches.inc()
-        self.batched.inc(requests)
+        self.batched.inc(len(counts))
         self.compute.inc(seconds)
         self.batch_samples.observe(sum(counts))
         for block, passes in enumerate(report.passes):

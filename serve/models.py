@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ..runtime.errors import InputError
-from ..runtime.flow import Progress
-from .batcher import Draw, Drawn, Watch
+from ..runtime.request import Request, Resolved
+from ..runtime.samples import Progress
+from .batcher import Drawn, OnProgress
+from .drawing import Drawing, request_of
+from .packing import ranges
 from .protocol import TYPES, Asked
-from .samples import Drawing, draw_of, ranges
 from .service import Refusal, Service, validation_message
 
 VERSION = "1"
@@ -118,7 +121,7 @@ def models_of(service: Service) -> dict[str, Model]:
     return {model.name: model for model in (sample, encode, denoise)}
 
 
-def draw_asked(service: Service, model: Model, asked: Asked) -> Draw:
+def wanted_of(service: Service, model: Model, asked: Asked) -> Resolved:
     """What a request to the model ``sample`` wants drawn. Raises Refusal and InputError."""
     said: dict[str, Any] = {name: asked.parameters[name] for name in asked.parameters}
     for name, tensor in asked.tensors.items():
@@ -131,19 +134,20 @@ def draw_asked(service: Service, model: Model, asked: Asked) -> Draw:
         drawing = Drawing(certify="certificate" in model.wanted(asked), **said)
     except ValidationError as error:
         raise Refusal(400, validation_message(error.errors())) from None
-    return draw_of(service, drawing)
+    return request_of(service, drawing)
 
 
-def drawn_tensors(draw: Draw, drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
+def drawn_tensors(drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
     """Output tensors of ``sample``, and parameters of the answer."""
     finite = np.asarray(np.isfinite(drawn.images).all((1, 2, 3)))
     tensors: Tensors = {"images": drawn.images, "finite": finite}
     if drawn.certificate is not None:
         tensors["certificate"] = drawn.certificate
-    return tensors, {"nonfinite": ranges(drawn.nonfinite), "seed": draw.seed, "first_sample": draw.first_sample}
+    request = drawn.request
+    return tensors, {"nonfinite": ranges(drawn.nonfinite), "seed": request.seed, "first_sample": request.first_sample}
 
 
-def encoding(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
+def encoding(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:
     """The work of ``encode``, inputs checked. Raises Refusal and InputError."""
     flow, tensors = service.flow, asked.tensors
     if ("images" in tensors) == ("pixels" in tensors):
@@ -152,12 +156,12 @@ def encoding(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
     seed, first = (_number(asked, name, 0) for name in ("seed", "first_sample"))
     if "images" in tensors and (seed or first):
         raise Refusal(400, "seed and first_sample choose the noise that pixels are dequantised with; images take none")
-    flow.resolve(len(images), labels=labels, seed=seed, first_sample=first)
+    Request(len(images), labels, seed=seed, first_sample=first).resolved(flow.config)
 
-    def work(watch: Watch) -> Tensors:
+    def work(progress: OnProgress) -> Tensors:
         parts = []
         for start in range(0, len(images), _ROWS):
-            watch(Progress(start, len(images), -1, 0))
+            progress(Progress(start, len(images), -1, 0))
             rows = slice(start, start + _ROWS)
             part = images[rows]
             if part.dtype == np.uint8:
@@ -170,17 +174,19 @@ def encoding(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
     return work
 
 
-def denoising(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
+def denoising(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:
     """The work of ``denoise``, inputs checked. Raises Refusal and InputError."""
     flow = service.flow
     images, labels = _images(service, asked.tensors, "images")
     strength = _number(asked, "strength", 1.0)
-    flow.resolve(len(images), labels=labels, denoise=float(strength))
+    if not 0 <= strength < math.inf:
+        raise Refusal(400, f"strength is {strength}; expected 0 or more, 1 is the theory's")
+    Request(len(images), labels, denoise=float(strength)).resolved(flow.config)
 
-    def work(watch: Watch) -> Tensors:
+    def work(progress: OnProgress) -> Tensors:
         parts = []
         for start in range(0, len(images), _ROWS):
-            watch(Progress(start, len(images), -1, 0))
+            progress(Progress(start, len(images), -1, 0))
             rows = slice(start, start + _ROWS)
             parts.append(flow.denoise(images[rows], None if labels is None else labels[rows], strength))
         denoised = np.concatenate(parts)
@@ -191,7 +197,7 @@ def denoising(service: Service, asked: Asked) -> Callable[[Watch], Tensors]:
 
 def _images(
     service: Service, tensors: Mapping[str, NDArray[Any]], name: str
-) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+) -> tuple[NDArray[Any], tuple[int, ...] | None]:
     """Images, finite and not too many, and a label for each; one label stands for all."""
     images, labels = tensors[name], tensors.get("labels")
     most = service.settings.largest_n
@@ -201,7 +207,7 @@ def _images(
         raise Refusal(400, f"input '{name}' is not finite")
     if labels is not None and len(labels) not in (1, len(images)):
         raise Refusal(400, f"{len(labels)} labels for {len(images)} images; expected one, or one each")
-    return images, None if labels is None else np.broadcast_to(labels, len(images))
+    return images, None if labels is None else tuple(np.broadcast_to(labels, len(images)).tolist())
 
 
 def _number(asked: Asked, name: str, default: Any) -> Any:

@@ -15,12 +15,14 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from ..quality.scores import DRAWS, score
-from ..runtime.flow import Flow, Guidance, Progress
+from ..runtime.flow import Flow
+from ..runtime.request import Resolved
+from .batcher import OnProgress
+from .drawing import LAST, Drawing, edition_of, request_of
 from .metrics import Metrics
 from .picture import LARGEST_BYTES, MEDIA_TYPES, open_picture, sheet
-from .samples import edition_of
 from .service import Refusal, Service
-from .watch import Wish, draw
+from .watch import draw
 
 PAGE = Path(__file__).parent / "page"
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -120,53 +122,51 @@ def _add_model(router: APIRouter, service: Service) -> None:
 # --- a drawing that is watched --------------------------------------------------------------------------------------
 
 
+class Watched(BaseModel):
+    """The query of a drawing that is watched."""
+
+    n: int = Field(default=8, ge=1, description="Samples.")
+    labels: str | None = Field(
+        default=None,
+        pattern=r"^(-1|[0-9]{1,6})(,(-1|[0-9]{1,6}))*$",
+        max_length=8192,
+        description="Classes, dealt out by sample index: 3, or 0,1,2. -1 is the null class.",
+    )
+    guidance: float = Field(default=0.0, ge=0, le=1e6, description="Strength of guidance; 0 is none.")
+    attention_temperature: float = Field(
+        default=1.0, gt=0, le=1e6, description="Of the branch guided away from: what guides without classes."
+    )
+    seed: int = Field(default=0, ge=0, le=LAST)
+    first_sample: int = Field(default=0, ge=0, lt=2**63, description="Index of the first sample.")
+
+    def request(self, service: Service) -> Resolved:
+        """Raises Refusal and InputError for what cannot be drawn."""
+        dealt = None
+        if self.labels is not None:
+            choices, most = [int(label) for label in self.labels.split(",")], service.settings.largest_n + 1
+            indices = range(self.first_sample, self.first_sample + min(self.n, most))
+            dealt = [choices[i % len(choices)] for i in indices]
+        own = self.model_dump(exclude={"labels"})
+        return request_of(service, Drawing(labels=dealt, certify=True, **own))
+
+
 def _add_stream(router: APIRouter, service: Service) -> None:
     @router.get(
         "/v1/samples/stream",
         response_class=StreamingResponse,
         responses={200: {"description": _EVENTS, "content": {"text/event-stream": {}}}},
     )
-    async def stream(
-        request: Request,
-        n: Annotated[int, Query(ge=1, description="Samples.")] = 8,
-        labels: Annotated[
-            str | None,
-            Query(
-                pattern=r"^(-1|[0-9]{1,6})(,(-1|[0-9]{1,6}))*$",
-                max_length=8192,
-                description="Classes, dealt out by sample index: 3, or 0,1,2. -1 is the null class.",
-            ),
-        ] = None,
-        guidance: Annotated[float, Query(ge=0, le=1e6, description="Strength of guidance; 0 is none.")] = 0.0,
-        attention_temperature: Annotated[
-            float, Query(gt=0, le=1e6, description="Of the branch guided away from: what guides without classes.")
-        ] = 1.0,
-        seed: Annotated[int, Query(ge=0, lt=2**64)] = 0,
-        first_sample: Annotated[int, Query(ge=0, lt=2**63, description="Index of the first sample.")] = 0,
-    ) -> StreamingResponse:
+    async def stream(request: Request, said: Annotated[Watched, Query()]) -> StreamingResponse:
         """Samples as server-sent events: the noise, the images after each block, the images that were asked for."""
-        how = Guidance(guidance, attention_temperature=attention_temperature)
-        wish = _wish(service, n, labels, how, seed, first_sample)
-        told: asyncio.Queue[bytes | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        wanted, told = said.request(service), _Told(service.metrics)
 
-        def tell(name: str, data: dict[str, Any]) -> None:  # from the thread that draws
-            if name == "block":
-                service.metrics.inverted(data["block"], data["seconds"])
-            loop.call_soon_threadsafe(told.put_nowait, _event(name, data))
-
-        def work(progress: Callable[[Progress], None]) -> None:
-            report = draw(service.flow, wish, tell, progress)
-            service.metrics.drawn(report, 1, [n], report.seconds)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            told.put_nowait(None)
-            if not task.cancelled():
-                task.exception()  # seen, even if nobody reads on
+        def work(progress: OnProgress) -> None:
+            report = draw(service.flow, wanted, edition_of(service), told.tell, progress)
+            service.metrics.drawn(report, [wanted.n], report.seconds)
 
         drawing = asyncio.create_task(service.compute(request, work))
-        drawing.add_done_callback(ended)
-        events = _events(told, drawing)
+        drawing.add_done_callback(told.end)
+        events = told.events(drawing)
         try:
             first = await anext(events)  # a refusal before it is an answer of its own
         except BaseException:
@@ -187,24 +187,28 @@ _EVENTS = """Server-sent events with JSON data.
 A `picture` is a PNG in base64, `columns` images a row, without gaps."""
 
 
-def _wish(service: Service, n: int, labels: str | None, guidance: Guidance, seed: int, first_sample: int) -> Wish:
-    """Raises Refusal and InputError for what cannot be drawn."""
-    settings = service.settings
-    if n > settings.largest_n:
-        raise Refusal(400, f"n is {n}; expected 1 to {settings.largest_n}: draw more by first_sample")
-    dealt = None
-    if labels is not None:
-        choices = [int(label) for label in labels.split(",")]
-        dealt = tuple(choices[i % len(choices)] for i in range(first_sample, first_sample + n))
-    service.flow.resolve(n, labels=dealt, guidance=guidance, seed=seed, first_sample=first_sample)
-    return Wish(n, seed, first_sample, dealt, guidance, edition_of(service), settings.decode, settings.tolerance)
+class _Told:
+    """What the thread that draws tells, for the event loop to read in order."""
 
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics, self._loop = metrics, asyncio.get_running_loop()
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
 
-async def _events(told: asyncio.Queue[bytes | None], drawing: asyncio.Task[None]) -> AsyncIterator[bytes]:
-    """What is told, in order; then what the drawing raised, if it did."""
-    while (event := await told.get()) is not None:
-        yield event
-    await drawing
+    def tell(self, name: str, data: dict[str, Any]) -> None:
+        if name == "block":
+            self._metrics.inverted(data["block"], data["seconds"])
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, _event(name, data))
+
+    def end(self, drawing: asyncio.Task[None]) -> None:
+        self._queue.put_nowait(None)
+        if not drawing.cancelled():
+            drawing.exception()  # seen, even if nobody reads on
+
+    async def events(self, drawing: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        """What is told, in order; then what the drawing raised, if it did."""
+        while (event := await self._queue.get()) is not None:
+            yield event
+        await drawing
 
 
 async def _body(
@@ -234,7 +238,7 @@ def _add_likelihood(router: APIRouter, service: Service) -> None:
     @router.post("/v1/likelihood", openapi_extra={"requestBody": {"required": True, "content": content}})
     async def likelihood(
         request: Request,
-        seed: Annotated[int, Query(ge=0, lt=2**64, description="Of the dequantisation noise.")] = 0,
+        seed: Annotated[int, Query(ge=0, le=LAST, description="Of the dequantisation noise.")] = 0,
     ) -> Likelihood:
         """Bits per dimension of a picture, and its class by Bayes' rule over exact likelihoods."""
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -254,7 +258,7 @@ async def _read(request: Request, most: int) -> bytes:
     return bytes(data)
 
 
-def _likelihood(flow: Flow, data: bytes, seed: int, progress: Callable[[Progress], None]) -> Likelihood:
+def _likelihood(flow: Flow, data: bytes, seed: int, progress: OnProgress) -> Likelihood:
     picture = open_picture(data, flow.config.channels, flow.config.image_size)
     found = score(flow, picture.pixels, seed, progress)
     return Likelihood(

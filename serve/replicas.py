@@ -1,4 +1,4 @@
-"""The same application in many replicas, behind the proxies of Ray Serve: `tarflow serve --ray`."""
+"""The same application in many replicas, behind the proxies of Ray Serve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray import serve
 
 from ..runtime.errors import BundleError, InputError, MachineError
 from ..runtime.flow import Flow
+from ..runtime.opening import Opening
 from ..shards.cluster import Share, connected, share
 from .app import create_app
 from .settings import Settings
@@ -39,24 +40,24 @@ class Replicas:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """How each replica opens the bundle, which must have this hash wherever it runs."""
+class Deployment:
+    """What each replica serves: the bundle there, which must have this hash wherever it runs, opened and bounded so."""
 
     bundle: Path
     hash: str
-    provider: str = "cpu"
-    threads: int | None = None
-    low_memory: bool = False
+    opening: Opening
+    settings: Settings
+    replicas: Replicas
 
-    def flow(self, threads: int) -> Flow:
-        """Raises BundleError for another bundle than was deployed."""
-        flow = Flow.open(self.bundle, self.provider, threads, low_memory=self.low_memory)
+    def app(self, threads: int) -> FastAPI:
+        """The application, in a replica. Raises BundleError for another bundle than was deployed."""
+        flow = Flow.open(self.bundle, replace(self.opening, threads=threads))
         if flow.bundle.hash != self.hash:
             raise BundleError(
                 f"'{self.bundle}' is another bundle here: its hash is {flow.bundle.hash[:16]}..., the one deployed is "
                 f"{self.hash[:16]}...; put the bundle where every machine sees it, or copy it to that path on each"
             )
-        return flow
+        return create_app(flow, self.settings)
 
 
 def parse_replicas(text: str) -> Replicas:
@@ -66,10 +67,37 @@ def parse_replicas(text: str) -> Replicas:
         least, most = int(match[1]), int(match[2] or match[1])
         if 1 <= least <= most:
             return Replicas(least, most)
-    raise InputError(f"--replicas '{text}' is not understood; expected a number (2), or the least and the most (1,4)")
+    raise InputError.of("replicas", f"'{text}'", "a number (2), or the least and the most (1,4)")
 
 
-def deployment(opening: Opening, settings: Settings, replicas: Replicas, parts: Share) -> Any:
+def serve_on_ray(address: str, deployment: Deployment, where: tuple[str, int], announce: Callable[[str], None]) -> None:
+    """Deploy, announce, and serve until SIGTERM or SIGINT; then requests that were accepted are answered.
+
+    ``where`` is host and port of the proxies: one on this machine for a loopback address, else one on every machine.
+    Raises MachineError if the replicas do not come up, and what :func:`cluster.connected` raises.
+    """
+    stop, replicas, settings = threading.Event(), deployment.replicas, deployment.settings
+    with connected(address):
+        parts = share(replicas.most, deployment.opening, replicas.most)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        host, port = where
+        serve.start(
+            proxy_location="HeadOnly" if host in _LOOP else "EveryNode",
+            http_options={"host": host, "port": port, "request_timeout_s": settings.timeout + 10},
+        )
+        try:
+            serve.run(_bound(deployment, parts), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise MachineError(f"the replicas did not come up: {_reason(str(error))}") from None
+        announce(f"{replicas} of {parts.threads} threads each, Ray {ray.__version__}")
+        while not stop.wait(1.0):
+            pass
+        serve.delete(NAME)  # returns when the replicas have answered what they hold
+
+
+def _bound(deployment: Deployment, parts: Share) -> Any:
     """The application for Ray Serve: each replica opens the bundle once and has a queue of its own.
 
     A replica is sent more than its queue takes, so that it is the application that refuses, with 429; beyond that the
@@ -77,8 +105,9 @@ def deployment(opening: Opening, settings: Settings, replicas: Replicas, parts: 
     """
 
     def build() -> FastAPI:  # in the replica
-        return create_app(opening.flow(parts.threads), settings)
+        return deployment.app(parts.threads)
 
+    replicas, settings = deployment.replicas, deployment.settings
     number: dict[str, Any] = {"num_replicas": replicas.most}
     if replicas.least < replicas.most:
         number = {
@@ -99,40 +128,6 @@ def deployment(opening: Opening, settings: Settings, replicas: Replicas, parts: 
         **number,
     )
     return made(serve.ingress(build)()).bind()
-
-
-def serve_on_ray(
-    address: str,
-    opening: Opening,
-    settings: Settings,
-    replicas: Replicas,
-    where: tuple[str, int],
-    announce: Callable[[str], None],
-) -> None:
-    """Deploy, announce, and serve until SIGTERM or SIGINT; then requests that were accepted are answered.
-
-    ``where`` is host and port of the proxies: one on this machine for a loopback address, else one on every machine.
-    Raises MachineError if the replicas do not come up, and what :func:`cluster.connected` raises.
-    """
-    stop = threading.Event()
-    with connected(address):
-        parts = share(replicas.most, opening.threads, opening.provider, replicas.most)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        host, port = where
-        serve.start(
-            proxy_location="HeadOnly" if host in _LOOP else "EveryNode",
-            http_options={"host": host, "port": port, "request_timeout_s": settings.timeout + 10},
-        )
-        try:
-            serve.run(deployment(opening, settings, replicas, parts), name=NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise MachineError(f"the replicas did not come up: {_reason(str(error))}") from None
-        announce(f"{replicas} of {parts.threads} threads each, Ray {ray.__version__}")
-        while not stop.wait(1.0):
-            pass
-        serve.delete(NAME)  # returns when the replicas have answered what they hold
 
 
 def _reason(text: str) -> str:

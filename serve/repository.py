@@ -1,7 +1,7 @@
 """A Triton model repository from a bundle: one folder a model, each whole by itself, for Triton's Python backend.
 
     DIR/digits-sample/config.pbtxt      what Triton is told: tensors, batching, instances
-    DIR/digits-sample/1/model.py        repository_model.py of this package
+    DIR/digits-sample/1/model.py        repository_model.py of this package: a few lines that import triton_model.py
     DIR/digits-sample/1/bundle/         the bundle: copied, or a link to it
 
 The first dimension of every tensor is samples, so that Triton's dynamic batcher joins requests as for any model.
@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ..runtime.backend import NAMES
 from ..runtime.bundle import MANIFEST, Bundle, ModelShape
 from ..runtime.errors import InputError
 from ..runtime.files import check_replaceable, replacing_folder
+from ..runtime.opening import Opening
 
 TASKS = ("sample", "encode", "denoise")
 CONFIG = "config.pbtxt"
 FORMAT = "tarflow-triton"
 _MODEL = Path(__file__).with_name("repository_model.py")
+_ON_CPU = Opening()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -34,76 +35,77 @@ class Serving:
     """How Triton is to run the models.
 
     ``instances`` processes a device, each with its own copy of the weights in memory; ``max_batch`` rows at once;
-    ``delay`` seconds a request may wait for others; ``gpus`` device numbers, none for the CPU. ``provider`` and
-    ``threads`` are Flow's; threads None shares the cores among the instances.
+    ``delay`` seconds a request may wait for others; ``gpus`` device numbers, none for the CPU. Of ``opening`` provider
+    and threads count; threads None shares the cores among the instances. Raises InputError for numbers out of range.
     """
 
     instances: int = 1
     max_batch: int = 64
     delay: float = 0.005
     gpus: tuple[int, ...] = ()
-    provider: str = "cpu"
-    threads: int | None = None
+    opening: Opening = _ON_CPU
 
     def __post_init__(self) -> None:
-        for name, value, most in (("instances", self.instances, 1024), ("max-batch", self.max_batch, 1 << 16)):
+        for name, value, most in (("instances", self.instances, 1024), ("max_batch", self.max_batch, 1 << 16)):
             if not 1 <= value <= most:
-                raise InputError(f"--{name} is {value}; expected 1 to {most}")
+                raise InputError.of(name, value, f"1 to {most}")
         if not 0 <= self.delay <= 60:
-            raise InputError(f"--delay is {self.delay}; expected seconds, 0 to 60")
+            raise InputError.of("delay", self.delay, "seconds, 0 to 60")
         if any(not 0 <= gpu < 1024 for gpu in self.gpus) or len({*self.gpus}) < len(self.gpus):
-            raise InputError(f"--gpu names {self.gpus}; expected different device numbers, as in 0,1")
-        if self.provider not in NAMES:
-            raise InputError(f"provider '{self.provider}' is unknown; expected one of {', '.join(NAMES)}")
-        if self.provider != "cpu" and not self.gpus:
-            raise InputError(f"provider {self.provider} needs a GPU: name the devices, as in --gpu 0")
+            raise InputError.of("gpus", ",".join(map(str, self.gpus)), "different device numbers, as in 0,1")
+        if self.opening.provider != "cpu" and not self.gpus:
+            raise InputError(f"`provider` {self.opening.provider} needs a GPU: name the devices in `gpus`, as in 0,1")
 
 
-def write_repository(
-    bundle: Bundle,
-    folder: Path,
-    serving: Serving,
-    tasks: tuple[str, ...],
-    name: str | None = None,
-    link: bool = False,
-    force: bool = False,
-) -> list[Path]:
-    """Write one model a task below ``folder`` -> the models' folders. Each appears whole or not at all.
-
-    ``name`` begins the models' names (the bundle's own by default). With ``link`` they point at the bundle where it
-    is; otherwise it is copied, once where the file system has hard links, and the copy's hashes are checked. Raises
-    InputError for names that are none or exist (unless ``force`` and ours), BundleError for a damaged bundle.
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Which models a repository gets: one a task, its name beginning with ``name`` (the bundle's own by default), each
+    with a copy of the bundle or, with ``link``, a link to where it is. Raises InputError for what is no task or name.
     """
-    stem = bundle.manifest.name if name is None else name
-    if not _NAME.fullmatch(stem):
-        raise InputError(f"the model name '{stem}' is none for Triton: letters, digits, _ . and -; pass --name")
-    models = {task: folder / f"{stem}-{task}" for task in _possible(tasks, bundle.manifest.config)}
+
+    tasks: tuple[str, ...] = TASKS
+    name: str | None = None
+    link: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise InputError.of("tasks", ",".join(unknown) or "empty", f"some of {', '.join(TASKS)}")
+
+    def folders(self, bundle: Bundle, folder: Path) -> dict[str, Path]:
+        """Each task's own, below ``folder``. Raises InputError for what this bundle cannot do or be named."""
+        stem = bundle.manifest.name if self.name is None else self.name
+        if not _NAME.fullmatch(stem):
+            raise InputError(f"'{stem}' is no model name for Triton: letters, digits, _ . and -; give another `name`")
+        if "denoise" in self.tasks and not bundle.manifest.config.noise_std:
+            raise InputError("this model was trained without Gaussian noise, so it has no denoise: drop it of `tasks`")
+        return {task: folder / f"{stem}-{task}" for task in self.tasks}
+
+
+def write_repository(bundle: Bundle, folder: Path, serving: Serving, models: Models, force: bool = False) -> list[Path]:
+    """Write models below ``folder`` -> their folders. Each appears whole or not at all.
+
+    The bundle is copied once where the file system has hard links, and the copy's hashes are checked. Raises InputError
+    for names that are none or exist (unless ``force`` and ours), BundleError for a damaged bundle.
+    """
+    folders = models.folders(bundle, folder)
     bundle.check()
-    for path in models.values():
+    for path in folders.values():
         check_replaceable(path, force, CONFIG)
     with contextlib.ExitStack() as all_or_none:  # every model is complete before the first appears
         first: Path | None = None
-        for task, path in models.items():
+        for task, path in folders.items():
             partial = all_or_none.enter_context(replacing_folder(path, force, CONFIG))
             (partial / CONFIG).write_text(config_text(path.name, task, bundle, serving))
             (partial / "1").mkdir()
             shutil.copyfile(_MODEL, partial / "1" / "model.py")
             inside = partial / "1" / "bundle"
-            if link:
+            if models.link:
                 inside.symlink_to(bundle.folder.resolve())
             else:
                 _copy(bundle, inside, first)
                 first = first or inside
-    return list(models.values())
-
-
-def _possible(tasks: tuple[str, ...], config: ModelShape) -> list[str]:
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        raise InputError(f"--models names {', '.join(unknown) or 'none'}; expected some of {', '.join(TASKS)}")
-    if "denoise" in tasks and not config.noise_std:
-        raise InputError("this model was trained without Gaussian noise, so it has no denoise; --models sample,encode")
-    return list(dict.fromkeys(tasks))
+    return list(folders.values())
 
 
 def _copy(bundle: Bundle, target: Path, twin: Path | None) -> None:
@@ -128,15 +130,15 @@ def config_text(name: str, task: str, bundle: Bundle, serving: Serving) -> str:
     parameters = {
         "task": task,
         "bundle_sha256": bundle.hash,
-        "provider": serving.provider,
-        "threads": "share" if serving.threads is None else str(serving.threads),  # Triton drops empty strings
+        "provider": serving.opening.provider,
+        "threads": "share" if serving.opening.threads is None else str(serving.opening.threads),  # "" is dropped
         "instances": str(serving.instances * max(1, len(serving.gpus))),
         "tarflow_version": version("tarflow"),
     }
     preferred = [size for size in (16, 32, 64, 128) if size <= serving.max_batch]
     return "\n".join(
         [
-            f'# "format": "{FORMAT}", written by tarflow package',
+            f'# "format": "{FORMAT}", written by tarflow',
             f'name: "{name}"',
             'backend: "python"',
             f"max_batch_size: {serving.max_batch}",

@@ -36,7 +36,7 @@ def listen(host: str, port: int, stall: float) -> socket.socket:
             0
         ]
     except (socket.gaierror, UnicodeError, OverflowError):
-        raise InputError(f"--host '{host}' with --port {port} is no address; expected for example 127.0.0.1") from None
+        raise InputError.of("host", f"'{host}', with `port` {port}", "an address, such as 127.0.0.1") from None
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -47,7 +47,9 @@ def listen(host: str, port: int, stall: float) -> socket.socket:
     except OSError as error:
         listener.close()
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
-        raise MachineError(f"port {port} of {host} {why}; choose another with --port, or 0 for a free one") from None
+        raise MachineError(
+            f"`port` {port} of {host} {why}; choose another, or 0 for a free one", field="port"
+        ) from None
     return listener
 
 

@@ -12,9 +12,11 @@ from starlette.requests import Request
 
 from ..runtime.errors import TarflowError
 from ..runtime.flow import Flow
-from .batcher import Abandoned, Batcher, Draw, Drawn, Full, Job, Watch
+from ..runtime.request import Resolved
+from .batcher import Abandoned, Batcher, Drawn, Full, OnProgress, Waiting
 from .metrics import Metrics
 from .settings import Settings
+from .words import http_words
 
 _SMALL = 16 << 10  # bytes packed or parsed in well under a millisecond: less than a thread costs
 T = TypeVar("T")
@@ -51,12 +53,12 @@ class Service:
         if self.batcher is not None:
             await self.batcher.stop()
 
-    async def draw(self, request: Request, draw: Draw) -> Drawn:
+    async def draw(self, request: Request, wanted: Resolved) -> Drawn:
         """Samples, drawn together with those of other requests. Raises Refusal."""
-        drawn: Drawn = await self._wait(request, draw)
+        drawn: Drawn = await self._wait(request, wanted)
         return drawn
 
-    async def compute(self, request: Request, work: Callable[[Watch], T]) -> T:
+    async def compute(self, request: Request, work: Callable[[OnProgress], T]) -> T:
         """The result of ``work``, called alone in a drawing thread, and queued, bounded and timed like :meth:`draw`.
 
         What it is given is what ``Flow.sample`` takes as progress: it raises when nobody waits any more.
@@ -65,21 +67,21 @@ class Service:
         result: T = await self._wait(request, work)
         return result
 
-    async def _wait(self, request: Request, work: Draw | Callable[[Watch], T]) -> T:
+    async def _wait(self, request: Request, work: Resolved | Callable[[OnProgress], T]) -> T:
         if self.batcher is None:
             raise Refusal(503, "the service is still starting; ask again in a moment", {"Retry-After": "1"})
-        job = Job(work)
+        mine = Waiting(work)
         try:
-            self.batcher.put(job)
+            self.batcher.put(mine)
         except Full as full:
             after = str(max(1, min(60, math.ceil(full.seconds))))
             message = f"{self.settings.queue} requests wait already; ask again in {after} s"
             raise Refusal(429, message, {"Retry-After": after}) from None
         leaving = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({job.done, leaving}, timeout=self.settings.timeout, return_when="FIRST_COMPLETED")
-            if job.done.done():
-                result: T = job.done.result()
+            await asyncio.wait({mine.done, leaving}, timeout=self.settings.timeout, return_when="FIRST_COMPLETED")
+            if mine.done.done():
+                result: T = mine.done.result()
                 return result
             self.metrics.abandoned.labels("left" if leaving.done() else "timeout").inc()
             if leaving.done():
@@ -88,10 +90,10 @@ class Service:
         except Abandoned:
             raise Refusal(503, "the service is stopping", {"Retry-After": "5"}) from None
         except TarflowError as error:
-            raise Refusal(400 if error.exit_code == 2 else 503, str(error)) from None
+            raise Refusal(400 if error.exit_code == 2 else 503, http_words(error)) from None
         finally:
             leaving.cancel()
-            self.batcher.abandon(job)
+            self.batcher.abandon(mine)
 
 
 async def aside(size: int, work: Callable[..., T], *arguments: Any) -> T:

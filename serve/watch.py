@@ -4,86 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from ..runtime.flow import REPRODUCIBLE_TILE, Flow, Guidance, Preview, Progress, Report
+from ..runtime.backend import REPRODUCIBLE_TILE
+from ..runtime.flow import Flow
 from ..runtime.image import unpatchify
+from ..runtime.request import Resolved
+from ..runtime.samples import Preview, Progress, Report, Watch
 from .picture import columns_of, sheet
 
 Tell = Callable[[str, dict[str, Any]], None]  # an event's name and data; an exception it raises cancels
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is to be drawn: ``labels`` one a sample, or None."""
+def draw(flow: Flow, request: Resolved, edition: str, tell: Tell, progress: Callable[[Progress], None]) -> Report:
+    """Draw a request that is reproducible and certified, telling ``start``, each ``block`` and ``done``.
 
-    n: int
-    seed: int
-    first_sample: int
-    labels: tuple[int, ...] | None
-    guidance: Guidance
-    edition: str
-    decode: str | None = None
-    tolerance: float | None = None
-
-    def address(self, i: int) -> str:
-        """Where sample ``i`` of these can be had alone, for good."""
-        query = [f"edition={self.edition}"]
-        if self.labels is not None and self.labels[i] >= 0:
-            query.append(f"label={self.labels[i]}")
-        if self.guidance.scale:
-            query.append(f"guidance={self.guidance.scale!r}")
-        if self.guidance.attention_temperature != 1:
-            query.append(f"attention_temperature={self.guidance.attention_temperature!r}")
-        return f"v1/samples/{self.seed}/{self.first_sample + i}.png?" + "&".join(query)
-
-
-def draw(flow: Flow, wish: Wish, tell: Tell, progress: Callable[[Progress], None]) -> Report:
-    """Draw as ``Flow.sample(reproducible=True, certify=True)`` does, telling ``start``, each ``block`` and ``done``.
-
-    What is drawn is bitwise what :meth:`Wish.address` shows.
+    What is drawn is bitwise what :func:`address` shows, as long as this ``edition`` is served.
     """
-    indices = range(wish.first_sample, wish.first_sample + wish.n)
-    tiles = indices[-1] // REPRODUCIBLE_TILE - indices[0] // REPRODUCIBLE_TILE + 1
+    last = request.first_sample + request.n - 1
+    tiles = last // REPRODUCIBLE_TILE - request.first_sample // REPRODUCIBLE_TILE + 1
     of = tiles * flow.config.blocks
     done = count(1)
-    tell("start", _start(flow, wish, indices, of))
-    samples = flow.sample(
-        wish.n,
-        labels=wish.labels,
-        guidance=wish.guidance,
-        seed=wish.seed,
-        first_sample=wish.first_sample,
-        certify=True,
-        reproducible=True,
-        decode=wish.decode,
-        tolerance=wish.tolerance,
-        progress=progress,
-        preview=lambda preview: tell("block", _block(preview, next(done), of)),
-    )
+    tell("start", _start(flow, request, of))
+    samples = flow.draw(request, watch=Watch(progress, lambda seen: tell("block", _block(seen, next(done), of))))
     assert samples.report is not None
-    tell("done", _done(samples.report, wish) | {"picture": sheet(samples)})
+    links = {"links": [address(request, i, edition) for i in range(request.n)]}
+    tell("done", _done(samples.report) | links | {"picture": sheet(samples)})
     return samples.report
 
 
-def _start(flow: Flow, wish: Wish, indices: range, of: int) -> dict[str, Any]:
-    config = flow.config
-    noise = unpatchify(flow.noise(wish.seed, indices) * flow.deviation, config.patch_size, config.channels)
+def address(request: Resolved, i: int, edition: str) -> str:
+    """Where sample ``i`` of a request can be had alone, for good."""
+    query, guidance = [f"edition={edition}"], request.guidance
+    label = request.labels[i] if request.labels else -1
+    if label >= 0:
+        query.append(f"label={label}")
+    if guidance.scale:
+        query.append(f"guidance={guidance.scale!r}")
+    if guidance.attention_temperature != 1:
+        query.append(f"attention_temperature={guidance.attention_temperature!r}")
+    return f"v1/samples/{request.seed}/{request.first_sample + i}.png?" + "&".join(query)
+
+
+def _start(flow: Flow, request: Resolved, of: int) -> dict[str, Any]:
+    config, first = flow.config, request.first_sample
+    noise = flow.noise(request.seed, range(first, first + request.n)) * flow.deviation
     blocks = [f"block {block}" for block in reversed(range(config.blocks))]
     return {
-        "n": wish.n,
-        "seed": wish.seed,
-        "first_sample": wish.first_sample,
-        "labels": wish.labels,
-        "guidance": wish.guidance.scale,
+        "n": request.n,
+        "seed": request.seed,
+        "first_sample": first,
+        "labels": request.labels,
+        "guidance": request.guidance.scale,
         "states": ["noise", *blocks, *(["denoised"] if config.noise_std else [])],
         "of": of,
-        "columns": columns_of(wish.n),
-        "picture": sheet(noise),
+        "columns": columns_of(request.n),
+        "picture": sheet(unpatchify(noise, config.patch_size, config.channels)),
     }
 
 
@@ -100,7 +79,7 @@ def _block(preview: Preview, done: int, of: int) -> dict[str, Any]:
     }
 
 
-def _done(report: Report, wish: Wish) -> dict[str, Any]:
+def _done(report: Report) -> dict[str, Any]:
     assert report.certificate is not None
     return {
         "certificate": [float(error) if math.isfinite(error) else None for error in np.asarray(report.certificate)],
@@ -110,5 +89,4 @@ def _done(report: Report, wish: Wish) -> dict[str, Any]:
         "denoise_seconds": report.denoise_seconds,
         "backend": report.backend,
         "level": report.level,
-        "links": [wish.address(i) for i in range(wish.n)],
     }

@@ -1,4 +1,4 @@
-"""A crew of Ray actors: one a worker, on this machine or on a cluster. The one file of the runtime that knows Ray."""
+"""A crew of Ray actors: one a worker, on this machine or on a cluster. The one file here that knows Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -22,13 +22,13 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from ..runtime.errors import MachineError
 from ..runtime.machine import cores
+from ..runtime.opening import ON_DEVICE, Opening
 from .job import Shard
-from .workers import Lost, Report, Task, Worker, attempt
+from .workers import Lost, News, Task, Worker, attempt
 
 _OBJECTS = 80 << 20  # bytes of Ray's object store, of which shards and records need next to nothing
 _STARTS = 3  # attempts
 _PATIENCE = 30.0  # seconds until a user hears why nothing happens
-GPU_PROVIDERS = ("cuda", "tensorrt", "ort-tensorrt")
 
 
 @contextlib.contextmanager
@@ -49,8 +49,8 @@ def connected(address: str) -> Iterator[None]:
             ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise MachineError(
-            f"no Ray cluster at '{address}' ({_first_line(error)}); start one with: ray start --head, or pass --ray "
-            "alone, without RAY_ADDRESS set, to have one here for this command"
+            f"no Ray cluster at '{address}' ({_first_line(error)}); start one with: ray start --head, or give no "
+            "address, without RAY_ADDRESS set, to have one here meanwhile"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray puts its own in the place of ours
@@ -91,8 +91,8 @@ def _start(options: dict[str, Any]) -> None:
             ray.shutdown()
             if start + 1 == _STARTS:
                 raise MachineError(
-                    f"Ray did not start here ({_first_line(error)}); try again when the machine is less busy, or draw "
-                    "without --ray: --workers N uses processes"
+                    f"Ray did not start here ({_first_line(error)}); try again when the machine is less busy, or "
+                    "do without Ray"
                 ) from None
 
 
@@ -117,19 +117,25 @@ class Share:
     gpus: int
 
 
-def share(workers: int | None, threads: int | None, provider: str, most: int) -> Share:
+def share(workers: int | None, opening: Opening, most: int) -> Share:
     """Divide the cluster among ``most`` workers at most: by default a worker a GPU, or without GPUs a worker a machine,
     and its cores for threads. Raises MachineError if there are no GPUs for a provider that needs them.
     """
+    provider = opening.provider
     nodes = [node["Resources"] for node in _nodes() if node["Alive"] and node["Resources"].get("CPU")]
     cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
-    on_gpu = provider in GPU_PROVIDERS or (provider == "auto" and gpus > 0)
+    on_gpu = provider in ON_DEVICE or (provider == "auto" and gpus > 0)
     if on_gpu and not gpus:
-        raise MachineError(f"--provider {provider} needs GPUs, and Ray knows of none here; use --provider cpu")
+        raise MachineError(
+            f"`provider` {provider} needs GPUs, and Ray knows of none here; use `provider` cpu",
+            field="provider",
+            found=provider,
+            expected="cpu",
+        )
     count = min(workers or (gpus if on_gpu else len(nodes)) or 1, most)
     sizes = [int(node["CPU"]) for node in nodes]
     fitting = (t for t in range(max(sizes, default=1), 0, -1) if sum(size // t for size in sizes) >= count)
-    each = threads or next(fitting, 1)  # a worker's cores are on one machine
+    each = opening.threads or next(fitting, 1)  # a worker's cores are on one machine
     return Share(count, each, min(each, max(cpus, 1) / count), int(on_gpu))
 
 
@@ -144,9 +150,9 @@ class RayCrew:
         self._actor = ray.remote(_Actor).options(
             num_cpus=parts.cpus, num_gpus=parts.gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )
-        self._task = replace(task, threads=parts.threads)
+        self._task = task.on(parts.threads)
         self._actors: dict[int, Any] = {}
-        self._pending: dict[Any, int] = {}  # reference to a report to come -> worker
+        self._pending: dict[Any, int] = {}  # reference to news to come -> worker
         self._patient_until: float | None = time.monotonic() + _PATIENCE
         self._unready = set(range(self.size))
         for worker in range(self.size):
@@ -159,7 +165,7 @@ class RayCrew:
     def hand(self, worker: int, shard: Shard) -> None:
         self._pending[self._actors[worker].attempt.remote(shard)] = worker
 
-    def wait(self) -> tuple[int, Report]:
+    def wait(self) -> tuple[int, News]:
         done: list[Any] = []
         while not done:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=1.0)
@@ -167,12 +173,12 @@ class RayCrew:
         worker = self._pending.pop(done[0])
         self._unready.discard(worker)
         try:
-            report: Report = ray.get(done[0])
+            news: News = ray.get(done[0])
         except (RayActorError, OutOfMemoryError, RayTaskError) as error:  # a task's: of that machine's disk, say
             ray.kill(self._actors[worker])  # one that is merely out of reach must not come back
             self._start(worker)
             return worker, Lost(" ".join(str(error).split())[:300])
-        return worker, report
+        return worker, news
 
     def _grow_impatient(self) -> None:
         if not self._unready:
@@ -197,7 +203,7 @@ class _Actor:
     def __init__(self, task: Task) -> None:
         self._worker = Worker(task)
 
-    def attempt(self, shard: Shard | None) -> Report:
+    def attempt(self, shard: Shard | None) -> News:
         return attempt(self._worker, shard)
 
 

@@ -1,257 +1,28 @@
-"""Shards on disk: drawn and written whole, recorded with their SHA-256, found again after a stop; the index last.
+"""The folder of a job: claimed by one run at a time, free of half files, the index last.
 
-A folder of shards holds ``job.json`` (what is drawn), the shards, ``records/`` (one small file a finished shard) and,
-once all are there, ``index.json``. Every byte is a function of the job and the kind of machine. See docs/SCALE.md.
+It holds ``job.json`` (what is drawn), the shards, ``records/`` and, once all are there, ``index.json``. Every byte is a
+function of the job and the kind of machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import io
-import json
 import os
 import re
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
+from ..runtime.document import Reader
+from ..runtime.errors import BundleError, InputError, MachineError, briefly
+from ..runtime.files import disk_errors, replacing
+from .job import SCHEMA, Job, document
+from .record import LARGEST, RECORDS, Record
 
-from ..runtime.errors import BundleError, InputError, MachineError
-from ..runtime.files import disk_errors, replacing, replacing_folder, sha256
-from ..runtime.flow import Flow, Progress, Samples
-from ..runtime.image import png, to_uint8
-from ..runtime.machine import processor
-from .job import SCHEMA, Job, Shard, document
-
-JOB, INDEX, RECORDS, LOCK = "job.json", "index.json", "records", ".lock"
+JOB, INDEX, LOCK = "job.json", "index.json", ".lock"
 _UNFINISHED = re.compile(r"\.(shard-\d+|job\.json|index\.json)\.\S+")
-_LARGEST = 64 << 20  # bytes of a job or a record
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A finished shard. ``certificate`` is the largest of its samples, None if none was asked for; ``uncertified``
-    are finite samples that overflow when they are encoded again.
-
-    ``sha256`` and ``size`` are the file's. Of a folder of pictures: the SHA-256 of what ``sha256sum *`` prints in it,
-    and the sum of the sizes.
-    """
-
-    job: str
-    name: str
-    first_sample: int
-    samples: int
-    sha256: str
-    size: int
-    certificate: float | None
-    nonfinite: tuple[int, ...]
-    uncertified: tuple[int, ...]
-    redrawn: tuple[int, ...]
-    engine: str
-    level: str
-
-
-# --- one shard ---------------------------------------------------------------------------------------------------
-
-
-def draw(
-    flow: Flow, job: Job, shard: Shard, folder: Path, progress: Callable[[Progress], None] | None = None
-) -> Record:
-    """Draw a shard, write it, then its record. Raises what ``Flow.sample`` raises, MachineError for a full disk and for
-    a folder that is not, or no longer, the job's.
-    """
-    samples = flow.sample(
-        shard.samples,
-        labels=job.labels_of(shard),
-        guidance=job.guidance,
-        seed=job.seed,
-        first_sample=shard.first,
-        denoise=False if job.denoise is None else job.denoise,
-        certify=job.certify,
-        reproducible=True,
-        redraw_nonfinite=job.redraw_nonfinite,
-        decode=job.decode,
-        tolerance=job.tolerance,
-        part_of_more=True,
-        progress=progress,
-    )
-    report = samples.report
-    assert report is not None
-    check_claim(folder, job)  # the driver may be gone, and the folder another's, while this worker lived on
-    _write(folder / job.name(shard), job, shard, samples)
-    errors = np.zeros(0) if report.certificate is None else report.certificate
-    suspects = (shard.first + int(i) for i in np.flatnonzero(~np.isfinite(errors)))
-    digest, size = _measure(folder / job.name(shard))
-    check_claim(folder, job)
-    record = Record(
-        job=job.hash,
-        name=job.name(shard),
-        first_sample=shard.first,
-        samples=shard.samples,
-        sha256=digest,
-        size=size,
-        certificate=max(map(float, errors[np.isfinite(errors)]), default=None),
-        nonfinite=report.nonfinite,
-        uncertified=tuple(i for i in suspects if i not in report.nonfinite),
-        redrawn=report.redrawn,
-        engine=f"{report.backend}, {processor()}",
-        level=report.level,
-    )
-    with replacing(_record_path(folder, shard)) as file:
-        file.write(document(asdict(record)).encode())
-    return record
-
-
-def _write(path: Path, job: Job, shard: Shard, samples: Samples) -> None:
-    if job.format == "png":
-        with replacing_folder(path, force=True, marker=None) as partial:
-            for name, picture in _pictures(shard, samples):
-                (partial / name).write_bytes(picture)
-            if len(list(partial.iterdir())) != shard.samples:
-                raise MachineError(f"'{path}': pictures vanished while they were written; run the same command again")
-        return
-    if path.is_dir():  # something else took the name; the shard is ours to write
-        shutil.rmtree(path)
-    with replacing(path) as file:
-        if job.format == "npy":
-            np.save(file, np.asarray(samples))
-        elif job.format == "safetensors":
-            _write_safetensors(file, job, shard, samples)
-        else:
-            _write_tar(file, job, shard, samples)
-
-
-def _write_safetensors(file: BinaryIO, job: Job, shard: Shard, samples: Samples) -> None:
-    from safetensors.numpy import save
-
-    tensors: dict[str, Any] = {
-        "images": np.asarray(samples),
-        "labels": job.labels_of(shard),
-        "samples": np.arange(shard.first, shard.first + shard.samples, dtype=np.int64),
-    }
-    assert samples.report is not None
-    if samples.report.certificate is not None:
-        tensors["certificate"] = samples.report.certificate
-    file.write(save(tensors, {"tarflow.job": job.hash}))  # one key: several have no fixed order
-
-
-def _write_tar(file: BinaryIO, job: Job, shard: Shard, samples: Samples) -> None:
-    """Members NAME.png, NAME.cls (the label) and NAME.json a sample, of no owner and no time, as webdataset reads."""
-    certificate = samples.report.certificate if samples.report is not None else None
-    labels = job.labels_of(shard)
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for i, (name, picture) in enumerate(_pictures(shard, samples)):
-            error = None if certificate is None or not np.isfinite(certificate[i]) else float(certificate[i])
-            about = {"seed": job.seed, "sample": shard.first + i, "label": int(labels[i]), "certificate": error}
-            stem = name.removesuffix(".png")
-            for member, content in (
-                (name, picture),
-                (f"{stem}.cls", str(labels[i]).encode()),
-                (f"{stem}.json", json.dumps(about).encode()),
-            ):
-                entry = tarfile.TarInfo(member)  # mtime 0, owner 0, mode 644
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-
-
-def _pictures(shard: Shard, samples: Samples) -> Iterator[tuple[str, bytes]]:
-    """Names by sample index and PNG files; 19 digits, so that they sort."""
-    for i, image in enumerate(to_uint8(samples)):
-        yield f"{shard.first + i:019}.png", png(image.transpose(1, 2, 0), {})
-
-
-def _measure(path: Path) -> tuple[str, int]:
-    """SHA-256 and size of a shard as it lies on disk; see :class:`Record`."""
-    if not path.is_dir():
-        return sha256(path), path.stat().st_size
-    files = sorted(path.iterdir())
-    listing = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(listing.encode()).hexdigest(), sum(file.stat().st_size for file in files)
-
-
-# --- what is finished --------------------------------------------------------------------------------------------
-
-
-def finished(folder: Path, job: Job, shard: Shard) -> Record | None:
-    """The record of a shard that is there, whole and of this job; None if it has to be drawn (again)."""
-    try:
-        record = _read_record(_record_path(folder, shard))
-        if record.job != job.hash or record.name != job.name(shard):
-            return None
-        found = _measure(folder / record.name)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    sound = (record.first_sample, record.samples) == (shard.first, shard.samples)
-    return record if sound and found == (record.sha256, record.size) else None
-
-
-def write_index(folder: Path, job: Job, records: Sequence[Record]) -> dict[str, Any]:
-    """Write ``index.json`` over all shards, in order; return what it says. Every sample is there exactly once."""
-    expected = [(job.name(shard), shard.first, shard.samples) for shard in job.shards()]
-    if [(record.name, record.first_sample, record.samples) for record in records] != expected:
-        raise BundleError(f"'{folder}': the records do not cover the job once; run the same command again")
-    errors = [record.certificate for record in records if record.certificate is not None]
-    engines = sorted({record.engine for record in records})
-    content = {
-        "format": "tarflow-shards",
-        "schema": SCHEMA,
-        "job": asdict(job),
-        "job_hash": job.hash,
-        "samples": sum(record.samples for record in records),
-        "certificate": max(errors, default=None),
-        "nonfinite": [i for record in records for i in record.nonfinite],
-        "uncertified": [i for record in records for i in record.uncertified],
-        "redrawn": [i for record in records for i in record.redrawn],
-        "engines": engines,
-        "level": records[0].level
-        if len(engines) == 1
-        else f"L2: drawn on {len(engines)} kinds of machine; noise the same to the bit, samples to rounding",
-        "shards": [
-            {
-                "name": record.name,
-                "first_sample": record.first_sample,
-                "samples": record.samples,
-                "sha256": record.sha256,
-                "size": record.size,
-                "certificate": record.certificate,
-            }
-            for record in records
-        ],
-    }
-    text = document(content).encode()
-    path = folder / INDEX
-    if not path.is_file() or path.read_bytes() != text:
-        with replacing(path) as file:
-            file.write(text)
-    return content
-
-
-def _record_path(folder: Path, shard: Shard) -> Path:
-    return folder / RECORDS / f"shard-{shard.number:06}.json"
-
-
-def _read_record(path: Path) -> Record:
-    content = json.loads(_read(path))
-    for name in ("nonfinite", "uncertified", "redrawn"):
-        content[name] = tuple(content[name])
-    return Record(**content)
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        text = file.read(_LARGEST + 1)
-    if len(text) > _LARGEST:
-        raise ValueError(f"'{path}' is larger than {_LARGEST >> 20} MiB")
-    return text
-
-
-# --- the folder --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -270,7 +41,7 @@ def claimed(folder: Path, job: Job) -> Iterator[None]:
             _refuse_strangers(folder, job)  # again: nobody else changes it from here on
             if alone:
                 _sweep(folder)
-            if not (folder / JOB).is_file() or _read(folder / JOB) != job.text:
+            if not _holds(folder, job):
                 with replacing(folder / JOB) as file:
                     file.write(job.text)
             try:
@@ -290,8 +61,7 @@ def claimed(folder: Path, job: Job) -> Iterator[None]:
 
 def check_claim(folder: Path, job: Job) -> None:
     """Raise MachineError unless ``folder`` is the job's as seen from here: a worker may be on another machine."""
-    path = folder / JOB
-    if not path.is_file() or _read(path) != job.text:
+    if not _holds(folder, job):
         raise MachineError(f"'{folder}' is not the folder that the job writes to: put it where every machine sees it")
 
 
@@ -302,7 +72,7 @@ def check_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise MachineError(
             f"the samples take about {needed / 1e9:.1f} GB; the disk of '{folder}' has {free / 1e9:.1f} GB left: free "
-            "some, choose another --out, or --format tar, which compresses"
+            "some, choose a folder elsewhere, or `format` tar, which compresses"
         )
 
 
@@ -310,6 +80,39 @@ def forget_index(folder: Path) -> None:
     """Remove the index: what it lists is no longer all there."""
     with disk_errors(folder / INDEX):
         (folder / INDEX).unlink(missing_ok=True)
+
+
+def write_index(folder: Path, job: Job, records: Sequence[Record]) -> dict[str, Any]:
+    """Write ``index.json`` over all shards, in order; return what it says. Every sample is there exactly once."""
+    expected = [(job.name(shard), shard.first, shard.samples) for shard in job.shards()]
+    if [(record.name, record.first_sample, record.samples) for record in records] != expected:
+        raise BundleError(f"'{folder}': the records do not cover the job once; run the same command again")
+    errors = [record.certificate for record in records if record.certificate is not None]
+    engines = sorted({record.engine for record in records})
+    level = records[0].level
+    if len(engines) > 1:
+        level = f"L2: drawn on {len(engines)} kinds of machine; noise the same to the bit, samples to rounding"
+    listed = ("name", "first_sample", "samples", "sha256", "size", "certificate")
+    content = {
+        "format": "tarflow-shards",
+        "schema": SCHEMA,
+        "job": job.content,
+        "job_hash": job.hash,
+        "samples": sum(record.samples for record in records),
+        "certificate": max(errors, default=None),
+        "nonfinite": [i for record in records for i in record.nonfinite],
+        "uncertified": [i for record in records for i in record.uncertified],
+        "redrawn": [i for record in records for i in record.redrawn],
+        "engines": engines,
+        "level": level,
+        "shards": [{name: getattr(record, name) for name in listed} for record in records],
+    }
+    text = document(content).encode()
+    path = folder / INDEX
+    if not path.is_file() or path.read_bytes() != text:
+        with replacing(path) as file:
+            file.write(text)
+    return content
 
 
 def _refuse_strangers(folder: Path, job: Job) -> None:
@@ -323,23 +126,32 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
         if names:
             raise InputError(
                 f"'{folder}' holds other files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); expected "
-                "an empty folder or one that this command began: choose another --out"
+                "an empty folder or one that this job began: choose another"
             )
         return
+    reader = Reader(str(path), "job", "choose another folder")
     try:
-        text = _read(path)
-        other = json.loads(text).get("job")
-    except (OSError, ValueError, AttributeError) as error:
+        other = reader.get(reader.read(path, LARGEST), "job", dict)
+    except BundleError as error:
         raise InputError(
-            f"'{path}' is not a job this version reads ({str(error)[:80]}); choose another --out, or remove '{folder}'"
+            f"this version cannot read the job in '{folder}' ({briefly(error)}); choose another folder, or remove it"
         ) from None
     begun = (folder / RECORDS).is_dir() and any((folder / RECORDS).glob("shard-*.json"))
-    if text != job.text and begun:
+    if begun and not _holds(folder, job):
         found = job.differences(other) or ["it was written by another version"]
         raise InputError(
             f"'{folder}' holds another job: {'; '.join(found[:4])}. To continue that one, give its options (they are "
-            f"in '{path}'); for this one, choose another --out, or remove the folder: rm -r '{folder}'"
+            f"in '{path}'); for this one, choose another folder, or remove this one: rm -r '{folder}'"
         )
+
+
+def _holds(folder: Path, job: Job) -> bool:
+    """Whether the folder's job is this one, to the byte."""
+    try:
+        with (folder / JOB).open("rb") as file:
+            return file.read(len(job.text) + 1) == job.text
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
 
 
 @contextlib.contextmanager

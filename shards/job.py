@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..runtime.bundle import ModelShape
+from ..runtime.bundle import Bundle, ModelShape
 from ..runtime.errors import InputError
 from ..runtime.flow import REPRODUCIBLE_TILE
-from ..runtime.guidance import Guidance
+from ..runtime.kept import added, kept_guidance
+from ..runtime.request import Request, Resolved
 
 FORMAT = "tarflow-job"
 SCHEMA = 1
 DEFAULT_SHARD = 1024
 SUFFIXES = {"npy": ".npy", "safetensors": ".safetensors", "png": "", "tar": ".tar"}  # a png shard is a folder
-UNGUIDED = Guidance()
+PICTURES = ("png", "tar")
 _MOST_SHARDS = 1_000_000  # their numbers have six digits
 _MOST_SAMPLES = 1 << 63
 
@@ -41,58 +38,54 @@ class Shard:
 
 @dataclass(frozen=True)
 class Job:
-    """Samples ``first_sample ... first_sample + n - 1`` of a bundle, by its hash, with all that fixes their bits.
+    """The samples of a request, of the bundle with this hash, in shards of this format and size: all that fixes bytes.
 
-    ``labels`` are dealt out in turn, beginning at the first sample; None is the null class. ``denoise`` is the factor
-    on the noise variance, None for none. Raises InputError for numbers that make no job.
+    Shards are drawn reproducibly, whatever the request says of that and of batches. Raises InputError for what makes no
+    job.
     """
 
+    request: Resolved
     bundle: str
-    n: int
-    first_sample: int = 0
-    seed: int = 0
-    labels: tuple[int, ...] | None = None
-    guidance: Guidance = UNGUIDED
-    denoise: float | None = None
-    certify: bool = True
-    redraw_nonfinite: bool = False
-    decode: str | None = None
-    tolerance: float | None = None
     format: str = "npy"
     shard_size: int = DEFAULT_SHARD
 
+    @classmethod
+    def of(cls, bundle: Bundle, request: Request, format: str = "npy", shard_size: int = DEFAULT_SHARD) -> Job:
+        """The job of a request, checked against the bundle's model. Raises InputError for one that it cannot draw."""
+        shape = bundle.manifest.config
+        job = cls(request.resolved(shape), bundle.hash, format, shard_size)
+        if format in PICTURES and shape.channels not in (1, 3):
+            found = f"'{format}', and pictures have 1 or 3 channels; this model has {shape.channels}"
+            raise InputError(f"`format` is {found}: use npy or safetensors", field="format", found=format)
+        return job
+
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise InputError(f"--n is {self.n}; expected 1 or more samples")
-        if not 0 <= self.first_sample < _MOST_SAMPLES or self.n > _MOST_SAMPLES:
-            raise InputError(f"samples {self.first_sample} ... + {self.n} are out of range; expected 0 to 2^63")
+        first, n = self.request.first_sample, self.request.n
+        if first + n > _MOST_SAMPLES:  # their indices are written as int64
+            raise InputError.of("first_sample", first, f"at most 2^63 - {n} for {n} samples in shards")
         if self.format not in SUFFIXES:
-            raise InputError(f"format '{self.format}' is unknown; expected one of {', '.join(SUFFIXES)}")
+            raise InputError.of("format", f"'{self.format}'", f"one of {', '.join(SUFFIXES)}")
         if self.shard_size < 1 or self.shard_size % REPRODUCIBLE_TILE:
-            raise InputError(
-                f"--shard-size is {self.shard_size}; expected a multiple of {REPRODUCIBLE_TILE}, the rows that are "
-                f"computed together, such as {max(1, round(self.shard_size / REPRODUCIBLE_TILE)) * REPRODUCIBLE_TILE}"
-            )
-        for name, value in (("--tolerance", self.tolerance), ("--denoise-strength", self.denoise)):
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"{name} is {value}; expected a number of 0 or more")
+            near = max(1, round(self.shard_size / REPRODUCIBLE_TILE)) * REPRODUCIBLE_TILE
+            multiple = f"a multiple of {REPRODUCIBLE_TILE}, the rows that are computed together, such as {near}"
+            raise InputError.of("shard_size", self.shard_size, multiple)
         if self._count > _MOST_SHARDS:
-            least = -(-self.n // (_MOST_SHARDS - 1))
-            raise InputError(
-                f"{self.n} samples make {self._count} shards of {self.shard_size}; expected {_MOST_SHARDS} at most: "
-                f"pass --shard-size {-(-least // REPRODUCIBLE_TILE) * REPRODUCIBLE_TILE}"
-            )
+            least = -(-n // (_MOST_SHARDS - 1))
+            enough = f"{-(-least // REPRODUCIBLE_TILE) * REPRODUCIBLE_TILE} or more for {n} samples"
+            raise InputError.of("shard_size", self.shard_size, enough, f"a job has {_MOST_SHARDS} shards at most")
 
     @property
     def _count(self) -> int:
-        return (self.first_sample + self.n - 1) // self.shard_size - self.first_sample // self.shard_size + 1
+        first = self.request.first_sample
+        return (first + self.request.n - 1) // self.shard_size - first // self.shard_size + 1
 
     def shards(self) -> list[Shard]:
         """All shards, in order: the first and the last may be shorter than the others."""
-        end, shards = self.first_sample + self.n, []
+        start, shards = self.request.first_sample, []
+        end = start + self.request.n
         for number in range(self._count):
-            edge = (self.first_sample // self.shard_size + number) * self.shard_size
-            first = max(edge, self.first_sample)
+            edge = (start // self.shard_size + number) * self.shard_size
+            first = max(edge, start)
             shards.append(Shard(number, first, min(edge + self.shard_size, end) - first))
         return shards
 
@@ -100,50 +93,54 @@ class Job:
         """The name of a shard's file, or of its folder."""
         return f"shard-{shard.number:06}{SUFFIXES[self.format]}"
 
-    def labels_of(self, shard: Shard) -> NDArray[np.int64]:
-        """(samples,): below 0 for the null class."""
-        if self.labels is None:
-            return np.full(shard.samples, -1, np.int64)
-        turn = (shard.first - self.first_sample + np.arange(shard.samples)) % len(self.labels)
-        return self._turns[turn]
+    def part(self, shard: Shard) -> Resolved:
+        """What is drawn for a shard."""
+        return replace(self.request.part(shard.first, shard.samples), reproducible=True, batch_size=None)
 
     @cached_property
-    def _turns(self) -> NDArray[np.int64]:
-        return np.array(self.labels, np.int64)
+    def content(self) -> dict[str, Any]:
+        """The job as JSON has it. Its keys and their order are the format's: finished shards name its hash."""
+        request = self.request
+        return {
+            "bundle": self.bundle,
+            "n": request.n,
+            "first_sample": request.first_sample,
+            "seed": request.seed,
+            "labels": None if request.labels is None else list(request.labels),
+            "guidance": kept_guidance(request.guidance),
+            "denoise": request.strength,
+            "certify": request.certify,
+            "redraw_nonfinite": request.redraw_nonfinite,
+            "decode": request.decode,
+            "tolerance": request.tolerance,
+            **added(request),
+            "format": self.format,
+            "shard_size": self.shard_size,
+        }
 
     @cached_property
     def text(self) -> bytes:
         """The job as its file ``job.json`` holds it: equal jobs, equal bytes."""
-        return document({"format": FORMAT, "schema": SCHEMA, "job": asdict(self)}).encode()
+        return document({"format": FORMAT, "schema": SCHEMA, "job": self.content}).encode()
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of :attr:`text`: what a finished shard names as its job."""
         return hashlib.sha256(self.text).hexdigest()
 
-    def differences(self, other: object) -> list[str]:
+    def differences(self, other: dict[str, Any]) -> list[str]:
         """How ``other``, the value of "job" in another job's file, departs from this job, in words."""
-        if not isinstance(other, dict):
-            return ["it is not readable"]
-        mine = json.loads(json.dumps(asdict(self)))
+        mine = self.content
         return [
             f"{name} is {_short(other.get(name))} there, {_short(mine.get(name))} here"
             for name in [*mine, *sorted(set(other) - set(mine))]
             if other.get(name) != mine.get(name)
         ]
 
-    def check(self, shape: ModelShape) -> None:
-        """Raise InputError if images of this shape cannot be written in the job's format, or guidance does nothing."""
-        self.guidance.check(shape, np.array(self.labels or (-1,), np.int64)[: self.n])
-        if self.format in ("png", "tar") and shape.channels not in (1, 3):
-            raise InputError(
-                f"pictures have 1 or 3 channels; this model has {shape.channels}: pass --format npy or safetensors"
-            )
-
     def bytes_needed(self, shape: ModelShape) -> int:
         """Roughly what the files will take; pictures are compressed, so half of their pixels."""
-        numbers = self.n * shape.channels * shape.image_size**2
-        return numbers // 2 if self.format in ("png", "tar") else 4 * numbers
+        numbers = self.request.n * shape.channels * shape.image_size**2
+        return numbers // 2 if self.format in PICTURES else 4 * numbers
 
 
 def document(content: dict[str, Any]) -> str:

@@ -21,26 +21,33 @@ from pathlib import Path
 from typing import Protocol
 
 from ..runtime.errors import BundleError, MachineError, TarflowError
-from ..runtime.flow import Flow, Progress
+from ..runtime.flow import Flow
 from ..runtime.machine import cores
-from .folder import Record, check_claim, draw
+from ..runtime.opening import Opening
+from ..runtime.samples import Progress
+from .draw import draw
+from .folder import check_claim
 from .job import Job, Shard
+from .record import Record
 
 ATTEMPTS = 5  # losses of one shard's workers, or of workers that had not begun, after which it is no accident
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """All that a worker needs to know: the job, where its bundle and its shards lie, and how to open the bundle."""
+    """All that a worker needs to know: the job, where its bundle and its shards lie, and how to open the bundle.
+
+    A limit of memory is each worker's own.
+    """
 
     job: Job
     bundle: Path
     folder: Path
-    provider: str = "cpu"
-    threads: int | None = None
-    spinning: bool | None = None
-    low_memory: bool = False
-    cuda_graph: bool = True
+    opening: Opening
+
+    def on(self, threads: int) -> Task:
+        """The same, for a worker that has so many threads."""
+        return replace(self, opening=replace(self.opening, threads=threads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +64,19 @@ class Lost:
     why: str
 
 
-Report = Ready | Record | Lost | TarflowError
+News = Ready | Record | Lost | TarflowError
 
 
 class Crew(Protocol):
-    """Workers by number. One that reported Ready or a Record is free until it is handed a shard."""
+    """Workers by number. One that is Ready, or has sent a Record, is free until it is handed a shard."""
 
     size: int
 
     def hand(self, worker: int, shard: Shard) -> None:
         """Let a free worker draw a shard."""
 
-    def wait(self) -> tuple[int, Report]:
-        """The next report, and whose it is."""
+    def wait(self) -> tuple[int, News]:
+        """The next news, and whose it is."""
 
     def close(self) -> None:
         """Stop all workers, whatever they are at."""
@@ -86,16 +93,9 @@ class Worker:
         """Open the bundle, which must be the job's. Raises BundleError or MachineError where something is amiss."""
         task = self.task
         try:
-            flow = Flow.open(
-                task.bundle,
-                task.provider,
-                task.threads,
-                task.spinning,
-                task.low_memory,
-                cuda_graph=task.cuda_graph,
-            )
+            flow = Flow.open(task.bundle, task.opening)
         except BundleError as error:
-            raise BundleError(f"on {socket.gethostname()}: {error}") from None
+            raise BundleError(f"on {socket.gethostname()}: {error}", remedy=error.remedy) from None
         if flow.bundle.hash != task.job.bundle:
             found, expected = flow.bundle.hash[:16], task.job.bundle[:16]
             raise BundleError(
@@ -120,23 +120,23 @@ def carry_out(crew: Crew, shards: Sequence[Shard], finished: Callable[[Record], 
     waiting, drawing = deque(shards), dict[int, Shard]()
     free, losses, left = set[int](), Counter[Shard | None](), len(shards)
     while left:
-        worker, report = crew.wait()
+        worker, news = crew.wait()
         shard = drawing.pop(worker, None)
         free.discard(worker)
-        if isinstance(report, TarflowError):
-            raise report
-        if isinstance(report, Lost):
+        if isinstance(news, TarflowError):
+            raise news
+        if isinstance(news, Lost):
             losses[shard] += 1
             if losses[shard] >= ATTEMPTS:
-                raise _hopeless(shard, report)
+                raise _hopeless(shard, news)
             if shard is not None:
                 waiting.appendleft(shard)
         else:
             free.add(worker)
-        if isinstance(report, Record):
+        if isinstance(news, Record):
             left -= 1
             losses[None] = 0  # workers do start here
-            finished(report)
+            finished(news)
         while free and waiting:
             drawing[worker := free.pop()] = waiting.popleft()
             crew.hand(worker, drawing[worker])
@@ -145,8 +145,8 @@ def carry_out(crew: Crew, shards: Sequence[Shard], finished: Callable[[Record], 
 def _hopeless(shard: Shard | None, lost: Lost) -> MachineError:
     what = "workers die before they begin" if shard is None else f"every worker that draws shard {shard.number} dies"
     return MachineError(
-        f"{what}, {ATTEMPTS} by now ({lost.why}). If memory runs out: fewer --workers, or --low-memory. The same "
-        "command continues with what is missing"
+        f"{what}, {ATTEMPTS} by now ({lost.why}). If memory runs out: fewer `workers`, or a `memory` limit for each. "
+        "Drawing the same again continues with what is missing"
     )
 
 
@@ -162,7 +162,7 @@ class Solo:
     def hand(self, worker: int, shard: Shard) -> None:
         self._shard = shard
 
-    def wait(self) -> tuple[int, Report]:
+    def wait(self) -> tuple[int, News]:
         if self._shard is None:
             self._worker.open()
             return 0, Ready(0)
@@ -177,7 +177,7 @@ class Local:
 
     def __init__(self, task: Task, size: int) -> None:
         self.size = size
-        self._task = replace(task, threads=task.threads or max(1, cores() // size))
+        self._task = task.on(task.opening.threads or max(1, cores() // size))
         self._context = multiprocessing.get_context("spawn")  # engines do not survive a fork
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}
         for worker in range(size):
@@ -194,18 +194,18 @@ class Local:
         with contextlib.suppress(OSError):  # dead: wait will find out
             self._workers[worker][1].send(shard)
 
-    def wait(self) -> tuple[int, Report]:
+    def wait(self) -> tuple[int, News]:
         by_connection = {connection: worker for worker, (_, connection) in self._workers.items()}
         worker = by_connection[wait(list(by_connection))[0]]  # type: ignore[index]  # we wait for connections alone
         process, connection = self._workers[worker]
         try:
-            report: Report = connection.recv()
+            news: News = connection.recv()
         except (EOFError, OSError):
             process.join()
             connection.close()
             self._start(worker)
             return worker, Lost(f"process {process.pid} ended with code {process.exitcode}")
-        return worker, report
+        return worker, news
 
     def close(self) -> None:
         for process, connection in self._workers.values():
@@ -234,7 +234,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def attempt(worker: Worker, shard: Shard | None) -> Report:
+def attempt(worker: Worker, shard: Shard | None) -> News:
     """Draw a shard, or open for None; an error of ours comes back as a value, to be raised where a user sees it."""
     try:
         if shard is None:

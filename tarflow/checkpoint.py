@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .config import Config, ConfigError, Hints, infer, parse_noise
 from .model import TarFlow
+from .runtime.errors import BundleError
+from .runtime.files import replacing_by_name
 
 CONFIG_KEY = "tarflow.config"  # safetensors metadata: the Config as JSON, so that nothing need be inferred
 DERIVED = "derived."  # tensors computed from others for the graphs; not part of a checkpoint
@@ -42,10 +44,8 @@ _RELATIVES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(BundleError, ValueError):
     """A file that is not a TarFlow checkpoint, or is damaged."""
-
-    exit_code = 4
 
 
 def reference_name(name: str) -> str:
@@ -59,7 +59,7 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     """Read a checkpoint: the reference's ``.pth`` state dict, a ``.safetensors`` file, or a bundle folder.
 
     Returns the model in float32, in eval mode, its weights mapped from the file where the format allows.
-    Raises :class:`~tarflow.config.ConfigError` naming the options still needed, :class:`CheckpointError` for
+    Raises :class:`~tarflow.config.ConfigError` naming the hints still needed, :class:`CheckpointError` for
     damaged, foreign or unsafe files, FileNotFoundError if there is nothing at ``path``.
     """
     path = Path(path)
@@ -86,13 +86,10 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
 
 def _heed(config: Config, hints: Hints, path: Path) -> Config:
     """The configuration a file carries, with another training noise if one was asked for."""
-    for option, said, found in (
-        ("--patch-size", hints.patch_size, config.patch_size),
-        ("--channels", hints.channels, config.channels),
-    ):
-        if said is not None and said != found:
-            raise ConfigError(f"{option} {said} contradicts '{path}', which says {found}; drop the option")
-    return config if hints.noise is None else replace(config, noise_std=parse_noise(hints.noise))
+    said, found = hints.patch_size, config.patch_size
+    if said is not None and said != found:
+        raise ConfigError(f"`patch_size` {said} contradicts '{path}', which says {found}; drop it", field="patch_size")
+    return config if hints.noise_std is None else replace(config, noise_std=parse_noise(hints.noise_std))
 
 
 def build(config: Config, state: Mapping[str, Tensor], source: str) -> TarFlow:
@@ -117,23 +114,17 @@ def reference_state(model: TarFlow) -> dict[str, Tensor]:
 
 def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
     """Write ``.pth`` (as the reference trainer does, masks included) or ``.safetensors``, atomically."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     state = reference_state(model)
-    try:
-        if path.suffix == ".safetensors":
+    with replacing_by_name(path) as partial:
+        if Path(path).suffix == ".safetensors":
             from safetensors.torch import save_file
 
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(tensors, str(partial), {CONFIG_KEY: json.dumps(model.config.to_dict())})
-            partial.chmod(0o644)  # safetensors makes private files
         else:
             mask = torch.tril(torch.ones(model.config.tokens, model.config.tokens))
             state |= {f"blocks.{k}.attn_mask": mask for k in range(model.config.blocks)}
             torch.save(state, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -179,7 +170,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
         if config is not None and max(config.blocks, config.layers) > len(state):
             raise ValueError(f"{config.blocks} blocks of {config.layers} layers for {len(state)} weights")
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is truncated, damaged or no safetensors file ({error})") from None
+        why = str(error).replace("`", "")  # fields of the file, which nobody gave
+        raise CheckpointError(f"'{path}' is truncated, damaged or no safetensors file ({why})") from None
     return state, config
 
 

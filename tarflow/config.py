@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .runtime.errors import InputError
+
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
     r"^(?P<dataset>.+)_model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)"
@@ -15,10 +17,8 @@ _FILE_NAME = re.compile(
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """Numbers that make no model, or a checkpoint whose numbers cannot all be inferred."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,22 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise ConfigError.of(name, getattr(self, name), "a positive number")
         if self.classes < 0:
-            raise ConfigError(f"classes is {self.classes}; expected 0 (unconditional) or more")
+            raise ConfigError.of("classes", self.classes, "0 (unconditional) or more")
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}; "
-                f"pass a --patch-size that divides {self.image_size}"
+                f"pass a `patch_size` that divides {self.image_size}",
+                field="patch_size",
+                found=self.patch_size,
+                expected=f"a divisor of {self.image_size}",
             )
         if self.width % self.head_dim:
-            raise ConfigError(f"width {self.width} is not a multiple of the head dimension {self.head_dim}")
+            message = f"width {self.width} is not a multiple of the head dimension {self.head_dim}"
+            raise ConfigError(message, field="width", found=self.width, expected=f"a multiple of {self.head_dim}")
         if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
-            raise ConfigError(f"noise_std is {self.noise_std}; expected 0 or a positive number")
+            raise ConfigError.of("noise_std", self.noise_std, "0 or a positive number")
 
     @property
     def tokens(self) -> int:
@@ -82,18 +86,17 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What shapes cannot tell. ``noise`` is a standard deviation or "uniform"; None means not said."""
+    """What shapes cannot tell. ``noise_std`` is a standard deviation or "uniform"; None means not said."""
 
     patch_size: int | None = None
-    channels: int | None = None
-    noise: float | str | None = None
+    noise_std: float | str | None = None
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> Config:
     """Read a model's numbers off the shapes of its (reference-named) state dict and its file name.
 
     What is said in ``hints`` wins over the file name. Raises :class:`ConfigError` that names exactly the
-    options still needed. The names in ``shapes`` must be complete: see ``checkpoint``.
+    hints still needed. The names in ``shapes`` must be complete: see ``checkpoint``.
     """
     tokens, width = shapes["blocks.0.pos_embed"]
     patch_dim = shapes["blocks.0.proj_in.weight"][1]
@@ -110,30 +113,28 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
     if named and (int(named["width"]), int(named["blocks"]), int(named["layers"])) != (width, blocks, layers):
         named = None  # the name speaks of another model: none of it can be trusted
     patch_size = hints.patch_size
-    if patch_size is None and hints.channels is not None:
-        patch_size = math.isqrt(max(patch_dim // max(hints.channels, 1), 0))
     if patch_size is None and named:
         patch_size = int(named["patch"])
-    noise = hints.noise if hints.noise is not None else (named["noise"] if named else None)
+    noise = hints.noise_std if hints.noise_std is not None else (named["noise"] if named else None)
 
-    missing = []
+    missing = {}
     if patch_size is None:
-        missing.append("--patch-size N (or --channels N): " + _patch_choices(patch_dim))
+        missing["patch_size"] = _patch_choices(patch_dim)
     if noise is None:
-        missing.append("--noise-std X: the training noise, or 'uniform' for uniform dequantisation")
+        missing["noise_std"] = "the training noise, or 'uniform' for uniform dequantisation"
     if missing:
         raise ConfigError(
             f"'{file_name}' does not say everything about its model; expected a name like "
-            f"imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  " + "\n  ".join(missing)
+            f"imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  "
+            + "\n  ".join(f"`{field}`: {meaning}" for field, meaning in missing.items()),
+            field=next(iter(missing)),
         )
     assert patch_size is not None
     assert noise is not None
-    channels = hints.channels if hints.channels is not None else patch_dim // max(patch_size**2, 1)
+    channels = patch_dim // max(patch_size**2, 1)
     if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
-        raise ConfigError(
-            f"patch size {patch_size} with {channels} channels makes patches of {channels * patch_size**2} numbers; "
-            f"these weights have {patch_dim}: {_patch_choices(patch_dim)}"
-        )
+        advice = f"these weights have patches of {patch_dim} numbers"
+        raise ConfigError.of("patch_size", patch_size, _patch_choices(patch_dim), advice)
     return Config(
         image_size=grid * patch_size,
         channels=channels,
@@ -154,7 +155,7 @@ def parse_noise(noise: float | str) -> float | None:
     try:
         return float(noise)
     except ValueError:
-        raise ConfigError(f"noise '{noise}' is neither a number nor 'uniform'") from None
+        raise ConfigError.of("noise_std", f"'{noise}'", "a number, or 'uniform'") from None
 
 
 def _patch_choices(patch_dim: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,16 @@ def cli() -> Cli:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
     return run
+
+
+def until(true: Callable[[], object]) -> None:
+    """Wait for what another thread or process will do; how long that takes is nobody's concern but for ever."""
+    turn = threading.Event()
+    for _ in range(60_000):  # ten minutes
+        if true():
+            return
+        turn.wait(0.01)
+    raise AssertionError("it did not happen")
 
 
 def largest(found: NDArray[Any], expected: NDArray[Any]) -> float:

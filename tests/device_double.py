@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.bundle import RESIDENT, Bundle
 from tarflow.runtime.files import sha256
-from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Engine, Profile, Record, Target, tensor_shapes
+from tarflow.runtime.ports import Sizes, shapes
+from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Engine, Profile, Record, Target
 
 GPU, CAPABILITY, VERSION = "NVIDIA Double", "9.0", "11.4.0.106"
 Result = tuple[Any, ...]
@@ -192,23 +193,11 @@ class DoubleTensorRT:
     def __init__(self, cuda: DoubleCuda, version: str = VERSION) -> None:
         self.cuda, self.__version__ = cuda, version
         self.fail: str | None = None
-        self.refitted: list[str] = []
         self.deserialised = self.executed = self.runtimes = 0
 
     def Runtime(self, logger: Any) -> DoubleRuntime:
         self.runtimes += 1
         return DoubleRuntime(self, logger)
-
-    def Refitter(self, engine: DoubleEngine, logger: Any) -> SimpleNamespace:
-        return SimpleNamespace(refit_cuda_engine=lambda: True, engine=engine)
-
-    def OnnxParserRefitter(self, refitter: SimpleNamespace, logger: Any) -> SimpleNamespace:
-        def refit_from_file(path: str) -> bool:
-            refitter.engine.open(path)
-            self.refitted.append(Path(path).name)
-            return True
-
-        return SimpleNamespace(refit_from_file=refit_from_file)
 
 
 class DoubleRuntime:
@@ -232,16 +221,9 @@ class DoubleEngine:
     def __init__(self, trt: DoubleTensorRT, logger: Any, plan: Mapping[str, Any]) -> None:
         self.trt, self.logger, self.plan = trt, logger, plan
         self.device_memory_size_v2 = int(plan["scratch"])
-        self.session: Any = None
-        self.inputs: dict[str, Any] = {}
-        self.outputs: dict[str, Any] = {}
-        if not plan["stripped"]:
-            self.open(plan["graph"])
-
-    def open(self, path: str) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(path, options)
+        self.session = onnxruntime.InferenceSession(plan["graph"], options)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
 
@@ -250,20 +232,20 @@ class DoubleEngine:
         return len(self.inputs) + len(self.outputs)
 
     def get_tensor_name(self, number: int) -> str:
-        return [*self.inputs, *self.outputs][number]
+        return str([*self.inputs, *self.outputs][number])
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return TYPES[{**self.inputs, **self.outputs}[name].type][1]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        """TensorScatter writes in place; a graph without it, and the position, do not."""
+        """TensorScatter writes in place; the position is a tensor of its own."""
         source = name.removesuffix("_next")
-        return source if self.plan["in_place"] and source in self.inputs and source != "position" else None
+        return source if source in self.inputs and source != "position" else None
 
     def create_engine_inspector(self) -> SimpleNamespace:
-        """Says of its layers what TensorRT says; nothing of an engine that has no weights yet."""
+        """Says of its layers what TensorRT says."""
         tensors = [{"Format/Datatype": "Half" if self.plan["precision"] == "fp16" else "Float"}]
-        layers = [{"Name": "MatMul_1", "Inputs": tensors, "Outputs": tensors}] if self.session else []
+        layers = [{"Name": "MatMul_1", "Inputs": tensors, "Outputs": tensors}]
         return SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
 
     def create_execution_context(self, strategy: Any) -> DoubleContext:
@@ -356,7 +338,6 @@ def build_double(
     folder: Path,
     batch: tuple[int, int, int] = (1, 8, 32),
     window: tuple[int, int, int] = (1, 1, 1),
-    step_graph: str = "resident",
     **changes: Any,
 ) -> tuple[Path, Record]:
     """Engines for the double in a bundle's folder, and their record with ``changes``."""
@@ -375,8 +356,6 @@ def build_double(
         precision=bundle.manifest.precision,
         package="tensorrt",
         version=VERSION,
-        version_compatible=False,
-        strip_weights=False,
         target=Target(GPU, (CAPABILITY,)),
         profiles=profiles,
     )
@@ -386,17 +365,16 @@ def build_double(
     engines = {}
     for block, entry in enumerate(bundle.manifest.blocks):
         for number, kind in enumerate(ENGINE_KINDS):
-            graph = entry.graphs[step_graph if kind == "step" else kind]
+            source = RESIDENT if kind == "step" else kind
+            graph = entry.graphs[source]
             plan = {
                 "graph": str(folder / graph),
-                "in_place": graph.endswith(".resident.onnx"),
-                "stripped": record.strip_weights,
                 "precision": record.precision,
                 "scratch": 1000 * (number + 1),
                 "profiles": [
                     {
-                        name: (least, tensor_shapes(config, kind, p.batch[2], p.branches, p.window[2])[name])
-                        for name, least in tensor_shapes(config, kind, p.batch[0], p.branches, p.window[0]).items()
+                        name: (least, shapes(config, source, Sizes(p.batch[2], p.branches, p.window[2]))[name])
+                        for name, least in shapes(config, source, Sizes(p.batch[0], p.branches, p.window[0])).items()
                     }
                     for p in profiles[kind]
                 ],

@@ -36,7 +36,7 @@ class Running:
     def ask(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
             kind = {} if content is None else {"Content-Type": "application/json"}
@@ -46,17 +46,19 @@ class Running:
         finally:
             connection.close()
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+    def metric(self, name: str, headers: dict[str, str] | None = None, **labels: str) -> float:
+        """The sum of a metric over its labels but those given."""
+        lines = self.ask("GET", "/metrics", headers=headers)[2].decode().splitlines()
+        mine = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in mine if all(text in line for text in wanted))
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait()
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ async def calling(flow: Flow, **settings: Any) -> AsyncIterator[tuple[httpx.Asyn
     app = create_app(flow, Settings(**settings))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=120) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=600) as client:
             yield client, app.state.service
 
 

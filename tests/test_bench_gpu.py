@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -14,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu
-from bench.device import compete
-from bench.field import Choice, Rivals, Task, stretches
+from bench.gpu.__main__ import main
+from bench.gpu.checkout import ROOT
+from bench.gpu.checks.one import CHECKS
+from bench.gpu.device import compete
+from bench.gpu.field import Choice, Rivals, Task, stretches
+from bench.gpu.section import NOT_RUN
 from tarflow import checkpoint
 from tarflow.rivals import Captured, grown, published, published_steps
 from tarflow.runtime.bundle import Bundle
@@ -40,13 +45,13 @@ def test_the_whole_bench_runs_on_a_cpu_and_writes_its_section_alone(
 ) -> None:
     (tmp_path / "tiny").symlink_to(DEMO)  # a bundle that is there is not exported again
     results = tmp_path / "results.md"
-    results.write_text(f"# On a GPU\n\n{gpu.NOT_RUN}\n\n## another on a GPU\n\nkept\n\n## tiny on a CPU\n\nold\n")
+    results.write_text(f"# On a GPU\n\n{NOT_RUN}\n\n## another on a GPU\n\nkept\n\n## tiny on a CPU\n\nold\n")
     where = ["--bundles", str(tmp_path), "--results", str(results)]
-    gpu.main(["--device", "cpu", "--quick", "--batch", "1", "--stretch", "3", *where])
+    main(["--device", "cpu", "--quick", "--batch", "1", "--stretch", "3", *where])
     text = results.read_text()
     assert "## another on a GPU\n\nkept" in text
     assert "old" not in text
-    assert gpu.NOT_RUN not in text
+    assert NOT_RUN not in text
     assert text.count("## tiny on a CPU") == 1
     assert f"torch {torch.__version__}" in text
     assert "did not run" not in text
@@ -115,7 +120,7 @@ def test_without_a_gpu_or_wheels_it_says_so(tmp_path: Path) -> None:
         if not arguments and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit, match=re.escape(message)):
-            gpu.main(arguments)
+            main(arguments)
 
 
 def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
@@ -130,5 +135,31 @@ def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
         for path, content in files.items():
             wheel.writestr(path, content)
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--wheels", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=gpu.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "the wheel was imported")
+
+
+def test_all_checks_of_a_device_hold_on_a_cpu(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "bench.gpu.checks", str(results), "--provider", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == results.read_text()
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["check"] for line in found] == [check.name for check in CHECKS if check.on_cpu]
+    assert all(line["ok"] and line["bundle"] == "demo" and line["precision"] == "fp32" for line in found)
+    parity = next(line["found"] for line in found if line["check"] == "parity")
+    assert len(parity) == 9  # three modes, guided and not; z, log_det, denoised
+
+
+def test_a_check_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu.checks", str(tmp_path / "results"), "--provider", "cpu"]
+    environment = {**os.environ, "TARFLOW_LIBRARY": "/nowhere/libtarflow.so"}
+    done = subprocess.run(
+        [*command, "--only", "cpp", "growth"], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+    failed, held = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert (failed["check"], failed["ok"], failed["failed"]) == ("cpp", False, "exit code 1")
+    assert "/nowhere/libtarflow.so" in failed["said"]
+    assert (held["check"], held["ok"]) == ("growth", True)

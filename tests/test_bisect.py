@@ -13,8 +13,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from tarflow.export.bisect import write_repro
-from tarflow.export.pipeline import bisect_bundle
+from tarflow.export.bisect import bisect_bundle
+from tarflow.export.comparison import Comparison
+from tarflow.export.repro import write_repro
 
 from .conftest import Cli
 
@@ -46,8 +47,8 @@ def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
 
 
 def test_a_sound_bundle_has_nothing_to_find(bundle: Callable[..., Path]) -> None:
-    assert bisect_bundle(bundle("cond")) is None
-    assert bisect_bundle(bundle("uncond", "bf16")) is None
+    assert bisect_bundle(Comparison(bundle("cond"))) is None
+    assert bisect_bundle(Comparison(bundle("uncond", "bf16"))) is None
 
 
 def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(
@@ -76,9 +77,22 @@ def test_a_wrong_node_in_the_parallel_graphs_is_named(
 ) -> None:
     folder = copy("cond")
     planted = plant(folder, f"block_01.{kind}.onnx", op, other, 0)
-    result = bisect_bundle(folder)
-    assert result is not None
-    assert (result[0].block, result[0].kind, result[0].node) == (1, kind, planted)
+    found = bisect_bundle(Comparison(folder))
+    assert found is not None
+    assert (found.suspect.block, found.suspect.kind, found.to_json()["node"]) == (1, kind, planted)
+
+
+def test_a_wrong_node_is_named_in_emulated_bfloat16_too(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy("uncond", "bf16")
+    planted = plant(folder, "block_01.step.onnx", "Add", "Sub", 2)  # past and own values mixed: in bfloat16
+    found = bisect_bundle(Comparison(folder), tolerance=0.02)
+    assert found is not None
+    assert (found.suspect.block, found.suspect.kind, found.to_json()["node"]) == (1, "step", planted)
+    write_repro(tmp_path / "repro", found, force=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "repro" / "node.onnx"))
+    (output,) = session.run(None, dict(np.load(tmp_path / "repro" / "inputs.npz")))
+    (wrong,) = dict(np.load(tmp_path / "repro" / "found.npz")).values()
+    assert np.abs(output - wrong).max() < 0.02  # the graph rounds it to bfloat16
 
 
 def test_a_wrong_weight_is_named(copy: Callable[..., Path], tmp_path: Path, bundle: Callable[..., Path]) -> None:
@@ -92,10 +106,9 @@ def test_a_wrong_weight_is_named(copy: Callable[..., Path], tmp_path: Path, bund
     content[8 + header_length + start : 8 + header_length + end] = changed.astype(np.float32).tobytes()
     (folder / "weights.safetensors").write_bytes(content)
     rehash(folder, "weights.safetensors")
-    result = bisect_bundle(folder, bundle("cond"))
-    assert result is not None
-    finding, tensors = result
-    assert finding.block == 1
-    assert "layers.1.up.bias is not the checkpoint's" in finding.reason
-    write_repro(tmp_path / "repro", finding, tensors, force=False)
+    found = bisect_bundle(Comparison(folder, bundle("cond")))
+    assert found is not None
+    assert found.suspect.block == 1
+    assert "layers.1.up.bias is not the checkpoint's" in found.reason
+    write_repro(tmp_path / "repro", found, force=False)
     assert json.loads((tmp_path / "repro" / "finding.json").read_text())["block"] == 1

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from tarflow.runtime.bundle import (
     GOLDEN,
     KINDS,
     MANIFEST,
-    PRECISIONS,
     WEIGHTS,
     BlockEntry,
     Bundle,
@@ -32,6 +32,7 @@ from tarflow.runtime.bundle import (
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.precision import PRECISIONS
 
 Exported = Callable[..., Path]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -130,7 +131,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     graph = st.sampled_from(names)
     return Manifest(
         name=draw(st.text(max_size=20)),
-        precision=draw(st.sampled_from(PRECISIONS)),
+        precision=draw(st.sampled_from(list(PRECISIONS))),
         config=config,
         blocks=tuple(BlockEntry(k % 2 == 1, {kind: draw(graph) for kind in KINDS}) for k in range(blocks)),
         files={name: draw(entries) for name in names},
@@ -167,7 +168,13 @@ def spoiled(path: tuple[str | int, ...], change: Callable[[Any, Any], None]) -> 
     return encoded(document).replace(b'"@1e999"', b"1e999")
 
 
+def put(value: object) -> Callable[[Any, Any], None]:
+    """A change that replaces what stands at a place."""
+    return lambda parent, key: parent.__setitem__(key, value)
+
+
 PLACES = sorted(places(a_manifest()), key=str)
+OTHER_KEYS = ("noise_std", "classes", "nvp")  # of a configuration: no size, or 0 is one
 HUGE = 10**400  # an integer JSON may hold and a float may not
 WRONG: list[object] = [
     None,
@@ -197,7 +204,7 @@ _values = st.sampled_from(WRONG) | _json
 @example(("parity", "samples"), "@1e999")
 @settings(QUICK, max_examples=600)
 def test_a_manifest_with_any_value_replaced_reads_or_is_refused(path: tuple[str | int, ...], value: object) -> None:
-    reads_or_refuses(spoiled(path, lambda parent, key: parent.__setitem__(key, value)))
+    reads_or_refuses(spoiled(path, put(value)))
 
 
 @pytest.mark.parametrize("path", PLACES, ids=lambda path: ".".join(map(str, path)))
@@ -207,42 +214,24 @@ def test_a_manifest_that_lacks_any_key_reads_or_is_refused(path: tuple[str | int
     assert (manifest is not None) == optional
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1", "1e308", str(HUGE), "true", '"0.1"'])
-def test_a_training_noise_that_is_no_finite_number_is_refused(value: str) -> None:
-    content = encoded(a_manifest()).replace(b'"noise_std": 0.1', b'"noise_std": ' + value.encode())
-    if value == "1e308":
-        assert reads_or_refuses(content) is not None
-    else:
-        with refusal(MANIFEST):
-            read_manifest(content)
+NO_SIZES = [0, -8, True, 8.0, 2**63, HUGE, "8", None]
+NO_HASHES = [HASH.upper().replace("0", "A"), HASH[1:], HASH + "0", HASH + "\n", "", "g" * 64]
+REFUSED: list[tuple[tuple[str | int, ...], list[Any], tuple[str, ...]]] = [
+    *((("config", key), NO_SIZES, (MANIFEST, key)) for key in a_manifest()["config"] if key not in OTHER_KEYS),
+    (("config", "noise_std"), [float("nan"), float("inf"), -1, "@1e999", HUGE, True, "0.1"], (MANIFEST,)),
+    (("schema",), [2, 0, -1, "1", True, None, 1.5, [1], HUGE], ("schema", "version 1")),
+    (("format",), ["other-bundle", "", None, 1, ["tarflow-bundle"]], ("tarflow-bundle",)),
+    (("files", WEIGHTS, "sha256"), NO_HASHES, ("SHA-256",)),
+]
 
 
-@pytest.mark.parametrize("key", ["image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"])
-@pytest.mark.parametrize("value", [0, -8, True, 8.0, 2**63, HUGE, "8", None])
-def test_a_size_that_is_no_positive_integer_is_refused(key: str, value: object) -> None:
-    document = a_manifest()
-    document["config"][key] = value
-    with refusal(MANIFEST, key):
-        read_manifest(encoded(document))
-
-
-@pytest.mark.parametrize("version", [2, 0, -1, "1", True, None, 1.5, [1], HUGE])
-def test_another_schema_version_is_refused_and_says_which_one_is_read(version: object) -> None:
-    with refusal("schema", "version 1"):
-        read_manifest(encoded(a_manifest() | {"schema": version}))
-
-
-def test_an_absent_schema_version_is_refused() -> None:
-    document = a_manifest()
-    del document["schema"]
-    with refusal("schema"):
-        read_manifest(encoded(document))
-
-
-@pytest.mark.parametrize("name", ["other-bundle", "", None, 1, ["tarflow-bundle"]])
-def test_another_format_is_refused(name: object) -> None:
-    with refusal("tarflow-bundle"):
-        read_manifest(encoded(a_manifest() | {"format": name}))
+@pytest.mark.parametrize(("path", "values", "words"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_value_of_the_wrong_kind_is_refused_and_its_place_named(
+    path: tuple[str | int, ...], values: list[object], words: tuple[str, ...]
+) -> None:
+    for value in values:
+        with refusal(*words):
+            read_manifest(spoiled(path, put(value)))
 
 
 @pytest.mark.parametrize("place", [(), ("config",), ("blocks", 0), ("blocks", 0, "graphs"), ("files", WEIGHTS)])
@@ -258,7 +247,7 @@ def test_keys_of_a_later_version_are_left_alone(place: tuple[str | int, ...]) ->
 
 @pytest.mark.parametrize("path", [("format",), ("precision",), ("blocks", 0, "graphs", "step"), ("schema",)])
 def test_a_message_about_a_huge_value_stays_short(path: tuple[str | int, ...]) -> None:
-    reads_or_refuses(spoiled(path, lambda parent, key: parent.__setitem__(key, "x" * 100_000)))
+    reads_or_refuses(spoiled(path, put("x" * 100_000)))
 
 
 @given(st.binary(max_size=200))
@@ -292,25 +281,15 @@ def test_a_deeply_nested_manifest_reads_or_is_refused(depth: int) -> None:
     reads_or_refuses(encoded(a_manifest()).replace(b'"samples": 4', b'"samples": ' + brackets))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("", ".", "..", "/etc/passwd", "//host/x", "../x", "a/../x", "a/..", "a//b", "a/", "./a", "a/."),
-        *("..\\x", "a\\b", "C:x", "C:/x", "C:\\x", "\\\\host\\x", "\0", "a\0b", "\ud800"),
-    ],
-)
+NO_NAMES = ["", ".", "..", "/etc/passwd", "//host/x", "../x", "a/../x", "a/..", "a//b", "a/", "./a", "a/."]
+NO_NAMES += ["..\\x", "a\\b", "C:x", "C:/x", "C:\\x", "\\\\host\\x", "\0", "a\0b", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
 def test_a_file_name_that_could_lead_outside_is_refused(name: str) -> None:
     document = a_manifest()
     document["files"][name] = {"sha256": HASH, "size": 1}
     with refusal(MANIFEST):
-        read_manifest(encoded(document))
-
-
-@pytest.mark.parametrize("value", [HASH.upper().replace("0", "A"), HASH[1:], HASH + "0", HASH + "\n", "", "g" * 64])
-def test_a_hash_that_is_none_is_refused(value: str) -> None:
-    document = a_manifest()
-    document["files"][WEIGHTS]["sha256"] = value
-    with refusal("SHA-256"):
         read_manifest(encoded(document))
 
 
@@ -351,12 +330,11 @@ def test_an_intact_bundle_opens_and_checks(folder: Path) -> None:
     assert Flow.open(folder).sample(1).shape == (1, *bundle.manifest.config.image)
 
 
-def test_a_bundle_reached_through_a_link_opens(folder: Path, tmp_path: Path) -> None:
+def test_a_bundle_opens_by_a_link_and_by_a_relative_path(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "link").symlink_to(folder)
     Bundle.open(tmp_path / "link").check()
-
-
-def test_a_bundle_opens_by_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     Bundle.open(".").check()
 
@@ -381,18 +359,47 @@ def test_a_huge_manifest_is_refused_unread(folder: Path) -> None:
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, GOLDEN, STEP])
-def test_a_missing_file_is_named(name: str, folder: Path) -> None:
-    (folder / name).unlink()
-    with refusal(name):
+def moved_out(path: Path) -> None:
+    path.symlink_to(path.rename(path.parent.parent / f"outside {path.name}"))
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+def cut(kept: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:kept])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, ""),
+    "a link out": (moved_out, "out of the bundle"),
+    "a folder": (replaced(Path.mkdir), ""),
+    "a pipe": (replaced(os.mkfifo), ""),
+    "a link to itself": (replaced(lambda path: path.symlink_to(path)), ""),
+    "a link to nothing": (replaced(lambda path: path.symlink_to("nothing")), ""),
+    **{f"cut to {kept}": (cut(kept), "truncated") for kept in (0, 1, 1000, -1)},
+    "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), ""),
+}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_not_what_the_manifest_says_is_refused_and_named(name: str, damage: str, folder: Path) -> None:
+    damaged, words = DAMAGES[damage]
+    damaged(folder / name)
+    with refusal(name, words):
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, GOLDEN, STEP])
-def test_a_link_that_leads_out_of_the_bundle_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
-    outside = (folder / name).rename(tmp_path / "outside")
-    (folder / name).symlink_to(outside)
-    with refusal(name, "out of the bundle"):
+@pytest.mark.parametrize("damage", ["missing", "a link out"])
+def test_a_manifest_that_is_not_there_is_named(damage: str, folder: Path) -> None:
+    DAMAGES[damage][0](folder / MANIFEST)
+    with refusal(MANIFEST, DAMAGES[damage][1]):
         Bundle.open(folder)
 
 
@@ -404,21 +411,6 @@ def test_a_linked_folder_that_leads_out_of_the_bundle_is_refused(folder: Path, t
     document["files"]["inside/file"] = document["files"][GOLDEN]
     (folder / MANIFEST).write_text(json.dumps(document))
     with refusal("inside/file"):
-        Bundle.open(folder)
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to nothing"])
-def test_what_is_no_regular_file_is_refused(name: str, kind: str, folder: Path) -> None:
-    path = folder / name
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to(path if kind == "link to itself" else "nothing")
-    with refusal(name):
         Bundle.open(folder)
 
 
@@ -439,23 +431,6 @@ def test_a_file_name_the_system_cannot_hold_is_refused(folder: Path) -> None:
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
-@pytest.mark.parametrize("kept", [0, 1, 1000, -1])
-def test_a_truncated_file_is_refused_by_its_size(name: str, kept: int, folder: Path) -> None:
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[:kept])
-    with refusal(name, "truncated"):
-        Bundle.open(folder)
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
-def test_a_file_that_grew_is_refused_by_its_size(name: str, folder: Path) -> None:
-    with (folder / name).open("ab") as file:
-        file.write(b"\0")
-    with refusal(name):
-        Bundle.open(folder)
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
@@ -497,39 +472,29 @@ def test_flipped_golden_pairs_are_never_parsed(folder: Path, monkeypatch: pytest
         Bundle.open(folder).tensors(GOLDEN)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}", b"PK\x03\x04junk"])
+@pytest.mark.parametrize("content", [b"\0" * 7, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{", b"PK\x03\x04junk"])
 @pytest.mark.parametrize("name", [GOLDEN, WEIGHTS])
 def test_tensors_that_are_none_are_refused_though_their_hash_is_right(name: str, content: bytes, folder: Path) -> None:
     (folder / name).write_bytes(content)
     amend(folder, name)
     with refusal(name):
-        found = Bundle.open(folder).tensors(name)
-        assert not found
-        raise BundleError(name)  # an empty set of tensors is a valid file
+        Bundle.open(folder).tensors(name)
 
 
 def test_a_prior_variance_that_does_not_fit_is_refused(bundle: Exported, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
     folder = shutil.copytree(bundle("vp", "fp32"), tmp_path / "bundle")
     tensors = load_file(folder / WEIGHTS)
-    shape = tensors["var"].shape
+    shape = tensors.pop("var").shape
     assert Bundle.open(folder).prior_variance().shape == shape
-    for wrong in (np.ones(shape, np.float64), np.ones(shape[::-1], np.float32), np.full(shape, -1, np.float32)):
-        save_file(tensors | {"var": wrong}, str(folder / WEIGHTS))
+    numbers = [np.full(shape, number, np.float32) for number in (-1, np.nan, np.inf)]
+    wrong: list[dict[str, Any]] = [
+        {"var": var} for var in (np.ones(shape, np.float64), np.ones(shape[::-1], np.float32), *numbers)
+    ]
+    for found in (*wrong, {}):
+        save_file(tensors | found, str(folder / WEIGHTS))
         amend(folder, WEIGHTS)
         with refusal(WEIGHTS, "prior variance"):
             Bundle.open(folder).prior_variance()
-    for number in (np.nan, np.inf):
-        save_file(tensors | {"var": np.full(shape, number, np.float32)}, str(folder / WEIGHTS))
-        amend(folder, WEIGHTS)
-        with refusal(WEIGHTS, "prior variance"):
-            Bundle.open(folder).prior_variance()
-    del tensors["var"]
-    save_file(tensors, str(folder / WEIGHTS))
-    amend(folder, WEIGHTS)
-    with refusal(WEIGHTS, "prior variance"):
-        Bundle.open(folder).prior_variance()
 
 
 @pytest.fixture

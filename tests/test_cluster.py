@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError, MachineError
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.opening import Opening
+from tarflow.runtime.request import Request
 from tarflow.shards import cluster
-from tarflow.shards.folder import INDEX, Record, claimed, write_index
+from tarflow.shards.folder import INDEX, claimed, write_index
 from tarflow.shards.job import Job, Shard
-from tarflow.shards.workers import Lost, Ready, Report, Task, carry_out
+from tarflow.shards.record import Record
+from tarflow.shards.workers import Lost, News, Ready, Task, carry_out
 
 from .conftest import DEMO, Cli
 from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
@@ -36,7 +40,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def job() -> Job:
-    return Job(Flow.open(DEMO, threads=1).bundle.hash, n=80, first_sample=20, labels=(0, 1, 2), shard_size=16)
+    return Job.of(Bundle.open(DEMO), Request(80, (0, 1, 2), first_sample=20, certify=True), shard_size=16)
 
 
 def crew_of(size: int, task: Task) -> cluster.RayCrew:
@@ -65,14 +69,14 @@ def test_two_workers_one_of_them_killed_write_what_one_process_writes(address: s
             if not self.lost:
                 os.kill(self.pids[worker], signal.SIGKILL)
 
-        def wait(self) -> tuple[int, Report]:
-            worker, report = super().wait()
-            if isinstance(report, Ready):
-                self.pids = {**getattr(self, "pids", {}), worker: report.pid}
-            self.lost += isinstance(report, Lost)
-            return worker, report
+        def wait(self) -> tuple[int, News]:
+            worker, news = super().wait()
+            if isinstance(news, Ready):
+                self.pids = {**getattr(self, "pids", {}), worker: news.pid}
+            self.lost += isinstance(news, Lost)
+            return worker, news
 
-    task = Task(job, DEMO, tmp_path / "ray")
+    task = Task(job, DEMO, tmp_path / "ray", Opening(memory="least"))
     crew = Deadly(task, cluster.Share(2, 1, 0.5, 0), print)
     draw_with(crew, job, tmp_path / "ray")
     assert crew.lost >= 1
@@ -84,12 +88,12 @@ def test_a_bundle_that_a_worker_does_not_see_or_sees_another_of_is_named(
     address: str, job: Job, tmp_path: Path
 ) -> None:
     with pytest.raises(BundleError, match=r"on .*no bundle at '/nowhere'"):
-        draw_with(crew_of(1, Task(job, Path("/nowhere"), tmp_path / "out")), job, tmp_path / "out")
+        draw_with(crew_of(1, Task(job, Path("/nowhere"), tmp_path / "out", Opening())), job, tmp_path / "out")
     other = replace(job, bundle="0" * 64)
     with pytest.raises(BundleError, match=r"is another bundle.*put the bundle where every machine sees it"):
-        draw_with(crew_of(1, Task(other, DEMO, tmp_path / "out")), other, tmp_path / "out")
+        draw_with(crew_of(1, Task(other, DEMO, tmp_path / "out", Opening())), other, tmp_path / "out")
     with pytest.raises(MachineError, match="put it where every machine sees it"):
-        draw_with(crew_of(1, Task(job, DEMO, tmp_path / "elsewhere")), job, tmp_path / "out")
+        draw_with(crew_of(1, Task(job, DEMO, tmp_path / "elsewhere", Opening())), job, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +118,7 @@ def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(addres
     process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out", "--ray", address)
     wait_for_shards(tmp_path / "out", 1)
     process.terminate()
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "the same command continues" in told
     assert "Traceback" not in told
@@ -128,13 +132,15 @@ def test_a_worker_s_cores_are_those_of_one_machine(
     monkeypatch: pytest.MonkeyPatch, nodes: list[int], workers: int | None, each: int
 ) -> None:
     monkeypatch.setattr(cluster, "_nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
-    parts = cluster.share(workers, None, "cpu", 100)
+    parts = cluster.share(workers, Opening(), 100)
     assert (parts.workers, parts.threads) == (workers or len(nodes), each)
     assert sum(int(n / parts.cpus) for n in nodes) >= parts.workers, "each of them has a place"
+    with pytest.raises(MachineError, match="needs GPUs, and Ray knows of none"):
+        cluster.share(workers, Opening("cuda"), 100)
 
 
 def test_no_cluster_at_an_address_is_said_at_once(cli: Cli, tmp_path: Path) -> None:
-    done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", "127.0.0.1:9", timeout=60)
+    done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", "127.0.0.1:9")
     assert done.returncode == 3
     assert "no Ray cluster at '127.0.0.1:9'" in done.stderr
     assert not (tmp_path / "out").exists()

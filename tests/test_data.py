@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from tarflow.train.data import DataError, MissingPackage, Split, Stream, digits, folder, noisy, shift, write_grid
+from tarflow.runtime.errors import InputError, MachineError
+from tarflow.train.data import Split, digits, folder
+from tarflow.train.stream import Stream, noisy, shift
 
 CPU = torch.device("cpu")
 
@@ -65,43 +68,33 @@ def test_flat_folder_is_unconditional_and_can_hold_out(tmp_path: Path) -> None:
     assert len(data.train) == 4
 
 
-def test_folder_crops_the_middle(tmp_path: Path) -> None:
-    pixels = np.zeros((4, 8, 3), np.uint8)
-    pixels[:, 2:6] = 255
-    Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert folder(tmp_path, 4).train.images.min() == 255
+def test_a_folder_is_refused_where_it_would_make_a_wrong_training_set(tmp_path: Path) -> None:
+    picture(tmp_path / "0.png")
+    for wrong, message in (
+        ({"size": 0}, "`image_size` is 0"),
+        ({"channels": 2}, "`channels` is 2"),
+        ({"hold_out": 1}, "`hold_out` is 1"),
+        ({"hold_out": -1}, "`hold_out` is -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            folder(tmp_path, **{"size": 8} | wrong)
 
 
-def test_folder_errors_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder at"):
-        folder(tmp_path / "nowhere", 8)
-    with pytest.raises(DataError, match=r"no images in .* expected files ending in .png"):
-        folder(tmp_path, 8)
-    picture(tmp_path / "cats" / "0.png")
-    (tmp_path / "dogs").mkdir()
-    with pytest.raises(DataError, match=r"no images in .*dogs"):
-        folder(tmp_path, 8)
-    picture(tmp_path / "dogs" / "0.png")
-    (tmp_path / "dogs" / "1.png").write_bytes((tmp_path / "dogs" / "0.png").read_bytes()[:50])
-    with pytest.raises(DataError, match=r"dogs/1.png' cannot be read") as caught:
-        folder(tmp_path, 8)
-    assert caught.value.exit_code == 2
-    picture(tmp_path / "stray.png")
-    with pytest.raises(DataError, match=r"stray.png'; expected either"):
-        folder(tmp_path, 8)
-    with pytest.raises(DataError, match="1 or 3 channels"):
-        folder(tmp_path, 8, channels=2)
-
-
-def test_deep_pixels_are_refused_not_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match="more than 8 bits"):
-        folder(tmp_path, 8)
+def test_alpha_is_dropped_and_pictures_are_turned_upright(tmp_path: Path) -> None:
+    """As ever: the fingerprint of a training set, by which a run is resumed, stays what it was."""
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270).convert("RGB")
+    expected = np.asarray(ImageOps.fit(upright, (8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    data = folder(tmp_path, 8)
+    assert np.array_equal(data.train.images[0], expected)
+    assert data.fingerprint() == f"{tmp_path.name}: 1 images, crc32 {zlib.crc32(expected.tobytes()):08x}"
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'tarflow\[train\]'") as caught:
+    with pytest.raises(MachineError, match=r"pip install 'tarflow\[train\]'") as caught:
         digits()
     assert caught.value.exit_code == 3
 
@@ -135,16 +128,16 @@ def test_gaussian_noise_has_the_given_deviation() -> None:
 
 def test_stream_shows_every_image_once_an_epoch_in_a_new_order() -> None:
     stream = Stream(a_split(), 0.1, seed=3)
-    first, second = stream.rows(0, 10), stream.rows(10, 10)
+    first, second = stream.order(0, 10), stream.order(10, 10)
     assert sorted(first) == sorted(second) == list(range(10))
     assert first.tolist() != second.tolist()
-    assert stream.rows(7, 6).tolist() == [*first[7:], *second[:3]]
+    assert stream.order(7, 6).tolist() == [*first[7:], *second[:3]]
 
 
 @given(start=st.integers(0, 10**6), count=st.integers(1, 40), size=st.integers(1, 12), seed=st.integers(0, 9))
 def test_any_piece_of_the_stream_is_its_single_places(start: int, count: int, size: int, seed: int) -> None:
     stream = Stream(a_split(size), None, seed)
-    assert stream.rows(start, count).tolist() == [stream.rows(start + i, 1)[0] for i in range(count)]
+    assert stream.order(start, count).tolist() == [stream.order(start + i, 1)[0] for i in range(count)]
 
 
 def test_stream_is_the_same_however_it_is_cut() -> None:
@@ -194,14 +187,3 @@ def test_jitter_moves_no_further_than_asked() -> None:
     column = ((images + 1) * 127.5)[:, 0, 3:5, 2].mean(1)
     assert 135 < column.min() < 170  # a quarter to the right of 200
     assert column.max() > 195
-
-
-def test_grid_puts_images_row_after_row(tmp_path: Path) -> None:
-    images = torch.tensor([-2.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
-    write_grid(images, tmp_path / "grid.png", columns=2)
-    with Image.open(tmp_path / "grid.png") as sheet:
-        assert sheet.size == (68, 68)  # 2 columns of 16 pixels, doubled, with a margin around each
-        pixels = np.asarray(sheet)
-    assert pixels[1::34, 1::34, 0].tolist() == [[0, 128], [255, 64]]
-    assert pixels[32::34, 32::34, 0].tolist() == [[0, 128], [255, 64]]
-    assert (pixels[::34] == 64).all()

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tarflow.cli.messages import spell
 from tarflow.runtime.backend import Array, Backend, Branches
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.calibrate import calibrate
+from tarflow.runtime.calibrate import _Outcome, _Work, calibrate
 from tarflow.runtime.decode import Parallel, solve
 from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.runtime.ort.backend import OrtBackend, OrtDecoding
+from tarflow.runtime.ort.backend import OrtBackend
+from tarflow.runtime.ort.stepwise import StepwiseDecoding
 from tarflow.runtime.plan import Plan, Row, find_plan
 
 from .conftest import DEMO, Cli, largest
@@ -100,14 +102,14 @@ def test_images_that_are_done_leave_the_batch(flow: Flow, monkeypatch: pytest.Mo
     branches = Guidance(1.0).branches(flow.config.tokens, LABELS[:4])
     expected, _ = whole(Parallel(15, 1e-5, 15, steady=True), flow, z, branches)
     computed: list[int] = []
-    run = flow.backend.run  # type: ignore[attr-defined]
+    run = flow.backend.sessions.run  # type: ignore[attr-defined]
 
-    def counted(session: object, block: int, kind: str, feeds: dict[str, Array]) -> list[Array]:
+    def counted(block: int, kind: str, feeds: dict[str, Array]) -> list[Array]:
         computed.append(len(feeds["x"]) // 15)
-        found: list[Array] = run(session, block, kind, feeds)
+        found: list[Array] = run(block, kind, feeds)
         return found
 
-    monkeypatch.setattr(flow.backend, "run", counted)
+    monkeypatch.setattr(flow.backend.sessions, "run", counted)  # type: ignore[attr-defined]
     found, _ = whole(Parallel(15, 1e-5, 15), flow, z, branches)
     assert computed
     assert max(computed) <= 2
@@ -149,10 +151,10 @@ def test_sampling_says_how_it_decoded(flow: Flow) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"decode": "quick"}, "decoding mode 'quick' is unknown; expected one of serial, exact, fast"),
-        ({"tolerance": -1.0}, "tolerance is -1.0"),
-        ({"tolerance": float("nan")}, "tolerance is nan"),
-        ({"decode": "serial", "tolerance": 1e-3}, "serial decoding has no tolerance"),
+        ({"decode": "quick"}, "`decode` is 'quick'; expected one of serial, exact, fast"),
+        ({"tolerance": -1.0}, "`tolerance` is -1.0"),
+        ({"tolerance": float("nan")}, "`tolerance` is nan"),
+        ({"decode": "serial", "tolerance": 1e-3}, "`decode` serial has no `tolerance`"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], words: str) -> None:
@@ -239,14 +241,14 @@ def test_lanes_end_together_when_one_is_stopped_or_fails(copy: Path, monkeypatch
     with pytest.raises(Stop):
         lanes.solve(0, z, branches, stop)
     assert lanes.solve(0, z, branches).shape == z.shape, "it goes on"
-    steps = OrtDecoding.step
+    steps = StepwiseDecoding.step
     monkeypatch.setattr(
-        OrtDecoding, "step", lambda self, position, window=1: steps(self, position + 99 * (position == 5), window)
+        StepwiseDecoding, "step", lambda self, position, window=1: steps(self, position + 99 * (position == 5), window)
     )
     with pytest.raises(IndexError):
         lanes.solve(0, z, branches)
     assert Flow.open(copy, threads=1).lanes is None
-    assert Flow.open(copy, low_memory=True).lanes is None
+    assert Flow.open(copy, memory="least").lanes is None
     assert Flow.open(copy, memory=1 << 40).lanes is None, "which it would exceed unseen"
 
 
@@ -274,21 +276,45 @@ def test_a_damaged_plan_is_refused_with_the_cure(copy: Path, damage: str) -> Non
     elif damage == "nan":
         document["modes"]["exact"][0]["seconds"][0] = float("nan")
     path.write_text(json.dumps(document) if damage in ("rows", "windows", "nan") else damage)
-    with pytest.raises(BundleError, match=r"no plan this version reads .*tarflow calibrate"):
+    with pytest.raises(BundleError, match=r"measure again what is fastest here") as refusal:
         Flow.open(copy)
+    assert spell(refusal.value).endswith(f"tarflow calibrate {copy}")
 
 
-def test_calibration_measures_and_chooses(copy: Path) -> None:
-    flow = Flow.open(copy)
-    plan = calibrate(flow, batches=(4, 1), samples=5)
+@pytest.mark.parametrize(
+    ("pace", "lanes", "chosen"),
+    [
+        ({4: 0.5, 8: 0.4, 15: 0.6}, None, (8, 1)),  # seconds of a window, where serial decoding takes one
+        ({4: 0.96, 8: 1.2, 15: 2.0}, None, (1, 1)),  # a gain below 5 % is noise
+        ({4: 0.5, 8: 0.4, 15: 0.6}, 0.3, (1, 3)),
+        ({4: 0.5, 8: 0.4, 15: 0.6}, 0.39, (8, 1)),
+    ],
+)
+def test_calibration_chooses_by_the_times_it_is_given(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, pace: dict[int, float], lanes: float | None, chosen: tuple[int, int]
+) -> None:
+    solved = _Work.time
+
+    def timed(work: _Work, number: int, how: Parallel | None) -> tuple[float, int, Array]:
+        _, passes, x = solved(work, number, how)
+        return 1.0 if how is None else pace[how.window], passes, x
+
+    monkeypatch.setattr(_Work, "time", timed)
+    monkeypatch.setattr(_Work, "_pass_seconds", lambda work, window: 0.01)
+    monkeypatch.setattr(_Work, "lanes", lambda work: lanes and _Outcome(1, 15, lanes, 1.0, 0.0))
+    flow = Flow.open(copy, threads=3)
+    plan = calibrate(flow, batches=(4,), samples=5)
     for mode in ("exact", "fast"):
-        assert [(row.rows, row.branches) for row in plan.modes[mode]] == [(1, 1), (2, 2), (4, 1)]
-        for row in plan.modes[mode]:
-            chosen = zip(row.windows, row.passes, row.seconds, row.serial_seconds, row.errors, strict=True)
-            for window, passes, seconds, serial, error in chosen:
-                assert seconds <= (0.95 * serial if window > 1 else serial) or row.lanes > 1
-                assert passes == 15 if window == 1 else passes < 15
-                assert error <= (1e-4 if mode == "exact" else 0.01)
+        (row,) = plan.modes[mode]
+        assert (row.rows, row.branches, row.lanes) == (4, 1, chosen[1])
+        assert row.windows == (chosen[0],) * 4
+        assert max(row.errors) <= (1e-4 if mode == "exact" else 0.01)
+
+
+def test_a_measured_plan_is_kept_and_found_again(copy: Path) -> None:
+    flow = Flow.open(copy)
+    plan = calibrate(flow, batches=(2, 1), samples=2)
+    assert [(row.rows, row.branches) for row in plan.modes["fast"]] == [(1, 1), (2, 2), (2, 1)]
     plan.write(flow.bundle)
     assert find_plan(flow.bundle, flow.backend.machine) == plan
     with pytest.raises(InputError, match="1 or more"):
@@ -305,6 +331,6 @@ def test_the_command_keeps_a_plan(copy: Path, cli: Cli) -> None:
     assert done.returncode == 0, done.stderr
     assert "calibrated" in json.loads(done.stdout)["decoding"]
     done = cli("generate", copy, "--decode", "slow", "--save", copy.parent / "x.npy")
-    assert (done.returncode, "'slow' is unknown" in done.stderr) == (2, True)
+    assert (done.returncode, "--decode is 'slow'" in done.stderr) == (2, True)
     done = cli("calibrate", copy, "--batch", "0")
-    assert (done.returncode, "--batch '0'" in done.stderr) == (2, True)
+    assert (done.returncode, "--batch is '0'" in done.stderr) == (2, True)

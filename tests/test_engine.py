@@ -10,10 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,38 +27,35 @@ from onnx import TensorProto, helper
 
 from tarflow.config import Config
 from tarflow.export.emulate import runnable
-from tarflow.export.engines import build as engine_module
-from tarflow.export.engines import layers as attest
-from tarflow.export.engines.build import (
-    Options,
-    Parsed,
-    Progress,
-    build,
-    builder_config,
-    new_record,
-    profile_sizes,
-    profiles,
-)
+from tarflow.export.engines import parity
+from tarflow.export.engines.blueprint import GRAPHS, Blueprint
+from tarflow.export.engines.build import build
+from tarflow.export.engines.layers import Attestation, layer_products, read_network
+from tarflow.export.engines.network import Parsed, builder_config, keep_timing, polygraphy
+from tarflow.export.engines.options import Options
+from tarflow.export.engines.parity import engine_parity, keep_parity, verify_engines
+from tarflow.export.engines.progress import Headway
+from tarflow.export.engines.target import target_of
 from tarflow.export.graphs import BlockGraph
-from tarflow.export.precision import PRECISIONS, typed
-from tarflow.export.trace import pingpong, place, trace
+from tarflow.export.precision import torch_type, typed
+from tarflow.export.trace import place, shape_of, trace
 from tarflow.export.weights import rename, write_weights
 from tarflow.model import TarFlow
-from tarflow.quality import parity as verify
-from tarflow.quality.parity import engine_parity, keep_parity
-from tarflow.runtime.backend import open_backend
-from tarflow.runtime.bundle import Bundle, ModelShape
+from tarflow.runtime.bundle import RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest, ModelShape
 from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from tarflow.runtime.files import sha256
-from tarflow.runtime.memory import Budget
+from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.backend import OrtBackend
+from tarflow.runtime.precision import PRECISIONS
 from tarflow.runtime.tensorrt import cuda as cuda_module
-from tarflow.runtime.tensorrt.backend import make_logger, open_tensorrt, refit
+from tarflow.runtime.tensorrt.backend import open_tensorrt
 from tarflow.runtime.tensorrt.cuda import Cuda
-from tarflow.runtime.tensorrt.record import Record, Target, read_record
+from tarflow.runtime.tensorrt.record import Record, Target
+from tarflow.runtime.tensorrt.record_reader import read_record
 
 from .conftest import GOLDEN, Cli
 from .device_double import DoubleCuda, DoubleTensorRT, build_double
+from .interrupting import interrupted
 
 LARGE = {"2-768-8-8": (2, 768), "4-1024-8-8": (4, 1024)}  # ImageNet64: 1024 patches of 12 numbers, 256 of 48
 QUICK = Options(batch=(1, 2, 4), device=("8.9",))
@@ -79,10 +75,10 @@ def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Make a bundle whose files were changed consistent again."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
     for name, entry in manifest["files"].items():
         entry.update(sha256=sha256(folder / name), size=(folder / name).stat().st_size)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 # --- what builds ------------------------------------------------------------------------------------------------
@@ -101,10 +97,6 @@ def test_every_graph_of_the_demo_builds_in_every_precision(copy: Callable[..., P
         assert (folder / name).stat().st_size == engine.size
         assert engine.parity is None  # nothing has run
     assert read_record(folder) == record
-    sizes = profile_sizes(opened.manifest.config, record, "step")
-    for entry in opened.manifest.blocks[:2]:  # one of each direction, in the formulation for old parsers
-        parsed = Parsed(tensorrt_rtx, opened.path(entry.graphs["pingpong"]))
-        assert parsed.builder.build_serialized_network(parsed.network, builder_config(parsed, record, QUICK, sizes))
 
 
 def in_bfloat16(model: ir.Model) -> ir.Model:
@@ -152,25 +144,21 @@ def test_every_graph_of_a_large_block_builds(tmp_path: Path, name: str, precisio
     model = TarFlow(Config(64, 3, patch, width, blocks=1, layers=8, classes=1000, noise_std=0.05))
     first = PRECISIONS[precisions[0]]
     block = typed(model.blocks[0], first)
-    graphs = {kind: trace(kind, block, first.dtype) for kind in ("resident", "forward", "gradient")}
-    graphs["pingpong"] = pingpong(graphs["resident"])
-    shape = SimpleNamespace(manifest=SimpleNamespace(config=ModelShape(**asdict(model.config))))
+    graphs = {kind: trace(kind, block, torch_type(first)) for kind in GRAPHS.values()}
     options = replace(QUICK, window=(1, 16, 64), batch=(1, 8, 32))
+    manifest = SimpleNamespace(config=shape_of(model.config))
     record: Any = SimpleNamespace(
-        package="tensorrt_rtx", target=Target(None, ("8.9",)), profiles=profiles(cast(Bundle, shape), options)
+        package="tensorrt_rtx", target=Target(None, ("8.9",)), profiles=options.profiles(manifest.config)
     )
+    blueprint = Blueprint(cast(Bundle, SimpleNamespace(manifest=manifest)), options, tensorrt_rtx, record)
     for precision in precisions:
         stored = write_weights(model, PRECISIONS[precision], tmp_path / "weights.safetensors")
         for kind, graph in graphs.items():
-            if kind == "pingpong" and precision != "fp16":  # for older parsers than this one: once is enough
-                continue
             path = tmp_path / f"{kind}.onnx"
             place(in_bfloat16(graph) if precision == "bf16" else graph, 0, stored, rename(BlockGraph(block), 0), path)
             parsed = Parsed(tensorrt_rtx, path)
-            assert attest.read_network(tensorrt_rtx, parsed.network).mismatch(precision) is None
-            engine_kind = kind if kind in ("forward", "gradient") else "step"
-            config = builder_config(parsed, record, options, profile_sizes(shape.manifest.config, record, engine_kind))
-            plan = parsed.builder.build_serialized_network(parsed.network, config)
+            assert read_network(tensorrt_rtx, parsed.network).mismatch(precision) is None
+            plan = parsed.built(builder_config(parsed, blueprint, kind))
             assert plan is not None, parsed.log.take()
             parameters = sum(p.numel() for p in model.parameters())
             assert memoryview(plan).nbytes > 0.9 * parameters * (4 if precision == "fp32" else 2)  # weights are in it
@@ -181,17 +169,17 @@ def test_every_graph_of_a_large_block_builds(tmp_path: Path, name: str, precisio
 
 def test_finished_engines_are_kept_and_only_what_changed_is_built(copy: Callable[..., Path]) -> None:
     opened = Bundle.open(copy())
-    seen: list[Progress] = []
+    seen: list[Headway] = []
     folder, first = build(opened, options=QUICK, watch=seen.append)
-    built = {progress.name for progress in seen}
+    built = {headway.name for headway in seen}
     assert len(built) == 12
-    assert max(progress.fraction for progress in seen) == 1.0
-    assert any(progress.left for progress in seen)
+    assert max(headway.fraction for headway in seen) == 1.0
+    assert any(headway.left for headway in seen)
 
     def built_again(options: Options = QUICK) -> set[str]:
         seen.clear()
         build(opened, options=options, watch=seen.append)
-        return {progress.name for progress in seen if not progress.kept}
+        return {headway.name for headway in seen if not headway.kept}
 
     assert built_again() == set()
     (folder / "block_01.step.engine").write_bytes(b"damaged")
@@ -199,9 +187,9 @@ def test_finished_engines_are_kept_and_only_what_changed_is_built(copy: Callable
     assert built_again() == {"block_01.step.engine", "block_02.forward.engine"}
     windows = replace(QUICK, window=(1, 2, 4))
     assert built_again(windows) == {f"block_0{k}.step.engine" for k in range(4)}  # the others' profiles are the same
-    graph = opened.manifest.blocks[0].graphs["forward"]
-    keys = {engine_module._key(opened, first, graph, options) for options in (QUICK, replace(QUICK, level=1))}
-    assert len(keys) == 2, "another level is another engine"
+    for options in (replace(QUICK, level=1), replace(QUICK, batch=(1, 2, 5))):  # another engine, by its key
+        wanted = Blueprint.of(opened, options).engines()
+        assert all(wanted[name].key != engine.key for name, engine in first.engines.items())
     (folder / "engines.json").write_bytes(b"{")
     assert built_again() == built
     assert {e.key for e in first.engines.values()} == {e.key for e in read_record(folder).engines.values()}
@@ -209,11 +197,29 @@ def test_finished_engines_are_kept_and_only_what_changed_is_built(copy: Callable
     assert len(list((opened.folder / "engines").iterdir())) == 2  # each target has a folder of its own
 
 
+def test_the_keys_of_engines_are_what_they_were() -> None:
+    """An engine that an earlier version built, from the same files for the same target, is kept."""
+    shape = ModelShape(8, 1, 2, 128, blocks=1, layers=3, classes=10, nvp=True, noise_std=0.15, head_dim=64)
+    graphs = {kind: f"block_00.{kind}.onnx" for kind in ("step", "forward", "gradient", RESIDENT)}
+    names = (*graphs.values(), WEIGHTS)
+    files = {name: FileEntry(64 * letter, 1) for name, letter in zip(names, "abcde", strict=True)}
+    manifest = Manifest("toy", "fp32", shape, (BlockEntry(False, graphs),), files, opset=20, exporter={})
+    options = Options(batch=(1, 8, 32), window=(1, 4, 8), level=3)
+    where, sizes = Target("NVIDIA H100", ("9.0",)), options.profiles(shape)
+    record = Record("f" * 64, "fp32", "tensorrt", "11.4.0.106", where, sizes, level=3)
+    wanted = Blueprint(Bundle(Path(), manifest, record.bundle), options, None, record).engines()
+    assert [engine.key[:16] for engine in wanted.values()] == [
+        "5a2afc0bf816c173",
+        "918251f1584e1498",
+        "4ef60e32f69ddc4f",
+    ]
+
+
 def test_an_interrupted_build_leaves_whole_engines_and_goes_on(copy: Callable[..., Path]) -> None:
     opened = Bundle.open(copy())
 
-    def interrupt(progress: Progress) -> None:
-        if progress.name == "block_01.forward.engine":
+    def interrupt(headway: Headway) -> None:
+        if headway.name == "block_01.forward.engine":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -226,52 +232,40 @@ def test_an_interrupted_build_leaves_whole_engines_and_goes_on(copy: Callable[..
         "block_01.step.engine",
         "engines.json",
     ]
-    seen: list[Progress] = []
+    seen: list[Headway] = []
     _, record = build(opened, options=QUICK, watch=seen.append)
-    assert len({progress.name for progress in seen if not progress.kept}) == 8
+    assert len({headway.name for headway in seen if not headway.kept}) == 8
     assert len(record.engines) == 12
 
 
-def test_ctrl_c_ends_a_build_at_once_with_130(copy: Callable[..., Path]) -> None:
+def test_ctrl_c_ends_a_build_at_once_with_130(copy: Callable[..., Path], tmp_path: Path) -> None:
     folder = copy("demo")
-    command = [sys.executable, "-m", "tarflow.cli.main", "build", str(folder), "--device", "8.9"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "engine 2 of 12" in line:
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert time.monotonic() - started < 10
-    assert "interrupted; nothing half-written was left" in errors
-    assert "Traceback" not in errors
+    done = interrupted(["build", folder, "--device", "8.9"], tmp_path, "engine 2 of 12", signal.SIGINT)
+    assert done.returncode == 130
+    assert "interrupted; nothing half-written was left" in done.stderr
     (place,) = (folder / "engines").iterdir()
-    assert {path.name for path in place.iterdir()} == {*read_record(place).engines, "engines.json"}
+    made = read_record(place).engines
+    assert 1 <= len(made) < 12
+    assert all(sha256(place / name) == engine.sha256 for name, engine in made.items())
 
 
 def test_a_timing_cache_is_kept_and_is_no_part_of_what_an_engine_is(copy: Callable[..., Path], tmp_path: Path) -> None:
     opened = Bundle.open(copy("uncond"))
-    options = replace(QUICK, timing_cache=tmp_path / "timings")
-    record = new_record(opened, tensorrt_rtx, "tensorrt_rtx", options)
-    graph = opened.manifest.blocks[0].graphs["forward"]
+    blueprint = Blueprint.of(opened, replace(QUICK, timing_cache=tmp_path / "timings"))
     for _ in range(2):  # written, then read and written again
-        parsed = Parsed(tensorrt_rtx, opened.path(graph))
-        sizes = profile_sizes(opened.manifest.config, record, "forward")
-        config = builder_config(parsed, record, options, sizes)
-        assert parsed.builder.build_serialized_network(parsed.network, config)
-        engine_module._keep_timing(config, tmp_path / "timings")
+        parsed = Parsed(tensorrt_rtx, opened.path("block_00.forward.onnx"))
+        config = builder_config(parsed, blueprint, "forward")
+        assert parsed.built(config)
+        keep_timing(config, tmp_path / "timings")
         assert (tmp_path / "timings").stat().st_size > 0
-    keys = [engine_module._key(opened, record, graph, one) for one in (options, QUICK)]
-    assert keys[0] == keys[1]
+    assert blueprint.engines() == Blueprint.of(opened, QUICK).engines()
 
 
 def test_building_needs_neither_pytorch_nor_its_exporter(copy: Callable[..., Path]) -> None:
     code = (
         "import sys\nfor name in ('torch', 'onnx', 'onnxscript', 'onnx_ir', 'sklearn'): sys.modules[name] = None\n"
-        "from tarflow.export.engines.build import Options, build\nfrom tarflow.runtime.bundle import Bundle\n"
+        "from tarflow.export.engines.build import build\nfrom tarflow.export.engines.options import Options\n"
+        "from tarflow.export.engines import parity\nfrom tarflow.runtime.bundle import Bundle\n"
         f"print(len(build(Bundle.open({str(copy('uncond'))!r}), options=Options(device=('8.9',)))[1].engines))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
@@ -317,15 +311,6 @@ def test_a_single_product_in_the_wrong_precision_is_caught(copy: Callable[..., P
     assert (place_ / "block_01.forward.engine").exists()  # what was right stays
 
 
-def test_another_precision_than_the_bundles_is_refused_before_building(copy: Callable[..., Path], cli: Cli) -> None:
-    folder = copy("cond", "fp32")
-    done = cli("build", folder, "--engine", "fp16")
-    assert done.returncode == 1
-    assert "asked for fp16 engines, but the graphs" in done.stderr
-    assert "tarflow export CHECKPOINT --engine fp16" in done.stderr
-    assert not (folder / "engines").exists()
-
-
 def layer(name: str, *types: str, **more: str) -> dict[str, Any]:
     """A layer as the inspector writes it."""
     tensors = [{"Name": f"t{i}", "Dimensions": [1], "Format/Datatype": text} for i, text in enumerate(types)]
@@ -344,9 +329,9 @@ def layer(name: str, *types: str, **more: str) -> dict[str, Any]:
     ],
 )
 def test_the_inspectors_layers_are_read(layers: list[Any], found: dict[str, int]) -> None:
-    assert attest.layer_products({"Layers": layers, "I/O Tensors": []}) == found
-    finding = attest.Finding(found, frozenset(), "engine")
-    assert (finding.mismatch("fp16") is None) == (found == {"fp16": 1})
+    assert layer_products({"Layers": layers, "I/O Tensors": []}) == found
+    attestation = Attestation(found, frozenset(), "engine")
+    assert (attestation.mismatch("fp16") is None) == (found == {"fp16": 1})
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -355,21 +340,23 @@ def test_the_inspectors_layers_are_read(layers: list[Any], found: dict[str, int]
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--batch", "8,4,1"], 2, "batch is 8,4,1; expected 1 <= MIN <= OPT <= MAX, as in 1,8,32"),
-        (["--batch", "0"], 2, "expected 1 <= MIN <= OPT <= MAX"),
+        (["--batch", "8,4,1"], 2, "--batch is 8,4,1; expected 1 <= least <= best <= most, as in 1,8,32"),
+        (["--batch", "0"], 2, "expected 1 <= least <= best <= most"),
         (["--batch", "many"], 2, "--batch 'many' is not understood; expected MIN,OPT,MAX"),
         (["--window", "1,x,3"], 2, "--window '1,x,3' is not understood"),
-        (["--level", "9"], 2, "level is 9; expected 0 (fastest build) to 5 (fastest engine)"),
+        (["--level", "9"], 2, "--level is 9; expected 0 (fastest build) to 5 (fastest engine)"),
         (["--device", "H100"], 2, "--device 'H100' is not understood; expected compute capabilities, as in 8.6,8.9"),
-        (["--device", "9.0"], 2, "builds no engines for compute capability 9.0; it knows 7.5, 8.0, 8.6"),
-        (["--version-compatible", "--strip-weights"], 2, "lean runtime, which cannot fill in weights"),
+        (["--device", "9.0"], 2, "builds no engines for compute capability 9.0, but for 7.5, 8.0, 8.6"),
         (["--batch", "1,2,1000000000000"], 2, "where TensorRT counts to 2147483647: expected"),
         (["--batch", "1,8,4000000000"], 2, "for 4000000000 guided images the cache takes"),
-        (["--window", "1,8,64"], 2, "window is 1,8,64; this model has 16 patches"),
-        (["--engine", "int3"], 2, "engine 'int3' is unknown; expected one of fp32, fp16, bf16"),
+        (["--window", "1,8,64"], 2, "--window is 1,8,64; this model has 16 patches"),
+        (["--engine", "int3"], 2, "--engine is 'int3'; expected one of fp32, fp16, bf16"),
+        (
+            ["--engine", "fp16"],
+            1,
+            "nothing was built. Export the checkpoint in that precision: tarflow export CHECKPOINT",
+        ),
         (["--device", "7.5"], 4, "does not build with tensorrt_rtx"),
-        (["--strip-weights", "--device", "8.9"], 4, "does not build with tensorrt_rtx"),
-        (["--version-compatible", "--device", "8.9"], 2, "TensorRT-RTX has no version-compatible engines"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_sentence(
@@ -403,14 +390,13 @@ def test_doctor_says_why_each_provider_was_not_tried(cli: Cli) -> None:
     done = cli("doctor", "--json")
     assert done.returncode == 0, done.stderr
     tests = json.loads(done.stdout)["self_test"]
-    assert set(tests) == {"cpu", "cpu, graphs for devices", "cuda", "ort-tensorrt", "tensorrt"}
+    assert set(tests) == {"cpu", "cpu, graphs for devices", "cuda", "tensorrt"}
     assert tests["cpu"]["ok"] is True
     assert tests["tensorrt"] == {
         "ok": None,
         "error": None,
         "message": "no NVIDIA GPU can be used here (cudaErrorInsufficientDriver): engines need one, with its driver",
     }
-    assert tests["ort-tensorrt"]["message"] == "this ONNX Runtime has no TensorrtExecutionProvider"
 
 
 def test_without_tensorrt_build_says_what_to_install(
@@ -423,20 +409,17 @@ def test_without_tensorrt_build_says_what_to_install(
         build(opened)
 
 
-def test_full_tensorrt_builds_only_for_the_gpu_at_hand(
-    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_tensorrt_builds_only_for_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The part of the road that only a GPU machine takes, up to the builder."""
-    opened, cuda = Bundle.open(copy("uncond")), DoubleCuda()
+    cuda = DoubleCuda()
     monkeypatch.setattr(cuda_module, "_load", lambda: cuda)
-    record = new_record(opened, tensorrt_rtx, "tensorrt", Options())
-    assert (record.target.gpu, record.target.capabilities) == ("NVIDIA Double", ("9.0",))
-    assert new_record(opened, tensorrt_rtx, "tensorrt", Options(device=("9.0",))).target.gpu is None
-    with pytest.raises(InputError, match=r"GPU at hand, which is NVIDIA Double \(9.0\), not for 8.6"):
-        new_record(opened, tensorrt_rtx, "tensorrt", Options(device=("8.6",)))
+    assert target_of(tensorrt_rtx, "tensorrt", None) == Target("NVIDIA Double", ("9.0",))
+    assert target_of(tensorrt_rtx, "tensorrt", ("9.0",)) == Target(None, ("9.0",))
+    with pytest.raises(InputError, match=r"`device` is 8.6; .* GPU at hand, which is NVIDIA Double \(9.0\)"):
+        target_of(tensorrt_rtx, "tensorrt", ("8.6",))
     cuda.devices = -1
     with pytest.raises(MachineError, match="no NVIDIA GPU can be used here"):
-        new_record(opened, tensorrt_rtx, "tensorrt", Options())
+        target_of(tensorrt_rtx, "tensorrt", None)
 
 
 def test_a_build_leaves_nothing_behind_in_polygraphy(copy: Callable[..., Path]) -> None:
@@ -446,12 +429,11 @@ def test_a_build_leaves_nothing_behind_in_polygraphy(copy: Callable[..., Path]) 
     configuring: Any = importlib.import_module("polygraphy.backend.trt.config")
     before = dict(os.environ), settings.USE_TENSORRT_RTX, configuring.trt
     opened = Bundle.open(copy("uncond"))
-    record = new_record(opened, tensorrt_rtx, "tensorrt_rtx", QUICK)
     parsed = Parsed(tensorrt_rtx, opened.path("block_00.forward.onnx"))
-    builder_config(parsed, record, QUICK, profile_sizes(opened.manifest.config, record, "forward"))
+    builder_config(parsed, Blueprint.of(opened, QUICK), "forward")
     assert (dict(os.environ), settings.USE_TENSORRT_RTX, configuring.trt) == before
     other = SimpleNamespace(__name__="the other TensorRT")
-    with engine_module._polygraphy(other, "tensorrt")[2]():
+    with polygraphy(other, "tensorrt")[2]():
         assert configuring.trt is other
         assert not settings.USE_TENSORRT_RTX
 
@@ -477,12 +459,12 @@ def test_what_export_says_is_missing_is_not_cut_at_a_dot(
     def broken(name: str, package: str | None = None) -> Any:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr("tarflow.runtime.tensorrt.backend.importlib.import_module", broken)
+    monkeypatch.setattr("tarflow.runtime.tensorrt.library.importlib.import_module", broken)
     folder, why, unverified = _engines(Bundle.open(copy("uncond")), quiet=True)
     assert (folder, unverified) == (None, None)
     assert why is not None
     assert "libnvinfer.so.11: cannot open shared object file" in why
-    assert "Install it" not in why
+    assert "pip install" not in why
 
 
 def test_a_bundle_from_before_there_were_graphs_for_devices_is_asked_to_be_exported_again(
@@ -491,15 +473,15 @@ def test_a_bundle_from_before_there_were_graphs_for_devices_is_asked_to_be_expor
     folder = copy("uncond")
     manifest = json.loads((folder / "manifest.json").read_text())
     for block in manifest["blocks"]:
-        for kind in ("resident", "pingpong"):
-            name = block["graphs"].pop(kind)
-            del manifest["files"][name]
-            (folder / name).unlink()
+        name = block["graphs"].pop(RESIDENT)
+        del manifest["files"][name]
+        (folder / name).unlink()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert cli("generate", folder, "--n", "1", "-o", folder.parent / "x.png").returncode == 0
     done = cli("build", folder)
     assert done.returncode == 4
-    assert f"tarflow export '{folder}' -o NEW --engine fp32" in done.stderr
+    assert (
+        f"export it again, its weights are a checkpoint: tarflow export {folder} -o BUNDLE --engine fp32" in done.stderr
+    )
 
 
 # --- check-engine -----------------------------------------------------------------------------------------------
@@ -518,9 +500,7 @@ def test_check_engine_names_the_node_that_is_refused(copy: Callable[..., Path], 
         assert all(node["supported"] for node in graph["nodes"])
         assert graph["built"]
     kinds = Counter(graph["kind"] for graph in document["graphs"])
-    assert kinds == dict.fromkeys(
-        ("step", "resident", "pingpong", "forward", "gradient"), len(Bundle.open(folder).manifest.blocks)
-    )
+    assert kinds == dict.fromkeys(("step", "resident", "forward", "gradient"), len(Bundle.open(folder).manifest.blocks))
 
     path = folder / "block_00.forward.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -552,7 +532,7 @@ def double(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> tuple[
 def test_the_parity_of_every_engine_file_is_recorded(double: tuple[Path, Path, Record]) -> None:
     folder, place, record = double
     opened = Bundle.open(folder)
-    record = keep_parity(place, record, engine_parity(opened, open_tensorrt(opened), open_backend("cpu", opened)))
+    record = keep_parity(place, record, engine_parity(opened, open_tensorrt(opened), OrtBackend(opened)))
     assert read_record(place) == record
     for engine in record.engines.values():
         assert engine.parity is not None
@@ -560,27 +540,14 @@ def test_the_parity_of_every_engine_file_is_recorded(double: tuple[Path, Path, R
         assert engine.parity["rms"] < 1e-5
 
 
-def test_a_stripped_engine_is_read_back_with_its_weights_filled_in(
-    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuda = DoubleCuda()
-    trt, folder = DoubleTensorRT(cuda), copy("cond", "fp16")
-    place, _ = build_double(folder, strip_weights=True)
-    content = (place / "block_00.forward.engine").read_bytes()
-    loaded = engine_module._deserialised(trt, make_logger(trt), content, place)
-    assert attest.read_engine(trt, loaded).mismatch("fp16") is not None  # nothing is known of it
-    refit(trt, make_logger(trt), loaded, folder / "block_00.forward.onnx")
-    assert attest.read_engine(trt, loaded).mismatch("fp16") is None
-
-
 def test_bf16_engines_get_a_parity_too_by_emulation(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy("demo", "bf16")
     place, record = build_double(folder)
     opened = Bundle.open(folder)
     with runnable(opened) as here:  # what engines should compute; the device's double knows no bfloat16
-        backend = OrtBackend(here, budget=Budget(low_memory=True))
-        monkeypatch.setattr(verify, "open_tensorrt", lambda bundle, folder: backend)
-        record, unverified = verify.verify_engines(opened, place, record)
+        backend = OrtBackend(here, Opening(memory="least"))
+        monkeypatch.setattr(parity, "open_tensorrt", lambda bundle, folder: backend)
+        record, unverified = verify_engines(opened, place, record)
         assert unverified is None
         for engine in record.engines.values():
             assert engine.parity is not None
@@ -589,7 +556,24 @@ def test_bf16_engines_get_a_parity_too_by_emulation(copy: Callable[..., Path], m
         right = backend.forward
         monkeypatch.setattr(backend, "forward", lambda block, x, branches: right(0, x, branches))
         with pytest.raises(CheckFailed, match=r"block_01\.forward\.engine: rms error"):
-            verify.verify_engines(opened, place, record)
+            verify_engines(opened, place, record)
+
+
+def test_engines_of_a_kind_of_graph_that_is_no_more_are_refused(double: tuple[Path, Path, Record]) -> None:
+    """As those that were built for TensorRT before 10.15, in a bundle that still holds their graphs."""
+    folder, place, record = double
+    gone = "block_00.pingpong.onnx"
+    (folder / gone).write_bytes(b"any")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["blocks"][0]["graphs"]["pingpong"] = gone
+    reseal(folder, blocks=manifest["blocks"], files=manifest["files"] | {gone: {}})
+    opened, engines = Bundle.open(folder), dict(record.engines)
+    engines["block_00.step.engine"] = replace(engines["block_00.step.engine"], graph=gone)
+    replace(record, bundle=opened.hash, engines=engines).write(place)
+    with pytest.raises(BundleError, match=f"they were built from '{gone}', a kind of graph that is no more") as refused:
+        open_tensorrt(opened)
+    assert refused.value.remedy is not None
+    assert (refused.value.remedy.operation, refused.value.remedy.arguments["bundle"]) == ("build", folder)
 
 
 def test_an_engine_that_computes_something_else_is_not_kept(double: tuple[Path, Path, Record]) -> None:
@@ -600,9 +584,9 @@ def test_an_engine_that_computes_something_else_is_not_kept(double: tuple[Path, 
     record = replace(record, engines=engines)
     record.write(place)
     opened = Bundle.open(folder)
-    parity = engine_parity(opened, open_tensorrt(opened), open_backend("cpu", opened))
+    found = engine_parity(opened, open_tensorrt(opened), OrtBackend(opened))
     with pytest.raises(CheckFailed, match=r"not kept:\n  block_02\.step\.engine: rms error .* is above 0\.0001"):
-        keep_parity(place, record, parity)
+        keep_parity(place, record, found)
     assert not swapped.exists()
     assert swapped.name not in read_record(place).engines
     with pytest.raises(BundleError, match="the build was not finished"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +17,20 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
-from tarflow.checkpoint import load
+from tarflow.checkpoint import CheckpointError, load
 from tarflow.export import pipeline
-from tarflow.export.pipeline import export, plan, verify_bundle
-from tarflow.quality import parity as verify
+from tarflow.export.comparison import Comparison, verify_bundle
+from tarflow.export.estimate import estimate
+from tarflow.export.pipeline import export
+from tarflow.quality import parity
 from tarflow.runtime.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle
-from tarflow.runtime.errors import CheckFailed, InputError
+from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.precision import PRECISIONS, Tolerance
 
 from .conftest import Golden, largest
+from .interrupting import interrupted
 
-HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16, "fp32": onnx.TensorProto.FLOAT}
 WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
 
 
@@ -47,7 +52,7 @@ def test_precision_is_typed_into_the_graphs(bundle: Callable[..., Path], case: s
             for node, kind_of_input in typed_nodes(opened.path(name)):
                 if node.op_type in ("MatMul", "Gemm"):
                     products += 1
-                    assert kind_of_input == HALF[engine], f"{name}: {node.name} is not {engine}"
+                    assert kind_of_input == PRECISIONS[engine].onnx, f"{name}: {node.name} is not {engine}"
                 if node.op_type in WIDE_OPS:
                     assert kind_of_input == onnx.TensorProto.FLOAT, f"{name}: {node.name} is not float32"
             assert products > 4, f"{name} has {products} matrix products: {kind} lost its network"
@@ -114,7 +119,7 @@ def test_golden_pairs_are_pytorchs(bundle: Callable[..., Path]) -> None:
 def test_an_export_out_of_tolerance_leaves_no_bundle(
     golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(verify.TOLERANCES, "fp16", {"rms": 1e-9, "bits_per_dim": 1.0, "certificate": 1.0})
+    monkeypatch.setitem(PRECISIONS, "fp16", replace(PRECISIONS["fp16"], tolerance=Tolerance(1e-9, 1.0, 1.0)))
     with pytest.raises(CheckFailed, match="rms"):
         export(golden("uncond").checkpoint, tmp_path / "bundle", "fp16")
     assert list(tmp_path.iterdir()) == []
@@ -138,39 +143,32 @@ def test_a_failed_export_leaves_the_bundle_that_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_weights_beyond_float16_are_named(golden: Callable[[str], Golden], tmp_path: Path) -> None:
-    state = torch.load(golden("vp").checkpoint, weights_only=True)
-    state["blocks.1.proj_in.weight"][0, 0] = 1e6
-    torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    with pytest.raises(InputError, match=r"blocks\.1\.proj_in\.weight"):
-        export(tmp_path / golden("vp").checkpoint.name, tmp_path / "bundle", "fp16")
-
-
-def test_a_plan_tells_the_files_and_sizes_of_the_export(
+def test_an_estimate_tells_the_files_and_sizes_of_the_export(
     golden: Callable[[str], Golden], bundle: Callable[..., Path]
 ) -> None:
-    planned, opened = plan(golden("cond").checkpoint), Bundle.open(bundle("cond"))
+    guessed, opened = estimate(golden("cond").checkpoint), Bundle.open(bundle("cond"))
     made = {name: entry.size for name, entry in opened.manifest.files.items()}
     made[MANIFEST] = (opened.folder / MANIFEST).stat().st_size
-    assert planned.files.keys() == made.keys()
+    assert guessed.files.keys() == made.keys()
     for name, size in made.items():
-        assert 0.4 < planned.files[name] / size < 2.5, f"{name}: planned {planned.files[name]}, made {size}"
+        assert 0.4 < guessed.files[name] / size < 2.5, f"{name}: estimated {guessed.files[name]}, made {size}"
 
 
 def test_verify_compares_with_the_checkpoint_and_catches_another(
     bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path
 ) -> None:
-    card = verify_bundle(bundle("vp"), golden("vp").checkpoint)
-    assert verify.failures(card) == []
-    assert card["golden"]["rms"] < 1e-5
+    card = verify_bundle(Comparison(bundle("vp"), golden("vp").checkpoint))
+    assert card.failures() == []
+    assert card.golden is not None
+    assert card.golden.rms < 1e-5
     state = torch.load(golden("vp").checkpoint, weights_only=True)
     state["blocks.1.proj_out.bias"] += 0.01
     torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    wrong = verify.failures(verify_bundle(bundle("vp"), tmp_path / golden("vp").checkpoint.name))
+    wrong = verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
     assert any("block 1" in sentence for sentence in wrong)
     assert not any("block 0" in sentence for sentence in wrong)
     with pytest.raises(InputError, match="classes 5 against 3"):
-        verify_bundle(bundle("vp"), golden("cond").checkpoint)
+        verify_bundle(Comparison(bundle("vp"), golden("cond").checkpoint))
 
 
 def test_verify_catches_another_prior(
@@ -179,7 +177,7 @@ def test_verify_catches_another_prior(
     state = torch.load(golden("vp").checkpoint, weights_only=True)
     state["var"] *= 4
     torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    assert verify.failures(verify_bundle(bundle("vp"), tmp_path / golden("vp").checkpoint.name))
+    assert verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
 
 
 def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[..., Path], tmp_path: Path) -> None:
@@ -192,7 +190,7 @@ def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["block_01.step.onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    wrong = verify.failures(verify_bundle(folder))
+    wrong = verify_bundle(Comparison(folder)).failures()
     assert wrong
     assert all("guided" in sentence for sentence in wrong)
 
@@ -200,14 +198,115 @@ def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[
 def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
     bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_SERIAL_LIMIT", 0.0)
-    monkeypatch.setattr(verify, "_SERIAL_STEPS", 3)
-    monkeypatch.setattr(verify, "_SWEEP_WINDOW", 5)
-    card = verify_bundle(bundle("cond"), golden("cond").checkpoint)
-    assert "sweep" in card["method"]
-    assert verify.failures(card) == []
+    monkeypatch.setattr(parity, "_SERIAL_LIMIT", 0.0)
+    monkeypatch.setattr(parity, "_SERIAL_STEPS", 3)
+    monkeypatch.setattr(parity, "_SWEEP_WINDOW", 5)
+    card = verify_bundle(Comparison(bundle("cond"), golden("cond").checkpoint))
+    assert "sweep" in card.method
+    assert card.failures() == []
     state = torch.load(golden("cond").checkpoint, weights_only=True)
     state["blocks.2.attn_blocks.1.mlp.main.2.bias"] += 0.05
     torch.save(state, tmp_path / golden("cond").checkpoint.name)
-    wrong = verify.failures(verify_bundle(bundle("cond"), tmp_path / golden("cond").checkpoint.name))
+    wrong = verify_bundle(Comparison(bundle("cond"), tmp_path / golden("cond").checkpoint.name)).failures()
     assert any("block 2" in sentence for sentence in wrong)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, and what files hold."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where an export reads its checkpoint."""
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_: pytest.fail("began the export"))
+
+
+def test_an_unknown_precision_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`engine` is 'fp8'; expected one of fp32, fp16"):
+        export("nothing.pth", tmp_path / "bundle", "fp8")
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder of something", "file", "link", "foreign manifest.json", "folder with an own manifest"]
+)
+def test_what_is_no_bundle_is_never_replaced(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "precious"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "link":
+        (tmp_path / "real").mkdir()
+        path.symlink_to(tmp_path / "real")
+    else:
+        path.mkdir()
+        (path / "thesis.tex").write_text("mine")
+    if kind == "foreign manifest.json":  # as every browser extension and web application has
+        (path / MANIFEST).write_text(json.dumps({"name": "My extension", "manifest_version": 3}))
+    if kind == "folder with an own manifest":
+        (path / MANIFEST).write_text("not even JSON")
+    before = contents(tmp_path)
+    begins(monkeypatch)
+    with pytest.raises(InputError, match="`force` does not replace it; choose another name"):
+        export("nothing.pth", path, force=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_folder_in_use_is_never_replaced(place: str, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins(monkeypatch)
+    with pytest.raises(InputError, match="folder in use"):
+        export("nothing.pth", place, force=force)
+
+
+@pytest.mark.parametrize("place", ["file/bundle", "file/a/b", "/sys/bundle", "/proc/bundle", "x" * 300])
+def test_a_place_that_takes_no_folder_is_the_machines_fault(
+    place: str, golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MachineError, match="cannot be written"):
+        export(golden("uncond").checkpoint, tmp_path / place)
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("number", "engine", "error", "words"),
+    [
+        (float("nan"), "fp32", CheckpointError, "qkv.weight is not finite: the checkpoint is broken"),
+        (float("inf"), "fp16", CheckpointError, "qkv.weight is not finite: the checkpoint is broken"),
+        (1e6, "fp16", InputError, r"qkv.weight reaches 1e\+06, .* can hold; use `engine` bf16 or fp32"),
+    ],
+)
+def test_a_weight_that_cannot_be_stored_is_named(
+    number: float, engine: str, error: type[Exception], words: str, golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    state = torch.load(golden("vp").checkpoint, weights_only=True)
+    state["blocks.1.attn_blocks.0.attention.qkv.weight"][0, 0] = number
+    torch.save(state, tmp_path / golden("vp").checkpoint.name)
+    with pytest.raises(error, match=words):
+        export(tmp_path / golden("vp").checkpoint.name, tmp_path / "a" / "b" / "bundle", engine)
+    assert [path.name for path in tmp_path.iterdir()] == [golden("vp").checkpoint.name], "new folders were left"
+
+
+def test_a_damaged_bundle_is_not_exported_again(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("uncond"), tmp_path / "bundle"))
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(BundleError, match=r"weights\.safetensors' is damaged .* SHA-256"):
+        export(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_export_leaves_the_bundle_that_was_there(
+    number: int, code: int, golden: Callable[[str], Golden], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
+    before = contents(tmp_path)
+    args = ["export", golden("uncond").checkpoint, "-o", "bundle", "--force"]
+    done = interrupted(args, tmp_path, "trace", number)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert contents(tmp_path) == before
+    assert ("tarflow: interrupted" in done.stderr) == (number == signal.SIGINT)

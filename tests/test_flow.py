@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,8 @@ from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance, Preview, Progress
 from tarflow.runtime.image import patchify
+from tarflow.runtime.opening import Opening
+from tarflow.runtime.request import Request
 
 from .conftest import Golden, largest
 
@@ -27,56 +28,36 @@ def flow(bundle: Callable[..., Path]) -> Flow:
     return Flow.open(bundle("cond"))
 
 
-def test_samples_agree_across_batch_sizes(flow: Flow) -> None:
-    labels = np.arange(21) % 5
-    whole = flow.sample(21, labels=labels, guidance=GUIDED)
-    for size in (1, 4, 16):
-        assert largest(flow.sample(21, labels=labels, guidance=GUIDED, batch_size=size), whole) < 1e-5
+def test_a_report_names_the_level_that_holds(flow: Flow) -> None:
+    levels = [flow.sample(2, labels=1, reproducible=on).report for on in (False, True)]
+    assert [report.level[:2] for report in levels if report is not None] == ["L2", "L1"]
 
 
-def test_a_reproducible_sample_is_bitwise_the_same_whatever_n_batch_size_and_threads(
-    bundle: Callable[..., Path],
-) -> None:
-    labels = np.arange(40) % 5
-    wanted: np.ndarray | None = None
-    for threads in (1, 2):
-        flow = Flow.open(bundle("cond"), threads=threads)
-        whole = flow.sample(40, labels=labels, guidance=GUIDED, reproducible=True)
-        wanted = np.asarray(whole) if wanted is None else wanted
-        assert np.array_equal(whole, wanted)
-        for first, n, size in ((0, 1, 1), (7, 1, 64), (15, 3, None), (30, 10, 4)):
-            part = flow.sample(
-                n,
-                labels=labels[first : first + n],
-                guidance=GUIDED,
-                first_sample=first,
-                batch_size=size,
-                reproducible=True,
-            )
-            assert np.array_equal(part, wanted[first : first + n])
-            assert part.report is not None
-            assert part.report.level.startswith("L1")
+def test_with_the_least_memory_one_block_is_open_at_a_time(bundle: Callable[..., Path]) -> None:
+    small = Flow.open(bundle("cond"), memory="least")
+    small.sample(5, labels=1)
+    assert len({key[0] for key in small.backend.sessions._open}) == 1  # type: ignore[attr-defined]
 
 
-def test_a_flow_can_be_used_from_several_threads(flow: Flow) -> None:
-    expected = [np.asarray(flow.sample(6, labels=k, seed=k, reproducible=True)) for k in range(4)]
-    found: dict[int, np.ndarray] = {}
-
-    def draw(k: int) -> None:
-        found[k] = np.asarray(flow.sample(6, labels=k, seed=k, reproducible=True))
-
-    threads = [threading.Thread(target=draw, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert all(np.array_equal(found[k], expected[k]) for k in range(4))
+def test_a_request_is_checked_once_and_its_parts_are_not(flow: Flow) -> None:
+    """Guidance works on some of these samples: a part in which it does nothing is drawn with the rest's guidance."""
+    request = Request(6, labels=(1, -1), guidance=GUIDED, seed=3).resolved(flow.config)
+    whole = flow.draw(request)
+    parts = [flow.draw(request.part(first, 1)) for first in range(6)]
+    assert largest(np.concatenate(parts), whole) < 1e-5
+    assert largest(whole, flow.sample(6, labels=[1, -1] * 3, guidance=GUIDED, seed=3)) == 0
+    assert request.part(3, 3).classes().tolist() == [-1, 1, -1]
+    with pytest.raises(InputError, match="does nothing"):
+        Request(2, labels=(-1,), guidance=GUIDED).resolved(flow.config)
 
 
-def test_low_memory_keeps_one_block_and_gives_the_same_samples(bundle: Callable[..., Path], flow: Flow) -> None:
-    small = Flow.open(bundle("cond"), low_memory=True)
-    assert np.array_equal(small.sample(5, labels=1), flow.sample(5, labels=1))
-    assert len({key[0] for key in small.backend._sessions}) == 1  # type: ignore[attr-defined]
+def test_an_opening_may_be_given_whole(bundle: Callable[..., Path]) -> None:
+    assert Flow.open(bundle("cond"), Opening(threads=1)).backend.machine.endswith("1 threads")
+    with pytest.raises(InputError, match="drop `threads`"):
+        Flow.open(bundle("cond"), Opening(), threads=2)
+    for wrong in ({"threads": 0}, {"memory": "little"}, {"memory": 0}, {"provider": "ort-tensorrt"}):
+        with pytest.raises(InputError, match=f"`{next(iter(wrong))}`"):
+            Flow.open(bundle("cond"), **wrong)
 
 
 def test_an_unguided_certificate_and_the_gradient_share_one_encoding(
@@ -216,8 +197,8 @@ def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "n is 0"),
-        ({"n": -3}, "n is -3"),
+        ({"n": 0}, "`n` is 0"),
+        ({"n": -3}, "`n` is -3"),
         ({}, "nothing to draw"),
         ({"n": 2, "labels": 5}, "classes 0 to 4"),
         ({"n": 2, "labels": [1, 2, 3]}, "shape"),
@@ -227,9 +208,9 @@ def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
         ({"noise": np.zeros((0, 16, 12))}, "shape"),
         ({"n": 3, "noise": np.zeros((2, 16, 12))}, "drop one"),
         ({"n": 2, "guidance": Guidance(1.0)}, "does nothing"),
-        ({"n": 2, "batch_size": 0}, "batch size"),
-        ({"n": 2, "seed": -1}, "out of range"),
-        ({"n": 2, "first_sample": -1}, "out of range"),
+        ({"n": 2, "batch_size": 0}, "`batch_size` is 0"),
+        ({"n": 2, "seed": -1}, "`seed` is -1"),
+        ({"n": 2, "first_sample": -1}, "`first_sample` is -1"),
         ({"n": 2, "denoise": -1.0}, "strength"),
         ({"noise": np.zeros((2, 16, 12)), "redraw_nonfinite": True}, "redrawn"),
     ],
@@ -257,7 +238,7 @@ def test_guidance_of_an_unconditional_model_needs_a_temperature(bundle: Callable
 def test_a_provider_that_is_not_here_is_an_error_that_says_what_to_install(bundle: Callable[..., Path]) -> None:
     with pytest.raises(MachineError, match="onnxruntime-gpu"):
         Flow.open(bundle("cond"), provider="cuda")
-    with pytest.raises(InputError, match="unknown"):
+    with pytest.raises(InputError, match="`provider` is 'abacus'"):
         Flow.open(bundle("cond"), provider="abacus")
     assert "CPU" in Flow.open(bundle("cond"), provider="auto").backend.description
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tarflow.config import Config
-from tarflow.export.graphs import Forward, Gradient, Step
+from tarflow.export.gradient import Gradient
+from tarflow.export.graphs import Forward, Step
 from tarflow.model import TarFlow, guidance_mix
 from tarflow.reference import Twin
 from tarflow.runtime.backend import Branches

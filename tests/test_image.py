@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tarflow.runtime.errors import InputError
-from tarflow.runtime.image import grid, patchify, read_folder, to_uint8, unpatchify, write_png
+from tarflow.runtime.image import grid, patchify, to_uint8, unpatchify, write_png
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -48,6 +47,8 @@ def test_a_grid_shows_every_image_in_reading_order(n: int) -> None:
     columns = int(np.ceil(np.sqrt(n)))
     for i in range(n):
         assert canvas[1 + 3 * (i // columns), 1 + 3 * (i % columns), 0] == to_uint8(images[i])[0, 0, 0]
+    assert (canvas[::3] == 255).all()
+    assert (grid(images, columns=n, gap=1, background=64)[[0, -1]] == 64).all()
 
 
 def test_a_picture_carries_text_and_replaces_the_old_one_whole(tmp_path: Path) -> None:
@@ -67,16 +68,3 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path) -> None:
         write_png(path, np.zeros((2, 3, 3), np.float64), {})
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_folder_is_read_in_name_order_and_strangers_are_named(tmp_path: Path) -> None:
-    for i, name in enumerate(["b.png", "a.png"]):
-        Image.fromarray(np.full((4, 4), i * 10, np.uint8)).save(tmp_path / name)
-    images, names = read_folder(tmp_path, 1, 4)
-    assert names == ["a.png", "b.png"]
-    assert images[:, 0, 0, 0].tolist() == [10, 0]
-    with pytest.raises(InputError, match="resize"):
-        read_folder(tmp_path, 1, 8)
-    (tmp_path / "c.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"c\.png"):
-        read_folder(tmp_path, 1, 4)

@@ -17,10 +17,14 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from tarflow import checkpoint
-from tarflow.export.engines.build import Options, apart, build, find_tensorrt, new_record
-from tarflow.export.engines.check import _verdict
+from tarflow.export.engines.blueprint import Blueprint
+from tarflow.export.engines.build import build
+from tarflow.export.engines.check import verdict
+from tarflow.export.engines.options import Options
+from tarflow.export.engines.progress import apart
 from tarflow.export.quantise import Sensitivity, candidates, chosen, quantise, rounded
 from tarflow.export.weights import int8_names
+from tarflow.quality.card import Card
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
@@ -53,9 +57,12 @@ def test_what_carries_the_error_stays_float32() -> None:
 def test_the_card_is_within_the_gate(int8: Path) -> None:
     manifest = Bundle.open(int8).manifest
     assert manifest.precision == "int8"
-    assert manifest.parity["bits_per_dim_shift"] < 5e-3
-    assert manifest.parity["sample"]["rms"] < 2e-2
-    assert manifest.parity["denoised"]["rms"] < 1e-2
+    card = Card.from_json(manifest.parity, str(int8))
+    assert card.bits_per_dim_shift is not None
+    assert card.bits_per_dim_shift < 5e-3
+    rows = dict(card.rows())
+    assert rows["sample"].rms < 2e-2
+    assert rows["denoised"].rms < 1e-2
 
 
 def test_the_weights_are_a_quarter_and_a_checkpoint(int8: Path, tmp_path: Path) -> None:
@@ -74,17 +81,17 @@ def test_the_weights_are_a_quarter_and_a_checkpoint(int8: Path, tmp_path: Path) 
 
 
 def test_every_int8_product_of_a_step_is_fused(int8: Path, tmp_path: Path) -> None:
-    flow = Flow.open(int8)
-    backend = flow.backend
-    optimised = tmp_path / "optimised.onnx"
-    start = backend._start  # type: ignore[attr-defined]
+    flow, optimised = Flow.open(int8), tmp_path / "optimised.onnx"
+    sessions = flow.backend.sessions  # type: ignore[attr-defined]
+    usual = sessions._options
 
-    def keep(path: Path, options: object, kind: str, name: str) -> object:
+    def keep(kind: str, axes: object) -> object:
+        options = usual(kind, axes)
         if kind == "step":
-            options.optimized_model_filepath = str(optimised)  # type: ignore[attr-defined]
-        return start(path, options, kind, name)
+            options.optimized_model_filepath = str(optimised)
+        return options
 
-    backend._start = keep  # type: ignore[attr-defined]
+    sessions._options = keep
     flow.sample(1)
     operators = Counter(node.op_type for node in onnx.load(optimised, load_external_data=False).graph.node)
     first = [name for name in int8_names(int8 / "weights.safetensors") if name.startswith("blocks.0.")]
@@ -115,12 +122,10 @@ def test_the_certificate_sees_what_int8_steps_do(int8: Path) -> None:
 def test_tensorrt_takes_the_graphs_but_no_engine_is_kept(int8: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(int8, tmp_path / "bundle")
     bundle = Bundle.open(folder)
-    trt, package = find_tensorrt(None)
-    options = Options(batch=(1, 2, 4))
-    record = new_record(bundle, trt, package, options)
+    blueprint = Blueprint.of(bundle, Options(batch=(1, 2, 4)))
     graph = bundle.manifest.blocks[1].graphs["resident"]
-    verdict = apart(partial(_verdict, trt, bundle, record, options, "resident", graph))
-    assert (verdict.built, verdict.reason, verdict.refused) == (True, "", [])
+    found = apart(partial(verdict, blueprint, "resident", graph))
+    assert (found.built, found.reason, found.refused) == (True, "", [])
     with pytest.raises(InputError, match="cannot be attested yet"):
         build(bundle)
     assert not (folder / "engines").exists()

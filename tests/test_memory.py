@@ -17,7 +17,8 @@ from tarflow.export.pipeline import export
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow
-from tarflow.runtime.memory import parse_memory, peak, spend
+from tarflow.runtime.memory import peak, spend
+from tarflow.runtime.opening import parse_memory
 
 from .conftest import DEMO, Cli
 
@@ -26,9 +27,17 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GiB", 8 << 30), ("512MB", 512 * MIB), ("1.5g", 3 << 29), ("4096", 4096), (" 2 TiB ", 2 << 40), (None, None)],
+    [
+        ("8GiB", 8 << 30),
+        ("512MB", 512 * MIB),
+        ("1.5g", 3 << 29),
+        ("4096", 4096),
+        (" 2 TiB ", 2 << 40),
+        ("least", "least"),
+        (None, None),
+    ],
 )
-def test_sizes_are_read(text: str | None, size: int | None) -> None:
+def test_sizes_are_read(text: str | None, size: int | str | None) -> None:
     assert parse_memory(text) == size
 
 
@@ -43,11 +52,11 @@ def test_a_limit_shrinks_batches_then_keeps_one_block_and_at_last_refuses(bundle
     usual, tight = spend(opened, None), spend(opened, 290 * MIB)
     assert tight.cache < usual.cache
     assert tight.activations < usual.activations
-    limits = [spend(opened, size * MIB).low_memory for size in (400, 270)]
+    limits = [spend(opened, size * MIB).one_block for size in (400, 270)]
     assert limits == [False, True]
     with pytest.raises(InputError, match=r"one image and its gradient take 2\d\d\.\d MiB"):
         spend(opened, 200 * MIB)
-    assert spend(opened, 1 << 40, low_memory=True).low_memory
+    assert spend(opened, "least").one_block
 
 
 def test_samples_do_not_depend_on_the_limit() -> None:

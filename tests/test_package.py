@@ -15,16 +15,19 @@ from numpy.typing import NDArray
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
-from tarflow.serve.repository import TASKS, Serving, config_text, write_repository
+from tarflow.runtime.opening import Opening
+from tarflow.serve.repository import TASKS, Models, Serving, config_text, write_repository
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, GOLDEN, Cli
 from .triton_double import Model, schema
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_repository(Bundle.open(DEMO), folder, Serving(instances=2, max_batch=48, threads=1), TASKS)
+    write_repository(
+        Bundle.open(DEMO), folder, Serving(instances=2, max_batch=48, opening=Opening(threads=1)), Models()
+    )
     return folder
 
 
@@ -76,7 +79,7 @@ def test_the_configuration_says_by_tritons_schema_what_was_asked_for(repository:
         (group,) = config.instance_group
         assert (group.count, group.kind) == (2, group.KIND_CPU)
         assert config.parameters["bundle_sha256"].string_value == flow.bundle.hash
-    serving = Serving(instances=3, max_batch=8, gpus=(0, 2), provider="auto")
+    serving = Serving(instances=3, max_batch=8, gpus=(0, 2), opening=Opening("auto"))
     config = text_format.Parse(config_text("m", "encode", flow.bundle, serving), schema().ModelConfig())
     (group,) = config.instance_group
     assert (group.count, group.kind, list(group.gpus)) == (3, group.KIND_GPU, [0, 2])
@@ -106,6 +109,16 @@ def test_a_sample_is_the_flows_own_bit_for_bit_whoever_shares_its_batch(
         found = answers[[r is wanted for r in company].index(True)]
         np.testing.assert_array_equal(found["images"], np.asarray(expected))
         np.testing.assert_array_equal(found["certificate"][:, 0], expected.report.certificate)
+
+
+def test_a_repository_that_was_written_before_still_runs(repository: Path, flow: Flow, tmp_path: Path) -> None:
+    """With the whole model.py that b0b510c copied into each model."""
+    shutil.copytree(repository / "digits-sample", tmp_path / "digits-sample")
+    assert "from tarflow.serve" in (tmp_path / "digits-sample" / "1" / "model.py").read_text()
+    shutil.copyfile(GOLDEN / "triton_model_b0b510c.txt", tmp_path / "digits-sample" / "1" / "model.py")
+    (found,) = answered(Model(tmp_path / "digits-sample")(request(7, range(3, 8), label=4, guidance=1.5)))
+    expected = flow.sample(5, labels=4, guidance=Guidance(1.5), seed=7, first_sample=3, reproducible=True)
+    np.testing.assert_array_equal(found["images"], np.asarray(expected))
 
 
 def test_where_rows_of_a_tile_are_not_independent_each_has_a_tile_of_its_own(repository: Path, flow: Flow) -> None:
@@ -191,7 +204,7 @@ def test_encoding_and_denoising_are_the_flows_and_do_not_depend_on_company(repos
 
 
 def test_a_model_refuses_another_bundle_and_a_damaged_one(tmp_path: Path) -> None:
-    write_repository(Bundle.open(DEMO), tmp_path, Serving(), ("sample",))
+    write_repository(Bundle.open(DEMO), tmp_path, Serving(), Models(("sample",)))
     inside = tmp_path / "digits-sample" / "1" / "bundle"
     weights = bytearray((inside / "weights.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -209,20 +222,20 @@ def test_a_repository_is_whole_or_absent_and_replaces_only_what_is_ours(tmp_path
     (models / "digits-denoise").mkdir(parents=True)
     (models / "digits-denoise" / "precious").write_text("mine")
     for force in (False, True):
-        with pytest.raises(InputError, match="--force"):
-            write_repository(opened, models, Serving(), TASKS, force=force)
+        with pytest.raises(InputError, match="`force`"):
+            write_repository(opened, models, Serving(), Models(), force)
     assert [p.name for p in models.iterdir()] == ["digits-denoise"], "none of three when one cannot be written"
-    write_repository(opened, models, Serving(), ("sample",))
-    with pytest.raises(InputError, match="exists; pass --force"):
-        write_repository(opened, models, Serving(), ("sample",))
-    write_repository(opened, models, Serving(max_batch=4), ("sample",), force=True)
+    write_repository(opened, models, Serving(), Models(("sample",)))
+    with pytest.raises(InputError, match="exists; use `force`"):
+        write_repository(opened, models, Serving(), Models(("sample",)))
+    write_repository(opened, models, Serving(max_batch=4), Models(("sample",)), True)
     assert "max_batch_size: 4\n" in (models / "digits-sample" / "config.pbtxt").read_text()
 
     damaged = tmp_path / "damaged"
     shutil.copytree(DEMO, damaged)
     (damaged / "golden.safetensors").write_bytes(bytes((DEMO / "golden.safetensors").stat().st_size))
     with pytest.raises(BundleError, match="damaged"):
-        write_repository(Bundle.open(damaged), tmp_path / "other", Serving(), TASKS)
+        write_repository(Bundle.open(damaged), tmp_path / "other", Serving(), Models())
     assert not (tmp_path / "other").exists()
 
 
@@ -230,7 +243,7 @@ def test_copies_share_the_disk_and_a_link_leads_to_the_bundle(repository: Path, 
     inodes = {(repository / f"digits-{task}" / "1/bundle/weights.safetensors").stat().st_ino for task in TASKS}
     assert len(inodes) == 1
     assert inodes != {(DEMO / "weights.safetensors").stat().st_ino}, "a copy: the bundle may go"
-    write_repository(flow.bundle, tmp_path, Serving(), ("sample",), name="mine", link=True)
+    write_repository(flow.bundle, tmp_path, Serving(), Models(("sample",), "mine", link=True))
     assert (tmp_path / "mine-sample" / "1" / "bundle").resolve() == DEMO.resolve()
     (found,) = answered(Model(tmp_path / "mine-sample")(request(1, range(2), label=3)))
     np.testing.assert_array_equal(found["images"], np.asarray(flow.sample(2, labels=3, seed=1, reproducible=True)))
@@ -250,15 +263,17 @@ def test_package_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert "a-sample, a-encode in 'models'" in done.stdout
     (tmp_path / "file").touch()
     done = cli("package", uniform, "--triton", "m", cwd=tmp_path)
-    assert (done.returncode, "pass --name" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "give another --name" in done.stderr) == (2, True), done.stderr
     for arguments, message in (
         ((), "Pass --triton DIR"),
-        (("--triton", "models"), "exists; pass --force"),
+        (("--triton", "models"), "exists; use --force"),
         (("--triton", "file"), "'file' is a file"),
-        (("--triton", "m", "--name", "../x"), "is none for Triton"),
-        (("--triton", "m", "--models", "dance"), "expected some of sample, encode, denoise"),
-        (("--triton", "m", "--gpu", "one"), "expected device numbers"),
-        (("--triton", "m", "--provider", "cuda"), "needs a GPU"),
+        (("--triton", "m", "--name", "../x"), "is no model name for Triton"),
+        (("--triton", "m", "--models", "dance"), "--models is dance; expected some of sample, encode, denoise"),
+        (("--triton", "m", "--gpu", "one"), "--gpu is 'one'; expected device numbers"),
+        (("--triton", "m", "--gpu", "0,0"), "--gpu is 0,0; expected different device numbers"),
+        (("--triton", "m", "--provider", "cuda"), "--provider cuda needs a GPU: name the devices in --gpu"),
+        (("--triton", "m", "--threads", 0), "--threads is 0"),
         (("--triton", "m", "--max-batch", 0), "--max-batch is 0"),
     ):
         done = cli("package", DEMO, *arguments, cwd=tmp_path)

@@ -21,6 +21,7 @@ from tarflow.quality.report import Making, render
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
 from tarflow.runtime.noise import normal
+from tarflow.runtime.request import Request
 from tarflow.train.data import digits
 
 from .conftest import DEMO, Cli, largest
@@ -170,7 +171,7 @@ def test_a_model_without_noise_to_remove_drawn_without_labels_has_a_page_too() -
     opened = Flow.open(DEMO)
     manifest = replace(opened.bundle.manifest, config=replace(opened.config, noise_std=None), parity={})
     flow = Flow(replace(opened.bundle, manifest=manifest), opened.backend)
-    found = examine(flow, np.full(6, -1, np.int64), Guidance(), seed=0)
+    found = examine(flow, Request(6).resolved(flow.config))
     text = render(found, Making("tarflow report", "2020-01-01", {"tarflow": "0"}))
     names = list(Page(text).pictures())
     assert "6 samples, no label" in names

@@ -6,13 +6,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -24,14 +24,20 @@ from safetensors.numpy import load_file
 from typer.main import get_command
 
 from tarflow.cli.options import Ray, RayCommand
+from tarflow.runtime.backend import Array
+from tarflow.runtime.chain import Chain
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance, Samples
 from tarflow.runtime.image import to_uint8
-from tarflow.shards.folder import INDEX, JOB, Record, claimed, draw, finished, write_index
+from tarflow.runtime.opening import Opening
+from tarflow.runtime.request import Request, Resolved
+from tarflow.shards.draw import draw
+from tarflow.shards.folder import INDEX, JOB, claimed, write_index
 from tarflow.shards.job import Job, Shard
-from tarflow.shards.workers import Local, Lost, Ready, Report, Task, carry_out
+from tarflow.shards.record import Record, finished
+from tarflow.shards.workers import Local, Lost, News, Ready, Task, carry_out
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, GOLDEN, Cli, until
 
 ARGUMENTS = ("generate", DEMO, "--labels", "0-9", "--threads", 1)
 
@@ -44,7 +50,7 @@ def flow() -> Flow:
 @pytest.fixture(scope="module")
 def job(flow: Flow) -> Job:
     """Samples 20 ... 99 in four shards, the first and the last short."""
-    return Job(flow.bundle.hash, n=80, first_sample=20, seed=5, labels=(0, 1, 2), denoise=1.0, shard_size=32)
+    return Job.of(flow.bundle, Request(80, (0, 1, 2), seed=5, first_sample=20, certify=True), shard_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,10 @@ def whole(flow: Flow, job: Job, folder: Path, order: list[Shard]) -> None:
         write_index(folder, job, [records[shard.number] for shard in job.shards()])
 
 
+def seeded(job: Job, seed: int) -> Job:
+    return replace(job, request=replace(job.request, seed=seed))
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every file below a folder, by name, with its hash: hidden ones too."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -84,20 +94,48 @@ def children(pid: int) -> list[int]:
 
 
 def wait_for_shards(folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list((folder / "records").glob("shard-*.json"))) < count:
-        assert time.monotonic() < deadline, "no shard came"
-        time.sleep(0.01)
+    until(lambda: len(list((folder / "records").glob("shard-*.json"))) >= count)
 
 
 @pytest.mark.parametrize(("n", "first", "size"), [(80, 20, 32), (1, 0, 16), (64, 64, 32), (100, 31, 16), (5, 14, 1024)])
 def test_shards_cover_every_sample_once_and_end_where_the_index_says(n: int, first: int, size: int) -> None:
-    shards = Job("hash", n, first, shard_size=size).shards()
+    shards = Job(Resolved(n, first_sample=first), "hash", shard_size=size).shards()
     assert [i for shard in shards for i in range(shard.first, shard.first + shard.samples)] == [
         *range(first, first + n)
     ]
     assert all((shard.first + shard.samples) % size == 0 for shard in shards[:-1])
     assert [shard.number for shard in shards] == [*range(len(shards))]
+
+
+HASH = "f31383a2ecc86e74bfd19340effcb978989c09b25919adb64ffbf6a94bb27a2c"
+PLAIN = Job(Resolved(33, denoise=1.0, certify=True), HASH)
+GUIDED = Resolved(40, (6, 3, -1, 5), Guidance(2.0, "b", True, 0.9), 2**64 - 1, 7, False, redraw_nonfinite=True)
+BEGUN = Job(replace(GUIDED, decode="fast", tolerance=0.002, reproducible=True), HASH, "safetensors", 32)
+
+
+def test_a_folder_that_was_begun_before_is_continued(tmp_path: Path) -> None:
+    """By b0b510c: a job.json of defaults, and a folder of two shards of which the second is there."""
+    assert PLAIN.text == (GOLDEN / "shards" / "plain.json").read_bytes()
+    before = contents(shutil.copytree(GOLDEN / "shards" / "begun", tmp_path / "out"))
+    with claimed(tmp_path / "out", BEGUN):
+        assert [finished(tmp_path / "out", BEGUN, shard) is not None for shard in BEGUN.shards()] == [False, True]
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_option_that_is_added_later_is_in_a_job_only_where_it_says_something() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Guided(Guidance):
+        until: float = 1.0
+
+    @dataclass(frozen=True, slots=True)
+    class Later(Resolved):
+        truncation: float = 1.0
+
+    plain = Job(Resolved(16, guidance=Guidance(1.0)), "hash")
+    assert Job(Later(16, guidance=Guided(1.0)), "hash").text == plain.text
+    said = Job(Later(16, guidance=Guided(1.0, until=0.5), truncation=0.9), "hash")
+    assert said.content == plain.content | {"truncation": 0.9, "guidance": plain.content["guidance"] | {"until": 0.5}}
+    assert said.differences(plain.content)[1] == "truncation is null there, 0.9 here"
 
 
 def test_every_format_reads_back_as_what_the_library_draws(
@@ -176,7 +214,7 @@ def test_two_processes_write_the_same_files_and_one_that_is_killed_is_replaced(
 ) -> None:
     folder, records = tmp_path / "out", list[Record]()
     with claimed(folder, job):
-        crew = _Deadly(Task(job, DEMO, folder), 2)
+        crew = _Deadly(Task(job, DEMO, folder, Opening(memory="least")), 2)
         try:
             carry_out(crew, job.shards(), records.append)
         finally:
@@ -205,13 +243,13 @@ class _Doomed:
     size = 1
 
     def __init__(self) -> None:
-        self._reports: Iterator[Report] = cycle([Ready(1), Lost("no memory")])
+        self._news: Iterator[News] = cycle([Ready(1), Lost("no memory")])
 
     def hand(self, worker: int, shard: Shard) -> None:
         pass
 
-    def wait(self) -> tuple[int, Report]:
-        return 0, next(self._reports)
+    def wait(self) -> tuple[int, News]:
+        return 0, next(self._news)
 
     def close(self) -> None:
         pass
@@ -230,10 +268,7 @@ def test_a_driver_that_is_killed_loses_nothing_finished(job: Job, cli: Cli, tmp_
     assert len(workers) >= 2
     killed.kill()
     killed.communicate()
-    deadline = time.monotonic() + 10
-    while any(worker.exists() for worker in workers):  # they do not write on, in what may be another's folder by then
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not any(worker.exists() for worker in workers))  # nor write on, in another's folder by then
     assert not (tmp_path / "killed" / INDEX).exists()
     again = cli(*ARGUMENTS, *options, "--out", tmp_path / "killed", "--json")
     assert again.returncode == 0, again.stderr
@@ -247,7 +282,7 @@ def test_sigterm_keeps_finished_shards_and_says_how_to_go_on(tmp_path: Path) -> 
     process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out")
     wait_for_shards(tmp_path / "out", 1)
     process.terminate()
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "the same command continues" in told
     assert "Traceback" not in told
@@ -258,7 +293,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: P
     before = contents(drawn)
     with (
         pytest.raises(InputError, match="holds another job: seed is 5 there, 6 here"),
-        claimed(drawn, replace(job, seed=6)),
+        claimed(drawn, seeded(job, 6)),
     ):
         pass
     assert contents(drawn) == before
@@ -266,16 +301,10 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: P
     with pytest.raises(InputError, match=r"holds other files \(thesis.tex\)"), claimed(tmp_path, job):
         pass
     (tmp_path / "thesis.tex").rename(tmp_path / JOB)
-    with pytest.raises(InputError, match="not a job this version reads"), claimed(tmp_path, job):
+    with pytest.raises(InputError, match="cannot read the job in"), claimed(tmp_path, job):
         pass
     with pytest.raises(InputError, match="is a file"), claimed(tmp_path / JOB, job):
         pass
-
-
-def test_two_runs_do_not_write_to_one_folder_and_an_idle_one_leaves_none(job: Job, tmp_path: Path) -> None:
-    with claimed(tmp_path / "out", job), pytest.raises(InputError, match="another run"), claimed(tmp_path / "out", job):
-        pass
-    assert not (tmp_path / "out").exists(), "nothing was finished, nothing is left"
 
 
 @pytest.mark.parametrize("form", ["npy", "png"])
@@ -292,13 +321,13 @@ def test_a_run_that_is_refused_touches_nothing_of_the_one_that_has_the_folder(
         with pytest.raises(InputError, match="another run"), claimed(out, this):
             pass
         assert contents(out) == before
-    assert not out.exists()
+    assert not out.exists(), "nothing was finished, nothing is left"
 
 
 def test_a_worker_whose_driver_is_gone_does_not_write_into_another_job_s_folder(
     flow: Flow, job: Job, tmp_path: Path
 ) -> None:
-    with claimed(tmp_path / "out", other := replace(job, seed=6)):
+    with claimed(tmp_path / "out", other := seeded(job, 6)):
         record = draw(flow, other, other.shards()[0], tmp_path / "out")
         with pytest.raises(MachineError, match="not the folder that the job writes to"):
             draw(flow, job, job.shards()[0], tmp_path / "out")
@@ -306,33 +335,44 @@ def test_a_worker_whose_driver_is_gone_does_not_write_into_another_job_s_folder(
 
 
 def test_a_shard_without_a_label_is_drawn_in_a_job_that_has_some(flow: Flow, tmp_path: Path) -> None:
-    job = Job(flow.bundle.hash, n=17, labels=(-1, 0), guidance=Guidance(1.0), denoise=1.0, shard_size=16)
-    job.check(flow.config)
-    whole(flow, job, tmp_path / "out", job.shards())
-    expected = flow.sample(17, labels=job.labels_of(Shard(0, 0, 17)), guidance=Guidance(1.0), reproducible=True)
+    request = Request(17, (-1, 0), Guidance(1.0))
+    whole(flow, job := Job.of(flow.bundle, request, shard_size=16), tmp_path / "out", job.shards())
+    labels = np.arange(17) % 2 - 1
+    expected = flow.sample(17, labels=labels, guidance=Guidance(1.0), reproducible=True)
     assert np.array_equal(np.load(tmp_path / "out" / "shard-000001.npy"), expected[16:])
     with pytest.raises(InputError, match="does nothing"):
-        replace(job, labels=(-1,)).check(flow.config)
+        Job.of(flow.bundle, replace(request, labels=(-1,)))
 
 
 def test_a_finite_sample_that_cannot_be_encoded_again_is_listed(flow: Flow, job: Job, tmp_path: Path) -> None:
-    class Overflowing(Flow):
-        def _round_trip(self, found: np.ndarray, z: np.ndarray) -> np.ndarray:
-            error = super()._round_trip(found, z)
+    class Overflowing(Chain):
+        def round_trip(self, found: Array, z: Array) -> Array:
+            error = super().round_trip(found, z)
             error[3] = np.inf
             return error
 
+    spoiled = Flow(flow.bundle, flow.backend)
+    spoiled.chain = Overflowing(flow.config, flow.backend, flow.deviation)
     with claimed(tmp_path / "out", job):
-        record = draw(Overflowing(flow.bundle, flow.backend), job, job.shards()[1], tmp_path / "out")
+        record = draw(spoiled, job, job.shards()[1], tmp_path / "out")
     assert record.uncertified == (32 + 3, 48 + 3)
     assert record.certificate is not None
     assert record.certificate < 1e-3
     assert record.nonfinite == ()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "\xff", "null", '{"certificate": NaN}', '{"size": "much"}', "[" * 99_999])
+def test_what_is_no_record_counts_for_nothing(job: Job, drawn: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(drawn, tmp_path / "out")
+    record = tmp_path / "out" / "records" / "shard-000000.json"
+    spoiled = json.loads(record.read_text()) | json.loads(text) if text.startswith("{") else text
+    record.write_text(spoiled if isinstance(spoiled, str) else json.dumps(spoiled), "latin-1")
+    assert finished(tmp_path / "out", job, job.shards()[0]) is None
+
+
 def test_a_record_of_another_job_counts_for_nothing(job: Job, drawn: Path) -> None:
     assert finished(drawn, job, job.shards()[0]) is not None
-    assert finished(drawn, replace(job, guidance=Guidance(2.0)), job.shards()[0]) is None
+    assert finished(drawn, replace(job, request=replace(job.request, guidance=Guidance(2.0))), job.shards()[0]) is None
 
 
 def test_an_index_says_when_kinds_of_machine_were_mixed(job: Job, drawn: Path, tmp_path: Path) -> None:
@@ -343,6 +383,11 @@ def test_an_index_says_when_kinds_of_machine_were_mixed(job: Job, drawn: Path, t
     assert index["level"].startswith("L2: drawn on 2 kinds of machine")
     with pytest.raises(BundleError, match="do not cover the job once"):
         write_index(tmp_path, job, [*records, records[0]])
+
+
+def test_a_limit_of_memory_that_rounds_differently_is_another_kind_of_machine(flow: Flow) -> None:
+    enough, tight = (Flow.open(DEMO, memory=size << 20).backend.description for size in (400, 270))
+    assert (enough, tight) == (flow.backend.description, f"{enough}, within 270.0 MiB")
 
 
 def test_samples_that_are_not_finite_are_listed_and_fail_the_check(cli: Cli, tmp_path: Path) -> None:
@@ -367,7 +412,7 @@ def test_samples_that_are_not_finite_are_listed_and_fail_the_check(cli: Cli, tmp
         (("--out", "o", "--tolerance", "nan"), "--tolerance is nan"),
         (("--out", "o", "--denoise", "--denoise-strength", "nan"), "--denoise-strength is nan"),
         (("--out", "o", "--labels", "7-12"), "label 12 is out of range"),
-        (("--out", "o", "--n", 10**12), "pass --shard-size"),
+        (("--out", "o", "--n", 10**12), "--shard-size is 1024; expected 1000016 or more"),
     ],
 )
 def test_options_that_make_no_job_are_refused_before_anything_is_written(

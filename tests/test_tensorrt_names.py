@@ -14,30 +14,20 @@ from typing import Any
 import pytest
 from polygraphy.backend.trt import CreateConfig
 
-from tarflow.export.engines import layers as attest
-from tarflow.export.engines.build import _sm
-from tarflow.runtime.tensorrt.backend import CACHE_TYPE
+from tarflow.export.engines.target import capability_name
+from tarflow.runtime.precision import ENGINE_PRECISIONS
 
 from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntime, DoubleTensorRT
 
 ROOT = Path(__file__).parent.parent
-FILES = (
-    "runtime/tensorrt/backend.py",
-    "export/engines/build.py",
-    "export/engines/layers.py",
-    "export/engines/check.py",
-)
 RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}  # behind a check of the package
-# What a variable is in a file; a variable that is ours there is not listed.
-CLASSES = {
-    "runtime/tensorrt/backend.py": {
-        "engine": "ICudaEngine",
-        "context": "IExecutionContext",
-        "_runtime": "Runtime",
-        "refitter": "Refitter",
-        "parser": "OnnxParserRefitter",
-    },
-    "export/engines/build.py": {
+# Files that speak to TensorRT, and what a variable is in them; a variable that is ours there is not listed.
+CLASSES: dict[str, dict[str, str]] = {
+    "runtime/tensorrt/library.py": {},
+    "runtime/tensorrt/engines.py": {"engine": "ICudaEngine", "context": "IExecutionContext", "_runtime": "Runtime"},
+    "runtime/tensorrt/resident.py": {"engine": "ICudaEngine"},
+    "export/engines/target.py": {},
+    "export/engines/network.py": {
         "network": "INetworkDefinition",
         "parser": "OnnxParser",
         "builder": "Builder",
@@ -46,6 +36,8 @@ CLASSES = {
         "e": "ParserError",
         "cache": "ITimingCache",
     },
+    "export/engines/progress.py": {},
+    "export/engines/build.py": {"config": "IBuilderConfig"},
     "export/engines/layers.py": {
         "network": "INetworkDefinition",
         "layer": "ILayer",
@@ -53,26 +45,25 @@ CLASSES = {
         "inspector": "EngineInspector",
         "tensor": "ITensor",
     },
-    "export/engines/check.py": {"parser": "OnnxParser", "builder": "Builder", "network": "INetworkDefinition"},
+    "export/engines/check.py": {
+        "parser": "OnnxParser",
+        "builder": "Builder",
+        "network": "INetworkDefinition",
+        "config": "IBuilderConfig",
+    },
 }
-OURS = {
-    "classes",
-    "layers",
-    "patch_dim",
-    "tokens",
-    "exists",
-    "get",
-    "search",
-}  # members of our own, on variables of these names
-# Names that a text reaches: what every getattr and hasattr of FILES may ask for.
+OURS = {"exists", "get"}  # members of our own, on variables of these names
+# Names that a text reaches: what every getattr and hasattr of those files may ask for.
 BY_TEXT = {
-    "getattr(self._trt.DataType, CACHE_TYPE[self.record.precision])": {("DataType", n) for n in CACHE_TYPE.values()},
+    "getattr(self._trt.DataType, str(PRECISIONS[self.record.precision].tensorrt))": {
+        ("DataType", name) for name in ENGINE_PRECISIONS
+    },
     "hasattr(trt, 'Builder')": {("", "Builder")},
     "hasattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED')": set(),  # gone in 11, asked for in 10
-    "getattr(trt.ComputeCapability, _sm(capability))": {
-        ("ComputeCapability", _sm(one)) for one in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+    "getattr(trt.ComputeCapability, capability_name(capability))": {
+        ("ComputeCapability", capability_name(one)) for one in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
     },
-    "getattr(dtype, 'name', str(dtype))": {("DataType", name) for name in attest.NAMES},
+    "getattr(dtype, 'name', str(dtype))": {("DataType", name) for name in ENGINE_PRECISIONS},
 }
 # What Polygraphy does with the arguments of CreateConfig.
 BY_POLYGRAPHY = {
@@ -85,13 +76,9 @@ BY_POLYGRAPHY = {
     "profiling_verbosity": {("IBuilderConfig", "profiling_verbosity")},
     "builder_optimization_level": {("IBuilderConfig", "builder_optimization_level")},
     "load_timing_cache": {("IBuilderConfig", "create_timing_cache"), ("IBuilderConfig", "set_timing_cache")},
-    "version_compatible": {("BuilderFlag", "VERSION_COMPATIBLE"), ("IBuilderConfig", "set_flag")},
-    "exclude_lean_runtime": {("BuilderFlag", "EXCLUDE_LEAN_RUNTIME")},
-    "strip_plan": {("BuilderFlag", "STRIP_PLAN")},
 }
 BUILDS = ("tensorrt_bindings", "tensorrt_rtx")
-LEAN = "tensorrt_lean_bindings"  # runs engines, and has neither builder nor parser
-LIBRARIES = ("libnvinfer_lean.so.11", "libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
+LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -118,7 +105,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, "empty.c"]
         subprocess.run(command, cwd=folder, check=True, timeout=60)
     found = {}
-    for package, version in (("tensorrt_bindings", "11.4."), (LEAN, "11.4."), ("tensorrt_rtx", "")):
+    for package, version in (("tensorrt_bindings", "11.4."), ("tensorrt_rtx", "")):
         environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)} if version else None
         command = [sys.executable, "-c", DUMP, package]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -142,10 +129,10 @@ def attributes(file: str) -> list[list[str]]:
     return [chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
 
 
-def used(files: tuple[str, ...] = FILES) -> set[tuple[str, str]]:
+def used() -> set[tuple[str, str]]:
     """(class or "", member) of TensorRT that the code uses."""
     found: set[tuple[str, str]] = set()
-    for file in files:
+    for file in CLASSES:
         for parts in attributes(file):
             for module in ("trt", "_trt"):
                 if module in parts[:-1]:
@@ -169,7 +156,7 @@ def calls(file: str, *names: str) -> list[ast.Call]:
 
 
 def test_names_that_only_a_text_reaches_exist_too(names: dict[str, dict[str, list[str]]]) -> None:
-    reached = {ast.unparse(call) for file in FILES for call in calls(file, "getattr", "hasattr")}
+    reached = {ast.unparse(call) for file in CLASSES for call in calls(file, "getattr", "hasattr")}
     assert reached == BY_TEXT.keys(), "a name is asked for by a text that is not checked here"
     for owner, member in set().union(*BY_TEXT.values()):
         for package in BUILDS:
@@ -178,7 +165,7 @@ def test_names_that_only_a_text_reaches_exist_too(names: dict[str, dict[str, lis
 
 
 def test_the_flags_that_polygraphy_sets_for_us_exist(names: dict[str, dict[str, list[str]]]) -> None:
-    (call,) = calls("export/engines/build.py", "CreateConfig")
+    (call,) = calls("export/engines/network.py", "CreateConfig")
     arguments = {keyword.arg for keyword in call.keywords}
     assert arguments == BY_POLYGRAPHY.keys(), "an argument whose flags are not checked here"
     taken = {name for base in CreateConfig.__mro__ for name in inspect.signature(base.__init__).parameters}
@@ -187,23 +174,6 @@ def test_the_flags_that_polygraphy_sets_for_us_exist(names: dict[str, dict[str, 
         for owner, member in BY_POLYGRAPHY[argument]:
             for package in BUILDS:
                 assert member in names[package][owner], f"{package}: {owner}.{member}"
-
-
-def test_the_lean_runtime_has_what_running_takes_but_cannot_fill_in_weights(
-    names: dict[str, dict[str, list[str]]],
-) -> None:
-    """Why engines that are both version-compatible and stripped are refused."""
-    lean = names[LEAN]
-    building = {"OnnxParserRefitter", "Refitter"}
-    for owner, member in used(("runtime/tensorrt/backend.py",)):
-        if member not in building and owner not in building:
-            assert member in (lean[owner] if owner else lean), f"lean: {owner}.{member}"
-    for member in CACHE_TYPE.values():
-        assert member in lean["DataType"]
-    assert "OnnxParserRefitter" not in lean
-    for package in BUILDS:
-        assert "refit_from_file" in names[package]["OnnxParserRefitter"]
-        assert "refit_cuda_engine" in names[package]["Refitter"]
 
 
 def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[str, list[str]]]) -> None:

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...runtime.bundle import Bundle, ModelShape
+from ...quality.parity import Watch
+from ...runtime.bundle import Bundle
 from ...runtime.errors import BundleError
-from ...runtime.resident import cache_names
-from ...runtime.tensorrt.backend import make_logger
-from ...runtime.tensorrt.record import Record
-from .build import (
-    Options,
-    Parsed,
-    Sizes,
-    apart,
-    builder_config,
-    find_tensorrt,
-    new_record,
-    profile_sizes,
-    progress_monitor,
-)
+from ...runtime.tensorrt.library import make_logger
+from .blueprint import Blueprint
+from .network import Parsed, builder_config
+from .options import Options
+from .progress import apart, monitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,79 +45,40 @@ class Verdict:
 
 
 def check(
-    bundle: Bundle,
-    options: Options | None = None,
-    watch: Callable[[str], None] = lambda stage: None,
-    package: str | None = None,
+    bundle: Bundle, options: Options | None = None, watch: Watch = lambda stage: None
 ) -> tuple[str, list[Verdict]]:
     """Parse and build every graph of a bundle, keeping nothing: TensorRT's name and version, a verdict for each graph.
 
     Raises MachineError where TensorRT is not installed.
     """
     bundle.check_runnable()
-    options = options or Options(batch=(1, 2, 4))
-    trt, package = find_tensorrt(package)
-    record = new_record(bundle, trt, package, options)
+    blueprint = Blueprint.of(bundle, options or Options(batch=(1, 2, 4)))
     verdicts = []
     for entry in bundle.manifest.blocks:
         for kind, graph in entry.graphs.items():
             watch(f"check {graph}")
-            verdicts.append(apart(partial(_verdict, trt, bundle, record, options, kind, graph)))
-    return f"{package} {trt.__version__}", verdicts
+            verdicts.append(apart(partial(verdict, blueprint, kind, graph)))
+    return f"{blueprint.record.package} {blueprint.record.version}", verdicts
 
 
-def _verdict(
-    trt: Any, bundle: Bundle, record: Record, options: Options, kind: str, graph: str, cancelled: threading.Event
-) -> Verdict:
+def verdict(blueprint: Blueprint, kind: str, graph: str, cancelled: threading.Event) -> Verdict:
     """Parse and build one graph."""
     started = time.monotonic()
-    nodes = _nodes(trt, bundle.path(graph))
+    trt, path = blueprint.trt, blueprint.bundle.path(graph)
+    nodes = _nodes(trt, path)
     reason = ""
     if all(node.supported for node in nodes):
         try:
-            parsed = Parsed(trt, bundle.path(graph))
-            config = builder_config(parsed, record, options, _profiles(bundle, record, kind))
-            config.progress_monitor = progress_monitor(trt, lambda fraction: None, cancelled)
-            if parsed.builder.build_serialized_network(parsed.network, config) is None:
+            parsed = Parsed(trt, path)
+            config = builder_config(parsed, blueprint, kind)
+            config.progress_monitor = monitor(trt, lambda fraction: None, cancelled)
+            if parsed.built(config) is None:
                 reason = parsed.log.take()
         except BundleError as error:
             reason = str(error)
     else:
         reason = "the parser does not take every node"
     return Verdict(graph, kind, nodes, not reason, round(time.monotonic() - started, 2), reason)
-
-
-def _profiles(bundle: Bundle, record: Record, kind: str) -> list[Sizes]:
-    """What a graph is built for: as its engine is; the host's step graph, of which there is none, likewise."""
-    if kind != "step":
-        return profile_sizes(bundle.manifest.config, record, "step" if kind in ("resident", "pingpong") else kind)
-    config = bundle.manifest.config
-    found: list[Sizes] = []
-    for profile in record.profiles["step"]:
-        slots = 1, max(1, config.tokens // 2), config.tokens  # the host's cache grows from step to step
-        found.append(
-            [
-                _host_step(config, batch, profile.branches, window, filled)
-                for batch, window, filled in zip(profile.batch, profile.window, slots, strict=True)
-            ]
-        )
-    return found
-
-
-def _host_step(config: ModelShape, batch: int, branches: int, window: int, slots: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the inputs of the step graph, whose cache is the host's."""
-    patches, rows = batch * window, branches * batch
-    outputs = config.patch_dim * (2 if config.nvp else 1)
-    return {
-        "x": (patches, config.patch_dim),
-        "z": (patches, config.patch_dim),
-        "index": (patches,),
-        "labels": (branches, patches),
-        "mix": (branches, patches, outputs),
-        "query_scale": (rows, 1, 1, 1),
-        "bias": (window, slots + window),
-        **dict.fromkeys(cache_names(config), (rows, config.heads, slots, config.head_dim)),
-    }
 
 
 def _nodes(trt: Any, path: Path) -> tuple[Node, ...]:

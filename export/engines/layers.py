@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}  # TensorRT's types
+from ...runtime.precision import ENGINE_PRECISIONS
+
 _SPELLED = (  # how the inspector spells the types of a layer's tensors
     ("bf16", re.compile(r"bf16|bfloat16", re.I)),
     ("fp16", re.compile(r"half|fp16|float16", re.I)),
@@ -22,7 +23,7 @@ _PRODUCT = re.compile(r"\b(?:Gemm|MatMul)_\d+")  # names of the nodes in our gra
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Attestation:
     """Precision of an engine's matrix products and cache, and where it was read: "engine" or "network"."""
 
     products: dict[str, int]  # precision -> how many matrix products have it
@@ -43,7 +44,7 @@ class Finding:
         return f"asked {asked}, built {', '.join(wrong)}" if wrong else None
 
 
-def read_network(trt: Any, network: Any) -> Finding:
+def read_network(trt: Any, network: Any) -> Attestation:
     """From a parsed network, whose types a strongly typed build keeps."""
     products: Counter[str] = Counter()
     for number in range(network.num_layers):
@@ -52,16 +53,16 @@ def read_network(trt: Any, network: Any) -> Finding:
             products[_name(layer.get_output(0).dtype)] += 1
     tensors = (network.get_input(number) for number in range(network.num_inputs))
     cache = frozenset(_name(tensor.dtype) for tensor in tensors if _is_cache(tensor.name))
-    return Finding(dict(products), cache, "network")
+    return Attestation(dict(products), cache, "network")
 
 
-def read_engine(trt: Any, engine: Any) -> Finding:
+def read_engine(trt: Any, engine: Any) -> Attestation:
     """From a deserialised engine: types of its tensors, and of its layers by the inspector."""
     inspector = engine.create_engine_inspector()
     document = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
     cache = frozenset(_name(engine.get_tensor_dtype(name)) for name in names if _is_cache(name))
-    return Finding(layer_products(document), cache, "engine")
+    return Attestation(layer_products(document), cache, "engine")
 
 
 def layer_products(document: dict[str, Any]) -> dict[str, int]:
@@ -92,4 +93,4 @@ def _is_cache(name: str) -> bool:
 def _name(dtype: Any) -> str:
     """TensorRT's type in our words."""
     word = getattr(dtype, "name", str(dtype)).rsplit(".", 1)[-1]
-    return NAMES.get(word, word.lower())
+    return ENGINE_PRECISIONS.get(word, word.lower())

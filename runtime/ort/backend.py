@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import WINDOW, Array, Branches, Decoding
+from ..backend import REPRODUCIBLE_TILE, WINDOW, Array, Branches, Decoding
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, Remedy
+from ..files import size_text
 from ..machine import cores, gpu, processor
-from ..memory import USUAL, spend
+from ..memory import USUAL, Budget, spend
 from ..opening import Opening
+from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
 from ..resident import ResidentDecoding
 from .resident import OrtSteps
-from .sessions import Feeds, Sessions
+from .sessions import Sessions
 from .stepwise import Buffers, StepwiseDecoding
 
 _CPU_WINDOW = 16  # costs two to three steps at batch 1, and finds about as many patches where a block is hard
@@ -49,6 +52,8 @@ class OrtBackend:
             )
         self.sessions = Sessions(bundle, opening, self.budget.one_block)
         self.description = self.sessions.description
+        if isinstance(opening.memory, int) and self._of_a_tile(self.budget) != self._of_a_tile(USUAL):
+            self.description += f", within {size_text(opening.memory)}"  # parts of another size round differently
         self.machine = f"cpu {processor()}, {opening.threads or cores()} threads" if on_cpu else f"cuda {gpu()}"
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
@@ -66,40 +71,22 @@ class OrtBackend:
         return OrtBackend(self.bundle, replace(self.opening, threads=1, spinning=None), self.resident), threads
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
-        classes = self.classes(branches.labels)
+        labels = classes(self.config, branches.labels)
         if not self.resident:
-            return StepwiseDecoding(self.sessions, self._buffers, block, z, replace(branches, labels=classes))
+            return StepwiseDecoding(self.sessions, self._buffers, block, z, replace(branches, labels=labels))
         steps = self._steps(block, len(z), len(branches.labels))
-        return ResidentDecoding(steps, self.bundle.manifest.blocks[block].reversed, z, classes, branches)
+        return ResidentDecoding(steps, self.bundle.manifest.blocks[block].reversed, z, labels, branches)
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
-        parts, passes = [], len(branches.inverse_temperature)
-        for rows in self._chunks(len(x), 3 * passes, 12 * passes):
-            feeds: Feeds = {
-                "x": x[rows],
-                "labels": self.classes(branches.labels[:, rows]),
-                "mix": branches.mix,
-                "inverse_temperature": branches.inverse_temperature,
-            }
-            parts.append(self.sessions.run(block, "forward", feeds))
-        z, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
+        passes = len(branches.inverse_temperature)
+        rows = self.budget.rows(self.config, 3 * passes, 12 * passes)
+        z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches), rows)
         return z, log_det
 
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
-        parts = []
-        for rows in self._chunks(len(x), self.config.layers + 4, 12 * (self.config.layers + 1)):
-            feeds: Feeds = {
-                "x": x[rows],
-                "labels": self.classes(labels[None, rows]),
-                "grad_z": grad_z[rows],
-                "grad_log_det": grad_log_det[rows],
-            }
-            parts.append(self.sessions.run(block, "gradient", feeds)[0])
-        return np.concatenate(parts)
-
-    def classes(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Labels as the graphs take them: the null class comes after the last."""
-        return np.where(labels < 0, self.config.classes, labels)
+        feeds = gradient_feeds(self.config, x, labels, grad_z, grad_log_det)
+        rows = self.budget.rows(self.config, self.config.layers + 4, 12 * (self.config.layers + 1))
+        return self._run(block, "gradient", feeds, rows)[0]
 
     def give(self, steps: OrtSteps) -> None:
         """Take memory back for another block."""
@@ -117,7 +104,15 @@ class OrtBackend:
         steps.block = block
         return steps
 
-    def _chunks(self, batch: int, attention: int, hidden: int) -> list[slice]:
-        """Sub-batches that fit the budget, if so many (H, T, T) and (T, C) arrays of each image live at once."""
-        rows = self.budget.rows(self.config, attention, hidden)
-        return [slice(start, start + rows) for start in range(0, batch, rows)]
+    def _rows(self, budget: Budget, passes: int | None) -> int:
+        """Images whose arrays fit at once: those of so many forward passes, or of the gradient."""
+        if passes is None:
+            return budget.rows(self.config, self.config.layers + 4, 12 * (self.config.layers + 1))
+        return budget.rows(self.config, 3 * passes, 12 * passes)
+
+    def _of_a_tile(self, budget: Budget) -> list[int]:
+        """How many images of a reproducible tile are computed at once: plain, guided, and in the gradient."""
+        return [min(self._rows(budget, passes), REPRODUCIBLE_TILE) for passes in (1, 2, None)]
+
+    def _run(self, block: int, kind: str, feeds: Feeds, most: int) -> list[Array]:
+        return in_parts(self.config, kind, feeds, (1, most), partial(self.sessions.run, block, kind))

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, MachineError, Remedy, TarflowError
 from ..opening import Opening
+from ..parts import Feeds
 from .library import PROVIDERS, first_line, load_onnxruntime, share_arena
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Feeds = dict[str, NDArray[Any]]
 Axes = tuple[tuple[str, int], ...]
 _CUDA = {"use_tf32": "0"}  # fp32 means fp32
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import Array, Branches, block_order
+from ..backend import Array, Branches, block_order, check_window
+from ..parts import Feeds
 from ..precision import PRECISIONS
-from .sessions import Feeds, Sessions
+from .sessions import Sessions
 
 MASKED = -1e30  # exp() of it is exactly 0
 
@@ -80,8 +81,7 @@ class StepwiseDecoding:
         self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
     ) -> Array:
         tokens = self.x.shape[1]
-        if position < 0 or window < 1 or position + window >= tokens:
-            raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
+        check_window(position, window, tokens)
         end = position + window
         if window != self._window or end > self._cache.shape[3]:
             self._prepare(end, window)

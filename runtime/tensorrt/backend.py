@@ -6,18 +6,20 @@ TensorRT and TensorRT-RTX have the same interface; which of the two an engine ne
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import WINDOW, Array, Branches, Decoding, pad_rows
+from ..backend import WINDOW, Array, Branches, Decoding
 from ..bundle import Bundle
 from ..errors import BundleError, InputError, MachineError, Remedy
 from ..memory import spend
 from ..opening import Opening
+from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
+from ..ports import Sizes, outputs, shape
 from ..resident import ResidentDecoding
 from .cuda import Cuda
 from .engines import Engines
@@ -98,40 +100,14 @@ class TrtBackend:
             self.engines.holders.add(steps)
             steps.begin(block)
         reverse = self.bundle.manifest.blocks[block].reversed
-        return ResidentDecoding(steps, reverse, z, self._classes(branches.labels), branches, least)
+        return ResidentDecoding(steps, reverse, z, classes(self.config, branches.labels), branches, least)
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
-        parts = []
-        least, most = self.engines.range("forward", len(branches.labels))
-        for start in range(0, len(x), most):
-            rows = slice(start, start + most)
-            feeds = {
-                "x": pad_rows(x[rows], least),
-                "labels": pad_rows(self._classes(branches.labels[:, rows]), least, 1),
-                "mix": branches.mix,
-                "inverse_temperature": branches.inverse_temperature,
-            }
-            batch, count = len(feeds["x"]), len(x[rows])
-            results = {"z": feeds["x"].shape, "log_det": (batch,)}
-            z, log_det = self._run(block, "forward", len(branches.labels), feeds, results)
-            parts.append((z[:count], log_det[:count]))
-        z, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
+        z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches))
         return z, log_det
 
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
-        parts = []
-        least, most = self.engines.range("gradient", 1)
-        for start in range(0, len(x), most):
-            rows = slice(start, start + most)
-            feeds = {
-                "x": pad_rows(x[rows], least),
-                "labels": pad_rows(self._classes(labels[None, rows]), least, 1),
-                "grad_z": pad_rows(grad_z[rows], least),
-                "grad_log_det": pad_rows(grad_log_det[rows], least),
-            }
-            (grad,) = self._run(block, "gradient", 1, feeds, {"grad_x": feeds["x"].shape})
-            parts.append(grad[: len(x[rows])])
-        return np.concatenate(parts)
+        return self._run(block, "gradient", gradient_feeds(self.config, x, labels, grad_z, grad_log_det))[0]
 
     def give(self, steps: TrtSteps) -> None:
         """Take memory back for another block."""
@@ -139,24 +115,22 @@ class TrtBackend:
             with self.engines.launching:
                 self._idle.append(steps)
 
-    def _run(
-        self,
-        block: int,
-        kind: str,
-        branches: int,
-        feeds: Mapping[str, NDArray[Any]],
-        results: Mapping[str, tuple[int, ...]],
-    ) -> list[Array]:
-        """One run of an engine that is no step, from the host's memory to the host's."""
-        cuda = self.engines.cuda
+    def _run(self, block: int, kind: str, feeds: Feeds) -> list[Array]:
+        """An engine that is no step, on the host's arrays."""
+        branches = len(feeds["labels"])
+        sizes, profile = self.engines.range(kind, branches), self.engines.profile(kind, branches)
+        return in_parts(self.config, kind, feeds, sizes, partial(self._launch, block, kind, profile))
+
+    def _launch(self, block: int, kind: str, profile: int, feeds: Feeds) -> list[Array]:
+        cuda, ports = self.engines.cuda, outputs(self.config, kind)
+        results = {port.name: shape(port, Sizes(len(feeds["x"]))) for port in ports}
         with self.engines.launching:
-            inputs = {name: array.shape for name, array in feeds.items()}
             addresses = {name: self._place(name, array.nbytes) for name, array in feeds.items()}
-            addresses |= {name: self._place(name, 4 * math.prod(shape)) for name, shape in results.items()}
+            addresses |= {name: self._place(name, 4 * math.prod(found)) for name, found in results.items()}
             for name, array in feeds.items():
                 cuda.upload(addresses[name], np.ascontiguousarray(array))
-            self.engines.launch(block, kind, self.engines.profile(kind, branches), inputs, addresses)
-            return [cuda.download(addresses[name], shape, np.float32) for name, shape in results.items()]
+            self.engines.launch(block, kind, profile, {name: array.shape for name, array in feeds.items()}, addresses)
+            return [cuda.download(addresses[name], found, np.float32) for name, found in results.items()]
 
     def _place(self, name: str, size: int) -> int:
         memory = self._memory.get(name)
@@ -167,7 +141,3 @@ class TrtBackend:
 
     def _rebuild(self, batch: tuple[int, int, int]) -> Remedy:
         return rebuild(self.bundle.folder, self.engines.record, self.engines.here, batch)
-
-    def _classes(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Labels as the graphs take them: the null class comes after the last."""
-        return np.where(labels < 0, self.config.classes, labels)

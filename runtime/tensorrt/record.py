@@ -116,11 +116,16 @@ class Record:
         made = {(engine.block, engine.kind) for engine in self.engines.values()}
         return made >= {(block, kind) for block in range(blocks) for kind in ENGINE_KINDS}
 
-    def _knows_graphs(self, bundle: Bundle) -> bool:
-        """Whether every engine's block and graph are the bundle's: its weights may be read through them."""
-        blocks = bundle.manifest.blocks
-        engines = self.engines.values()
-        return all(e.block < len(blocks) and e.graph in blocks[e.block].graphs.values() for e in engines)
+    def _strange_graph(self, bundle: Bundle) -> str | None:
+        """What is wrong with the first graph named that is none of its block's; None if all are the bundle's."""
+        blocks, files = bundle.manifest.blocks, bundle.manifest.files
+        gone = files.keys() - {graph for block in blocks for graph in block.graphs.values()}
+        for engine in self.engines.values():
+            if engine.graph in gone:
+                return f"they were built from '{engine.graph}', a kind of graph that is no more"
+            if engine.block >= len(blocks) or engine.graph not in blocks[engine.block].graphs.values():
+                return "they name graphs that this bundle does not have"
+        return None
 
     def misfits(self, bundle: Bundle, here: Here) -> list[str]:
         """Why these engines cannot run here: what was found and what is here; empty if they can."""
@@ -129,8 +134,8 @@ class Record:
             wrong.append(f"they were built from another bundle ({self.bundle[:12]}, this one is {bundle.hash[:12]})")
         elif not self.complete(len(bundle.manifest.blocks)):
             wrong.append("the build was not finished")
-        elif not self._knows_graphs(bundle):
-            wrong.append("they name graphs that this bundle does not have")
+        elif strange := self._strange_graph(bundle):
+            wrong.append(strange)
         if self.package != here.package:
             wrong.append(f"they need {self.package} {self.version}, here is {here.package} {here.version}")
         elif self.version != here.version:

@@ -120,7 +120,7 @@ def _engines(reader: Reader, entries: dict[str, Any]) -> dict[str, Engine]:
 def _engine(reader: Reader, name: str, entry: dict[str, Any]) -> Engine:
     parity = entry.get("parity")
     if parity is not None:
-        reader.typed(parity, dict, f"'parity' of {short(name)}")
+        reader.number(reader.typed(parity, dict, f"'parity' of {short(name)}"), "rms", 0)
     return Engine(
         block=reader.natural(entry, "block", 0),
         kind=reader.one_of(entry, "kind", ENGINE_KINDS),

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from ..config import Config
 from ..model import TarFlow, bits_per_dim
-from .data import Dataset, Split, noisy
+from ..runtime.errors import InputError
+from ..runtime.files import replacing
+from .data import Dataset, Split
 from .processes import Interrupt, Ranks
-from .recipe import Recipe, Run, TrainError
+from .recipe import Recipe, Run
+from .stream import noisy
 from .trainer import Trainer
 
 FINAL_MEASURE = 4096  # noisy held-out images behind the last number, where each needs only a part of a second
 
-Record = dict[str, Any]
+LogLine = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +44,14 @@ class Result:
 
 
 def train(
-    config: Config, data: Dataset, recipe: Recipe, run: Run, report: Callable[[Record], None] = lambda record: None
+    config: Config, data: Dataset, recipe: Recipe, run: Run, watch: Callable[[LogLine], None] = lambda line: None
 ) -> Result | None:
     """Train a model and write its averaged weights as ``.pth`` and ``.safetensors``, with a log and sample grids.
 
     Draws depend on the recipe's seed and the position in the stream of examples alone: a run that was stopped and
     resumed ends, on a CPU, with the same bits, and one spread over more processes with the same weights up to rounding.
-    ``report`` is given each line of the log. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt.
-    Under ``torchrun`` all but rank 0 return None. Raises :class:`TrainError`.
+    ``watch`` is given each line of the log. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt.
+    Under ``torchrun`` all but rank 0 return None. Raises InputError.
     """
     ranks = Ranks.join(run.device)
     try:
@@ -57,7 +60,7 @@ def train(
         trainer = Trainer(config, data, recipe, run, ranks)
         if run.resume:
             trainer.restore()
-        journal = Journal(trainer, report)
+        journal = Journal(trainer, watch)
         with Interrupt() as interrupt:
             while trainer.step < recipe.steps:
                 journal.add(trainer.advance())
@@ -88,44 +91,45 @@ def between_steps(trainer: Trainer, journal: Journal) -> None:
 
 
 def check(config: Config, data: Dataset, recipe: Recipe, ranks: Ranks) -> None:
-    """Raises :class:`TrainError` where model, data and recipe do not fit together."""
+    """Raises InputError where model, data and recipe do not fit together."""
     ours = (config.image_size, config.channels, config.classes)
     theirs = (data.image_size, data.channels, len(data.classes))
     if ours != theirs:
-        raise TrainError(f"the model is for (size, channels, classes) {ours}; '{data.name}' has {theirs}")
+        raise InputError(f"the model is for (size, channels, classes) {ours}; '{data.name}' has {theirs}")
     if recipe.batch_size > len(data.train):
-        raise TrainError(f"--batch-size is {recipe.batch_size}; '{data.name}' has {len(data.train)} images to train on")
+        most = f"{len(data.train)} at most: '{data.name}' has {len(data.train)} images to train on"
+        raise InputError.of("batch_size", recipe.batch_size, most)
     if recipe.batch_size % ranks.world:
-        raise TrainError(f"--batch-size {recipe.batch_size} cannot be shared evenly by {ranks.world} processes")
+        raise InputError.of("batch_size", recipe.batch_size, f"a multiple of {ranks.world}, one share a process")
     if config.noise_std is not None and round(config.noise_std, 2) != config.noise_std:
-        raise TrainError(
-            f"--noise-std is {config.noise_std}; expected two decimals: more are lost in a .pth checkpoint's name"
-        )
+        advice = "more are lost in a .pth checkpoint's name"
+        raise InputError.of("noise_std", config.noise_std, "two decimals", advice)
 
 
 class Journal:
     """Losses as they come, and the lines of the log made from them."""
 
-    def __init__(self, trainer: Trainer, report: Callable[[Record], None]) -> None:
-        self.trainer, self.report = trainer, report
+    def __init__(self, trainer: Trainer, watch: Callable[[LogLine], None]) -> None:
+        self.trainer, self.watch = trainer, watch
         self.first, self.began = trainer.step, time.monotonic()
         self.total, self.count = torch.zeros((), device=trainer.run.device), 0
-        self.last: Record = {}
+        self.last: LogLine = {}
         if trainer.ranks.rank == 0 and trainer.run.resume:
             self.forget()
 
     def forget(self) -> None:
         """Drop what was logged after the state that is resumed, for it will be logged again."""
         log, kept = self.trainer.run.log, []
-        for line in log.read_text().splitlines() if log.exists() else []:
+        for text in log.read_text().splitlines() if log.exists() else []:
             try:
-                record = json.loads(line)
+                line = json.loads(text)
             except ValueError:  # cut short when the process was killed
                 continue
-            if record["step"] <= self.trainer.step:
-                kept.append(line)
-                self.last = record
-        log.write_text("".join(line + "\n" for line in kept))
+            if line["step"] <= self.trainer.step:
+                kept.append(text)
+                self.last = line
+        with replacing(log) as file:
+            file.write("".join(text + "\n" for text in kept).encode())
 
     def add(self, loss: Tensor) -> None:
         self.total += loss
@@ -140,7 +144,7 @@ class Journal:
         if trainer.ranks.rank > 0:
             return
         per_step = (time.monotonic() - self.began) / (trainer.step - self.first)
-        record: Record = {
+        line: LogLine = {
             "step": trainer.step,
             "loss": round(float(loss), 5),
             "bits_per_dim": round(float(bits_per_dim(loss)), 4),
@@ -149,11 +153,11 @@ class Journal:
             "seconds_left": round(per_step * (recipe.steps - trainer.step)),
         }
         if evaluate and len(trainer.data.held_out):
-            record["held_out_bits_per_dim"] = round(measure(trainer.average, trainer.data.held_out), 4)
+            line["held_out_bits_per_dim"] = round(measure(trainer.average, trainer.data.held_out), 4)
         with trainer.run.log.open("a") as log:
-            print(json.dumps(record), file=log)
-        self.last = record
-        self.report(record)
+            print(json.dumps(line), file=log)
+        self.last = line
+        self.watch(line)
 
     def result(self) -> Result:
         trainer, held_out = self.trainer, self.trainer.data.held_out

@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from .recipe import TrainError
+from ..runtime.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:N -> a device that is there. Under ``torchrun``, cuda is a GPU for each process.
 
-    Raises :class:`TrainError` if it is not there.
+    Raises InputError if it is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if not name.startswith("cuda") or not torch.cuda.is_available():
-        here = "cpu, cuda" if torch.cuda.is_available() else "cpu (PyTorch sees no CUDA device)"
-        raise TrainError(f"--device is '{name}'; available here: {here}")
+        here = "cpu or cuda" if torch.cuda.is_available() else "cpu: PyTorch sees no CUDA device here"
+        raise InputError.of("device", f"'{name}'", here)
     number = os.environ.get("LOCAL_RANK", "0") if name == "cuda" else name.removeprefix("cuda:")
     index = int(number) if number.isdigit() else -1
     if not 0 <= index < torch.cuda.device_count():
-        raise TrainError(f"no CUDA device {number}; expected 0 to {torch.cuda.device_count() - 1}, one a process")
+        most = f"0 to {torch.cuda.device_count() - 1}, one a process"
+        raise InputError(f"no CUDA device {number}; expected {most}", field="device", found=number, expected=most)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

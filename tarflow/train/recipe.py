@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..runtime.errors import InputError
+
 LOWEST_RATE = 1e-6  # where the cosine ends
-_LIMITS = {  # option -> lowest and highest value
+_LIMITS = {  # field -> lowest and highest value
     "steps": (1, math.inf),
     "batch_size": (1, math.inf),
     "lr": (LOWEST_RATE, 1.0),
@@ -22,15 +24,9 @@ _LIMITS = {  # option -> lowest and highest value
 }
 
 
-class TrainError(ValueError):
-    """A run that cannot start, continue, or go on learning."""
-
-    exit_code = 2
-
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the weights, besides the model's shape and the data. Raises :class:`TrainError`.
+    """Everything that decides the weights, besides the model's shape and the data. Raises InputError.
 
     ``batch_size`` counts the images of one step over all processes. ``ema`` is the decay of the averaged weights,
     which are what is saved and sampled from. ``drop_label`` is the share of labels replaced by the null class,
@@ -54,8 +50,7 @@ class Recipe:
         for name, (lowest, highest) in _LIMITS.items():
             if not lowest <= getattr(self, name) <= highest:
                 bound = "" if highest == math.inf else f" and at most {highest:g}"
-                option = "--" + name.replace("_", "-")
-                raise TrainError(f"{option} is {getattr(self, name)}; expected at least {lowest:g}{bound}")
+                raise InputError.of(name, getattr(self, name), f"at least {lowest:g}{bound}")
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up to ``lr``, then a cosine that ends at 1e-6 after the last step."""
@@ -71,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where a recipe is carried out, on what, and what it writes. Raises :class:`TrainError`.
+    """Where a recipe is carried out, on what, and what it writes. Raises InputError.
 
     The ``every`` numbers are in steps; ``sample_every`` 0 draws no samples. ``amp`` is "auto", "on" or "off"
     (bfloat16 matrix products). ``resume`` continues the run in ``out``, ``force`` replaces it.
@@ -91,15 +86,14 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.amp not in ("auto", "on", "off"):
-            raise TrainError(f"--amp is '{self.amp}'; expected auto, on or off")
-        if min(self.log_every, self.evaluate_every, self.save_every, self.samples) < 1 or self.sample_every < 0:
-            raise TrainError(
-                f"log every {self.log_every}, evaluate every {self.evaluate_every}, save every {self.save_every}, "
-                f"sample every {self.sample_every}, {self.samples} samples; expected positive numbers "
-                "(--sample-every may be 0)"
-            )
+            raise InputError.of("amp", f"'{self.amp}'", "auto, on or off")
+        for name in ("log_every", "evaluate_every", "save_every", "samples"):
+            if getattr(self, name) < 1:
+                raise InputError.of(name, getattr(self, name), "1 or more")
+        if self.sample_every < 0:
+            raise InputError.of("sample_every", self.sample_every, "1 or more, or 0 for no samples")
         if self.resume and self.force:
-            raise TrainError("--resume continues a run and --force starts it over; choose one")
+            raise InputError("`resume` continues a run and `force` starts it over; choose one", field="force")
 
     @property
     def state(self) -> Path:
@@ -112,13 +106,17 @@ class Run:
         return self.out / "log.jsonl"
 
     def prepare(self, writes: bool) -> None:
-        """Make the folder ready, by the process that ``writes``. Raises :class:`TrainError` rather than lose a run."""
+        """Make the folder ready, by the process that ``writes``. Raises InputError rather than lose a run."""
         if self.resume and not self.state.exists():
-            raise TrainError(f"'{self.out}' has no state.pt to resume from; leave out --resume to start a run there")
+            raise InputError(
+                f"'{self.out}' has no state.pt to resume from; leave out `resume` to start a run there", field="resume"
+            )
         if self.state.exists() and not (self.resume or self.force):
-            raise TrainError(f"'{self.out}' already holds a run; --resume continues it, --force starts it over")
+            raise InputError(
+                f"'{self.out}' already holds a run; `resume` continues it, `force` starts it over", field="out"
+            )
         if self.out.exists() and not self.out.is_dir():
-            raise TrainError(f"'{self.out}' is a file; expected a folder to write to")
+            raise InputError(f"'{self.out}' is a file; expected a folder to write to", field="out")
         if writes:
             self.out.mkdir(parents=True, exist_ok=True)
             if not self.resume:
@@ -133,5 +131,6 @@ class Run:
         """
         able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         if self.amp == "on" and not able and self.device.type != "cpu":
-            raise TrainError(f"--amp on needs a CPU, or a CUDA device with bfloat16; the device is {self.device}")
+            advice = f"{self.device} has no bfloat16"
+            raise InputError.of("amp", "'on'", "off, or a device that has bfloat16", advice)
         return self.amp == "on" or (self.amp == "auto" and able and not uniform)

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import Config
 from ..model import TarFlow
-from .data import Dataset, Stream, generator, write_grid
+from ..runtime.errors import InputError
+from ..runtime.files import replacing_by_name
+from ..runtime.image import grid, write_png
+from .data import Dataset
 from .processes import Ranks
-from .recipe import Recipe, Run, TrainError
+from .recipe import Recipe, Run
+from .stream import Stream, generator
 
 BETAS = (0.9, 0.95)
 PRIOR_RATE = 0.1  # of the moving average that a volume-preserving model's prior is
@@ -72,9 +76,10 @@ class Trainer:
 
     def must_be_finite(self) -> None:
         if not torch.isfinite(self.health):
-            raise TrainError(
+            raise InputError(
                 f"the loss or its gradient is no longer finite at step {self.step}; what was saved before is intact. "
-                "Try a lower --lr, a longer --warmup or a smaller --grad-clip"
+                "Try a lower `lr`, a longer `warmup` or a smaller `grad_clip`",
+                field="lr",
             )
 
     @property
@@ -92,9 +97,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "identity": self.identity(),
         }
-        partial = self.run.state.with_name(self.run.state.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(self.run.state)
+        with replacing_by_name(self.run.state) as partial:
+            torch.save(state, partial)
         portable = copy.deepcopy(self.average).cpu()  # a .pth remembers its device, which another machine may lack
         for path in self.models:
             checkpoint.save(portable, path)
@@ -104,17 +108,17 @@ class Trainer:
         return asdict(self.recipe) | self.config.to_dict() | {"data": self.data.fingerprint()}
 
     def restore(self) -> None:
-        """Continue from the state in the output folder. Raises :class:`TrainError` naming what differs."""
+        """Continue from the state in the output folder. Raises InputError naming what differs."""
         path, ours = self.run.state, self.identity()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             theirs = state["identity"]
         except Exception as error:  # a damaged file fails in many ways
-            raise TrainError(f"'{path}' is damaged ({str(error)[:120]}); --force starts over") from None
+            raise InputError(f"'{path}' is damaged ({str(error)[:120]}); `force` starts over", field="resume") from None
         names = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         if names:
             listed = "\n  ".join(f"{name} was {theirs.get(name)}, now {ours.get(name)}" for name in names)
-            raise TrainError(f"'{path}' belongs to another run:\n  {listed}")
+            raise InputError(f"'{path}' belongs to another run:\n  {listed}", field=names[0])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -130,4 +134,7 @@ class Trainer:
         images = self.average.decode(noise, labels, self.run.guidance)
         if config.noise_std:
             images = self.average.denoise(images, labels)
-        write_grid(images, self.run.out / f"samples_{self.step:07d}.png", columns)
+        zoom = max(32 // config.image_size, 1)  # so that one can look at small images
+        shown = images.cpu().numpy().repeat(zoom, 2).repeat(zoom, 3)
+        sheet = grid(shown, columns, background=64)[1:-1, 1:-1]
+        write_png(self.run.out / f"samples_{self.step:07d}.png", sheet, {})

@@ -19,7 +19,8 @@ from tarflow.runtime.backend import Array
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.measure import Contender, of_flow
-from tarflow.runtime.ort.backend import OrtBackend
+
+from .opening import resident_flow
 
 PUBLISHED = "PyTorch as published, bf16"
 COMPILED = "PyTorch compiled, CUDA graph, fp16"
@@ -146,7 +147,7 @@ def ours(bundle: Bundle, choice: Choice) -> dict[str, Callable[[str], tuple[Flow
         return flow, [timed(of_flow(flow, f"{name}, {mode}", mode)) for mode in modes]
 
     def onnxruntime(cuda_graph: bool) -> Flow:
-        return Flow(bundle, OrtBackend(bundle, choice.device, resident=True, cuda_graph=cuda_graph))
+        return resident_flow(bundle, choice.device, cuda_graph)
 
     usual = f"tarflow, ONNX Runtime {choice.device}"
     found = {usual: lambda name: entrants(name, onnxruntime(True), "serial", "exact", "fast")}

@@ -3,15 +3,14 @@
     python -m bench.gpu --wheels DIR
 
 Exports (or takes, ``--bundles``) fp16 graphs of the two largest published shapes with random weights, one block of each
-direction; draws the same samples with each of :mod:`bench.field` by turns; writes a section of bench/RESULTS-GPU.md a
-model, about what was run and nothing else. ``--device cpu --quick`` goes the same way with a tiny model, and writes to
-``--results`` alone.
+direction; draws the same samples with each of :mod:`bench.gpu.field` by turns; writes a section of
+bench/RESULTS-GPU.md a model, about what was run and nothing else. ``--device cpu --quick`` goes the same way with a
+tiny model, and writes to ``--results`` alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -23,140 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .results import replace_section
+from .checkout import ROOT
+from .models import absent, export_models, shapes
+from .section import RESULTS, put, section
 
 if TYPE_CHECKING:
-    from tarflow.config import Config
     from tarflow.runtime.bundle import Bundle
 
-    from .device import Cell
-    from .field import Choice
-
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "RESULTS-GPU.md"
-NOT_RUN = "No GPU was to be had: nothing here has been run on one, and no number is reported."
 NEEDED = ("torch", "numpy", "onnxruntime", "safetensors", "PIL")
-NEEDED_TO_EXPORT = ("onnx", "onnx_ir", "onnxscript")
 BATCHES = (1, 8, 32)
-
-
-def shapes(quick: bool) -> dict[str, Config]:
-    """The models by name: two blocks, one of each direction; published ones have eight."""
-    from tarflow.config import Config
-
-    if quick:
-        return {"tiny": Config(8, 3, 2, width=64, blocks=2, layers=1, classes=4, noise_std=0.1)}
-    return {
-        "2-768-8-8": Config(64, 3, 2, width=768, blocks=2, layers=8, classes=1000, noise_std=0.05),
-        "4-1024-8-8": Config(64, 3, 4, width=1024, blocks=2, layers=8, classes=1000, noise_std=0.05),
-    }
-
-
-def prepare(folder: Path, models: dict[str, Config]) -> None:
-    """Export the models, in fp16 with random weights, to ``folder``; those that are there already stay."""
-    missing = absent(NEEDED_TO_EXPORT)
-    if missing:
-        raise SystemExit(
-            f"exporting needs {', '.join(missing)}, not to be found here: add wheels of them to --wheels, or export "
-            "elsewhere, python -m bench.gpu --prepare DIR, and bring the folder: --bundles DIR"
-        )
-    from bench.weights import random_model
-    from tarflow.checkpoint import save
-    from tarflow.export.pipeline import export
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, config in models.items():
-        if (folder / name / "manifest.json").exists():
-            continue
-        with tempfile.TemporaryDirectory() as place:
-            checkpoint = Path(place) / f"{name}.safetensors"
-            save(random_model(config), checkpoint)
-            tell(f"export {name}")
-            export(checkpoint, folder / name, "fp16", check=False, watch=tell)
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
-def section(
-    name: str, bundle: Bundle, where: str, speed: float, cells: Sequence[Cell], choice: Choice, notes: list[str]
-) -> str:
-    """A section of the results: the machine, one table, and what its numbers mean."""
-    config = bundle.manifest.config
-    columns = ["batch", "guidance", "", "seconds", "published / own", "compiled / own", "own / floor"]
-    columns += ["error", "certificate", "passes"]
-    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for cell in cells:
-        for r in cell.rows:
-            table.append(
-                f"| {cell.batch} | {cell.guidance:g} | {r.name} | {'~' * r.estimated}{r.seconds:.4g} "
-                f"| {ratio(r.over_published)} | {ratio(r.over_compiled)} | {r.seconds / cell.floor:.1f}x "
-                f"| {small(r.error)} | {small(r.certificate)} | {r.passes or ''} |"
-            )
-        table.append(f"| {cell.batch} | {cell.guidance:g} | floor | {cell.floor:.4g} | | | | | | |")
-    text = (
-        f"{config.blocks} blocks of width {config.width} with {config.layers} layers, T = {config.tokens}, "
-        f"{bundle.manifest.precision} graphs, random weights. Published models of these shapes have eight such blocks, "
-        "and take as many times longer. Seconds to decode one batch, without denoising; medians of interleaved turns, "
-        f"ratios are medians of neighbours. ~: estimated from {choice.stretch} steps each at the beginning, in the "
-        "middle and at the end of a block. Error: largest difference from float32 PyTorch; none where a whole run "
-        f"would take over {choice.patience:g} s. Certificate: largest round-trip error. Passes: dependent passes of "
-        "all blocks; on random weights they say nothing about trained ones. Floor: what every serial step must read, "
-        "one block's matrices and the keys and values of known positions, in half precision, at the measured "
-        f"{speed / 1e9:.3g} GB/s."
-    )
-    notes = list(dict.fromkeys([*notes, *(note for cell in cells for note in cell.notes)]))
-    return "\n\n".join([f"## {name} on {where.split(',')[0]}", where, "\n".join(table), text, *bullets(notes)])
-
-
-def put(path: Path, text: str) -> None:
-    """Write a section, and take back what was said while there was none."""
-    path.write_text(path.read_text().replace(NOT_RUN, "") if path.exists() else "# On a GPU\n")
-    replace_section(path, text)
-
-
-def ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def small(value: float | None) -> str:
-    return "" if value is None else f"{value:.1g}"
-
-
-def bullets(notes: Sequence[str]) -> list[str]:
-    return ["\n".join(f"- {note}" for note in notes)] if notes else []
-
-
-def machine(device: str) -> str:
-    """The device, its driver, and all versions, the device first."""
-    import onnxruntime
-    import torch
-
-    from tarflow.runtime.machine import cores, processor
-
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    if importlib.util.find_spec("tensorrt"):
-        versions += f", tensorrt {importlib.metadata.version('tensorrt')}"
-    host = f"{processor()}, {cores()} cores"
-    if device == "cpu":
-        return f"a CPU, {host}, {versions}"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = "unknown"
-    return f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, {host}, {versions}"
-
-
-def tell(line: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def absent(packages: Sequence[str]) -> list[str]:
-    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def with_wheels(folder: Path, arguments: Sequence[str]) -> int:
@@ -178,7 +52,8 @@ def with_wheels(folder: Path, arguments: Sequence[str]) -> int:
 
 def build_engines(bundle: Bundle, batches: Sequence[int]) -> str | None:
     """TensorRT engines for the batches, beside the bundle's graphs; what is built stays. Returns why not, or None."""
-    from tarflow.export.engines.build import Options, build
+    from tarflow.export.engines.build import build
+    from tarflow.export.engines.options import Options
     from tarflow.runtime.backend import WINDOW
 
     from .device import FAILURES
@@ -186,7 +61,7 @@ def build_engines(bundle: Bundle, batches: Sequence[int]) -> str | None:
     sizes = min(batches), sorted(batches)[len(batches) // 2], max(batches)
     options = Options(batch=sizes, window=(1, 1, WINDOW))
     try:
-        build(bundle, options=options, watch=lambda progress: None, package="tensorrt")
+        build(bundle, options=options)
     except FAILURES as error:
         return f"TensorRT engines were not built: {str(error).splitlines()[0][:200]}"
     return None
@@ -227,17 +102,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"no model {', '.join(unknown)} in this bench; expected some of {', '.join(models)}")
     models = {name: config for name, config in models.items() if not asked.models or name in asked.models}
     if asked.prepare:
-        prepare(asked.prepare, models)
+        export_models(asked.prepare, models, tell)
         return
     check_device(asked.device)
     with tempfile.TemporaryDirectory(prefix="tarflow-bench.") as made:
         folder = asked.bundles or Path(made)
-        prepare(folder, models)
+        export_models(folder, models, tell)
         for name in models:
-            run(name, folder / name, asked)
+            run(folder / name, asked)
 
 
-def run(name: str, folder: Path, asked: argparse.Namespace) -> None:
+def run(folder: Path, asked: argparse.Namespace) -> None:
     """Bench one model, print its section, and write it where results go."""
     from tarflow.runtime.bundle import Bundle
 
@@ -257,7 +132,7 @@ def run(name: str, folder: Path, asked: argparse.Namespace) -> None:
     results = asked.results or (RESULTS if asked.device == "cuda" and not asked.quick else None)
     for cell in bench(bundle, choice, batches, repeats, speed, tell):
         cells.append(cell)
-        text = section(name, bundle, machine(asked.device), speed, cells, choice, [failed] if failed else [])
+        text = section(bundle, speed, cells, choice, [failed] if failed else [])
         if results is not None:  # after every cell: a command that is stopped leaves what was run
             put(results, text)
     print(text)
@@ -278,6 +153,10 @@ def check_device(device: str) -> None:
             f"onnxruntime {onnxruntime.__version__} here is not built for CUDA: bring a wheel of onnxruntime-gpu for "
             f"Python {platform.python_version()} and CUDA {torch.version.cuda}, --wheels DIR"
         )
+
+
+def tell(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

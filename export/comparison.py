@@ -1,0 +1,123 @@
+"""A bundle beside PyTorch: both as flows, on the same weights; and its parity card from that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tarflow.checkpoint import load
+from tarflow.config import Hints
+from tarflow.model import TarFlow
+from tarflow.reference import Twin
+
+from ..quality.card import Card
+from ..quality.parity import Pairs, Watch, make_pairs, verify, verify_golden
+from ..runtime.backend import Backend
+from ..runtime.bundle import MANIFEST, RESIDENT, WEIGHTS, Bundle
+from ..runtime.errors import InputError
+from ..runtime.flow import Flow
+from ..runtime.opening import Opening
+from ..runtime.ort.backend import OrtBackend
+from .emulate import runnable
+
+ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A bundle's ``flow``, and the ``oracle``: the same with PyTorch computing every block, on ``model``'s weights.
+
+    ``resident`` decodes with the graphs for devices; None where they are not compared.
+    """
+
+    flow: Flow
+    oracle: Flow
+    model: TarFlow
+    resident: Backend | None = None
+
+    def card(self, pairs: Pairs, watch: Watch) -> Card:
+        return verify(self.flow, self.oracle, pairs, watch, self.resident)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare: a bundle, opened as ``opening`` says, with PyTorch on a checkpoint.
+
+    ``checkpoint`` None means the bundle's own weights; ``hints`` are what its name does not say.
+    """
+
+    folder: str | os.PathLike[str]
+    checkpoint: str | os.PathLike[str] | None = None
+    hints: Hints | None = None
+    opening: Opening = ONE_BLOCK
+
+    @contextlib.contextmanager
+    def open(self, watch: Watch) -> Iterator[Beside]:
+        """Raises InputError if the checkpoint is another model's; what opening either raises."""
+        bundle = Bundle.open(self.folder)
+        bundle.check()
+        watch("load the checkpoint")
+        model = open_checkpoint(self.folder if self.checkpoint is None else self.checkpoint, self.hints)
+        theirs, ours = asdict(model.config), asdict(bundle.manifest.config)
+        if theirs != ours:
+            differing = ", ".join(
+                f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key]
+            )
+            raise InputError(
+                f"'{self.checkpoint or 'weights'}' is not the model in '{self.folder}': {differing}; name the "
+                "checkpoint it was exported from",
+                field="checkpoint",
+            )
+        with beside(model, bundle, self.opening) as found:
+            yield found
+
+
+def verify_bundle(comparison: Comparison, watch: Watch = lambda stage: None) -> Card:
+    """The parity card of a bundle against PyTorch, its golden pairs too. Raises as :meth:`Comparison.open`."""
+    with comparison.open(watch) as found:
+        pairs = oracle_pairs(found.model, found.oracle.bundle, watch)
+        card = found.card(pairs, watch)
+        if not pairs.serial:
+            return card
+        watch("verify golden pairs")
+        return replace(card, golden=verify_golden(found.flow).sample)
+
+
+@contextlib.contextmanager
+def beside(model: TarFlow, bundle: Bundle, opening: Opening = ONE_BLOCK) -> Iterator[Beside]:
+    """A bundle as it is opened, beside PyTorch; bfloat16 is emulated on a CPU, which has no product of it."""
+    oracle = oracle_flow(model, bundle)
+    with torch.no_grad():
+        if opening.provider != "cpu":
+            yield Beside(Flow.open(bundle, opening), oracle, model)
+            return
+        with runnable(bundle) as here:
+            backend, resident = OrtBackend(here, opening), None
+            if here is not bundle:
+                backend.description += ", bfloat16 emulated by rounding float32"
+            if bundle.manifest.blocks[0].has(RESIDENT):
+                resident = OrtBackend(here, opening, resident=True)
+            yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, resident)
+
+
+def oracle_flow(model: TarFlow, bundle: Bundle) -> Flow:
+    """The bundle's flow with PyTorch computing every block, and the checkpoint's prior."""
+    return Flow(bundle, Twin(model), model.prior.cpu().numpy())
+
+
+@torch.no_grad()
+def oracle_pairs(model: TarFlow, bundle: Bundle, watch: Watch) -> Pairs:
+    """Noises and what PyTorch makes of them."""
+    return make_pairs(oracle_flow(model, bundle), sum(p.numel() for p in model.parameters()), watch)
+
+
+def open_checkpoint(checkpoint: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
+    """Load a model; if it is a bundle, after checking its weights' hash."""
+    if (Path(checkpoint) / MANIFEST).is_file():
+        Bundle.open(checkpoint).check(WEIGHTS)
+    return load(checkpoint, hints)

@@ -1,0 +1,76 @@
+"""What engines are built for: batches, windows, devices. Checked before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.bundle import Bundle, ModelShape
+from ...runtime.errors import InputError
+from ...runtime.files import size_text
+from ...runtime.memory import USUAL, cache_row
+from ...runtime.tensorrt.record import Profile, Range
+
+_LARGEST_GPU = 288 << 30  # bytes of the memory of any GPU there is
+_LARGEST_TENSOR = 2**31 - 1  # numbers in a tensor of TensorRT's
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to build. ``device`` None is the GPU here; else compute capabilities such as ("8.6", "8.9").
+
+    ``batch`` and ``window`` are (least, best, most). ``level`` is TensorRT's optimisation level, 0 to 5; timings are
+    read from ``timing_cache``, and kept there.
+    """
+
+    batch: Range = (1, 8, 32)
+    window: Range = (1, 1, 1)
+    device: tuple[str, ...] | None = None
+    timing_cache: Path | None = None
+    level: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("batch", self.batch), ("window", self.window)):
+            least, best, most = numbers
+            if not 1 <= least <= best <= most:
+                raise InputError.of(name, _comma(numbers), "1 <= least <= best <= most, as in 1,8,32")
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise InputError.of("level", self.level, "0 (fastest build) to 5 (fastest engine)")
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse now what TensorRT would after minutes, and windows that no step has. Raises InputError."""
+        shape, precision = bundle.manifest.config, bundle.manifest.precision
+        most, widest, last = self.batch[2], self.window[2], max(1, shape.tokens - 1)
+        if widest > last:
+            raise InputError(
+                f"`window` is {_comma(self.window)}; this model has {shape.tokens} patches, and a window ends before "
+                f"the last one: expected {last} at most, as in 1,{max(1, shape.tokens // 4)},{last}",
+                field="window",
+            )
+        cache = 2 * cache_row(shape, precision)  # bytes of a guided image
+        numbers = 2 * max(shape.width * shape.tokens, widest * max(4 * shape.width, shape.heads * shape.tokens))
+        limit = max(1, min(_LARGEST_GPU // cache, _LARGEST_TENSOR // numbers))
+        if most > limit:
+            raise InputError(
+                f"`batch` is {_comma(self.batch)}; for {most} guided images the cache takes {size_text(most * cache)} "
+                f"and the largest tensor has {most * numbers} numbers, where TensorRT counts to {_LARGEST_TENSOR}: "
+                f"expected {limit} at most for this model, as in 1,{min(8, limit)},{min(32, limit)}",
+                field="batch",
+            )
+
+    def profiles(self, config: ModelShape) -> dict[str, tuple[Profile, ...]]:
+        """What each kind of engine is built for: plain and guided, single steps and windows, batches that fit."""
+        single = [Profile(branches, self.batch) for branches in (1, 2)]
+        if self.window[2] > 1:
+            single += [Profile(branches, self.batch, self.window) for branches in (1, 2)]
+        forward = [Profile(n, self._at_most(USUAL.rows(config, 3 * n, 12 * n))) for n in (1, 2)]
+        rows = USUAL.rows(config, config.layers + 4, 12 * (config.layers + 1))
+        return {"step": tuple(single), "forward": tuple(forward), "gradient": (Profile(1, self._at_most(rows)),)}
+
+    def _at_most(self, rows: int) -> Range:
+        least, best, most = (min(size, rows) for size in self.batch)
+        return least, best, most
+
+
+def _comma(numbers: Range) -> str:
+    return ",".join(map(str, numbers))

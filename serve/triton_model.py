@@ -1,0 +1,197 @@
+"""The model that Triton's Python backend runs: requests in, a Flow's results out. Repositories' model.py imports it.
+
+Rows of all requests Triton hands over are computed together. Each row's result is a function of that row alone:
+everything runs in tiles of 16 rows, whoever shares them. That neither place nor mates in a tile matter is measured when
+the model is loaded; on an engine where they do, each row has a tile of its own. A request that cannot be answered fails
+alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as triton  # type: ignore[import-not-found]  # exists inside Triton only
+from numpy.typing import NDArray
+
+from ..runtime.backend import REPRODUCIBLE_TILE, pad_rows
+from ..runtime.bundle import Bundle
+from ..runtime.errors import BundleError, InputError, TarflowError
+from ..runtime.flow import Flow
+from ..runtime.guidance import Guidance
+from ..runtime.image import unpatchify
+from ..runtime.machine import cores
+from ..runtime.opening import Opening
+from .words import http_words
+
+Rows = dict[str, NDArray[Any]]  # tensors by name, first dimension samples
+
+
+class TritonPythonModel:
+    """One instance; Triton calls :meth:`initialize` once, then :meth:`execute` with a batch of requests at a time."""
+
+    bundle: Path  # said by a repository's model.py
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle, whose hash is in the configuration, and run a tile through it."""
+        said = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+        if args["model_instance_kind"] == "GPU":  # before anything loads CUDA: this process sees its own device only
+            os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+        bundle = Bundle.open(self.bundle)
+        if bundle.hash != said["bundle_sha256"]:
+            raise BundleError(
+                f"'{bundle.folder}' is the bundle {bundle.hash[:16]}..., but config.pbtxt was written for "
+                f"{said['bundle_sha256'][:16]}...; package the bundle again"
+            )
+        share = max(1, cores() // int(said["instances"]))
+        threads = share if said["threads"] == "share" else int(said["threads"])
+        self.shares = True
+        self.flow = Flow.open(bundle, Opening(said["provider"], threads, spinning=False))
+        self.run: Callable[[Rows, bool], Rows] = getattr(self, f"_{said['task']}")
+        self.names = [tensor["name"] for tensor in json.loads(args["model_config"])["input"]]
+        self.run(self._checked(self._example()), True)  # what cannot work here fails now, not at the first request
+        self.shares = self._rows_are_independent()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request, in order; an error of one is its own."""
+        answers: list[Rows | TarflowError] = []
+        certified = any("certificate" in request.requested_output_names() for request in requests)
+        for request in requests:
+            try:
+                answers.append(self._checked(self._read(request)))
+            except TarflowError as error:
+                answers.append(error)
+        good = [i for i, answer in enumerate(answers) if not isinstance(answer, TarflowError)]
+        if good:
+            rows = [answer for answer in answers if not isinstance(answer, TarflowError)]
+            for i, answer in zip(good, self._answers(rows, certified), strict=True):
+                answers[i] = answer
+        return [_response(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+    def _answers(self, requests: list[Rows], certified: bool) -> list[Rows | TarflowError]:
+        """All requests computed together; if the engine fails on them, each by itself: the guilty one fails alone."""
+        together = {name: np.concatenate([rows[name] for rows in requests]) for name in requests[0]}
+        try:
+            found = self.run(together, certified)
+        except TarflowError as error:
+            if len(requests) == 1:
+                return [error]
+            return [answer for rows in requests for answer in self._answers([rows], certified)]
+        ends = np.cumsum([len(rows["label"]) for rows in requests])[:-1]
+        parts = {name: np.split(array, ends) for name, array in found.items()}
+        return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(requests))]
+
+    # --- the three tasks: rows in, rows out ---------------------------------------------------------------------
+
+    def _sample(self, rows: Rows, certified: bool) -> Rows:
+        drawn_from = zip(rows["seed"].tolist(), rows["index"].tolist(), strict=True)
+        z = np.concatenate([self.flow.noise(seed, range(index, index + 1)) for seed, index in drawn_from])
+        images = np.empty((len(z), *self.flow.config.image), np.float32)
+        certificate = np.zeros((len(z), 1), np.float32)
+        for where in self._batches(rows["guidance"]):
+            drawn = self.flow.sample(
+                noise=z[where],
+                labels=rows["label"][where],
+                guidance=Guidance(float(rows["guidance"][where[0]])),
+                reproducible=True,
+                certify=certified,
+            )
+            images[where] = drawn
+            if drawn.report is not None and drawn.report.certificate is not None:
+                certificate[where, 0] = drawn.report.certificate
+        return {"images": images, "certificate": certificate}
+
+    def _encode(self, rows: Rows, _: bool) -> Rows:
+        count, config = len(rows["label"]), self.flow.config
+        latent = np.empty((count, config.tokens, config.patch_dim), np.float32)
+        log_det = np.empty(count, np.float32)
+        for where in self._tiles(np.zeros(count)):
+            x, labels = (pad_rows(rows[name][where], REPRODUCIBLE_TILE) for name in ("images", "label"))
+            latent[where], log_det[where] = (found[: len(where)] for found in self.flow.encode(x, labels))
+        bits = self.flow.bits_of(latent, log_det)
+        return {"latent": latent, "log_det": log_det[:, None], "bits_per_dim": bits[:, None]}
+
+    def _denoise(self, rows: Rows, _: bool) -> Rows:
+        images = np.empty_like(rows["images"])
+        for where in self._tiles(rows["strength"]):
+            x, labels = (pad_rows(rows[name][where], REPRODUCIBLE_TILE) for name in ("images", "label"))
+            images[where] = self.flow.denoise(x, labels, float(rows["strength"][where[0]]))[: len(where)]
+        return {"images": images}
+
+    def _batches(self, alike: NDArray[Any]) -> list[NDArray[np.intp]]:
+        """Which rows are computed together: those with the same number in ``alike``, or each by itself."""
+        if not self.shares:
+            return [np.array([row]) for row in range(len(alike))]
+        return [np.flatnonzero(alike == value) for value in np.unique(alike)]
+
+    def _tiles(self, alike: NDArray[Any]) -> list[NDArray[np.intp]]:
+        """Batches of at most 16 rows, for what Flow does not tile itself."""
+        starts = range(0, len(alike), REPRODUCIBLE_TILE)
+        return [where[i : i + REPRODUCIBLE_TILE] for where in self._batches(alike) for i in starts if i < len(where)]
+
+    def _rows_are_independent(self) -> bool:
+        """Whether rows have the same bits in any place of a tile, whoever is in the others, on this engine."""
+        one = self._checked(self._example())
+        rows = {name: np.repeat(array, REPRODUCIBLE_TILE, 0) for name, array in one.items()}
+        if "index" in rows:
+            rows["index"] = np.arange(REPRODUCIBLE_TILE)
+        else:
+            noise = self.flow.noise(0, range(REPRODUCIBLE_TILE))
+            rows["images"] = unpatchify(noise, self.flow.config.patch_size, self.flow.config.channels)
+        order = np.roll(np.arange(REPRODUCIBLE_TILE), 5)[:-3]  # other places, other mates
+        cases = [rows]
+        if "guidance" in rows and self.flow.config.classes:
+            cases.append(rows | {"guidance": np.ones_like(rows["guidance"])})
+        for case in cases:
+            whole, moved = self.run(case, True), self.run({name: array[order] for name, array in case.items()}, True)
+            if not all(np.array_equal(whole[name][order], moved[name]) for name in whole):
+                return False
+        return True
+
+    # --- what a request says, checked by itself -----------------------------------------------------------------
+
+    def _read(self, request: Any) -> Rows:
+        tensors = {name: triton.get_input_tensor_by_name(request, name) for name in self.names}
+        return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+
+    def _checked(self, rows: Rows) -> Rows:
+        """The rows with every optional tensor there, numbers flat. Raises InputError for what no row may hold."""
+        count = len(next(iter(rows.values())))
+        default = {"label": np.int64(-1), "guidance": np.float32(0), "strength": np.float32(1)}
+        full: Rows = {name: np.full((count, 1), default[name]) for name in self.names if name not in rows} | rows
+        for name in full.keys() - {"images"}:
+            full[name] = full[name].reshape(count)
+        for name in ("seed", "index"):
+            if name in full and (full[name] < 0).any():
+                raise InputError(f"{name} is {full[name].min()}; expected 0 or more")
+        label, classes = full["label"], self.flow.config.classes
+        if (label >= max(classes, 0)).any():
+            raise InputError(f"label {label.max()} is out of range; this model has {classes} classes, and -1 for none")
+        for name in ("guidance", "strength"):
+            if name in full and not ((full[name] >= 0) & (full[name] < math.inf)).all():
+                raise InputError(f"{name} holds {full[name].tolist()}; expected numbers of 0 or more")
+        if "guidance" in full and ((full["guidance"] > 0) & (label < 0)).any():
+            raise InputError("guidance does nothing for samples without a label: give labels, or guidance 0")
+        if "images" in full and not np.isfinite(full["images"]).all():
+            raise InputError("images hold numbers that are not finite; expected floats in [-1, 1]")
+        return full
+
+    def _example(self) -> Rows:
+        """One row of every tensor."""
+        shapes = {"images": self.flow.config.image}
+        kinds = {"seed": np.int64, "index": np.int64, "label": np.int64}
+        rows = {name: np.zeros((1, *shapes.get(name, (1,))), kinds.get(name, np.float32)) for name in self.names}
+        return rows | {"label": np.full((1, 1), min(self.flow.config.classes, 1) - 1, np.int64)}
+
+
+def _response(request: Any, answer: Rows | TarflowError) -> Any:
+    if isinstance(answer, TarflowError):
+        return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(http_words(answer, labels="label")))
+    wanted = [name for name in answer if name in request.requested_output_names()]
+    tensors = [triton.Tensor(name, np.ascontiguousarray(answer[name])) for name in wanted]
+    return triton.InferenceResponse(output_tensors=tensors)
