@@ -103,12 +103,12 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
     (folder / "empty.c").write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in SYMBOLS))
     for library in LIBRARIES:
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, "empty.c"]
-        subprocess.run(command, cwd=folder, check=True, timeout=60)
+        subprocess.run(command, cwd=folder, check=True)
     found = {}
     for package, version in (("tensorrt_bindings", "11.4."), ("tensorrt_rtx", "")):
         environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)} if version else None
         command = [sys.executable, "-c", DUMP, package]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         said, found[package] = json.loads(done.stdout)
         assert said.startswith(version)
@@ -201,13 +201,12 @@ def test_names_that_are_gone_would_be_noticed(names: dict[str, dict[str, list[st
 
 
 def test_the_double_has_nothing_that_tensorrt_has_not(names: dict[str, dict[str, list[str]]]) -> None:
-    helpers = {"open"}
     for double, kind in (
         (DoubleRuntime, "Runtime"),
         (DoubleEngine, "ICudaEngine"),
         (DoubleContext, "IExecutionContext"),
     ):
-        methods = {name for name in vars(double) if not name.startswith("_")} - helpers
+        methods = {name for name in vars(double) if not name.startswith("_")}
         assert methods
         assert methods <= set(names["tensorrt_bindings"][kind]), double
     module = {name for name in vars(DoubleTensorRT) if not name.startswith("_")}
