@@ -56,13 +56,8 @@ def build(
     from ..export.engines.parity import verify_engines
     from ..runtime.bundle import Bundle
 
-    options = Options(
-        batch=_range("batch", batch),
-        window=_range("window", window),
-        device=_capabilities(device),
-        timing_cache=timing_cache,
-        level=level,
-    )
+    sizes = _range("batch", batch), _range("window", window)
+    options = Options(*sizes, device=_capabilities(device), timing_cache=timing_cache, level=level)
     opened = Bundle.open(default_bundle(bundle))
     with shown(quiet=json) as watch:
         folder, record = build_engines(opened, engine, options, watch)

@@ -54,6 +54,8 @@ def export(
         return
     from ..export.pipeline import export as export_bundle
     from ..quality.card import Card
+    from ..runtime.errors import Remedy
+    from .messages import command
 
     with stages() as watch:
         bundle = export_bundle(source, output, engine, hints, force, verify, watch)
@@ -84,7 +86,7 @@ def export(
             f"{card.certificate:.2g}"
         )
     else:
-        say(f"not verified; run: tarflow verify {output}")
+        say(f"not verified; run: {command(Remedy('verify', {'bundle': output}))}")
     if engines:
         print(f"engines: {engines}" + (", built, not run" if unverified else ""))
         if unverified:
@@ -92,7 +94,7 @@ def export(
     elif build and engine == "int8":
         say(f"no engines: {why_not}")
     elif build:
-        say(f"no engines: {why_not}; on a GPU machine run: tarflow build {output}")
+        say(f"no engines: {why_not}; on a GPU machine run: {command(Remedy('build', {'bundle': output}))}")
 
 
 def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str | None]:

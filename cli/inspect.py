@@ -20,8 +20,9 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
     """
     from ..quality.card import Card
     from ..runtime.bundle import MANIFEST, Bundle
-    from ..runtime.errors import BundleError, briefly
+    from ..runtime.errors import BundleError, Remedy, briefly
     from .card import print_card
+    from .messages import command
 
     opened = Bundle.open(default_bundle(bundle))
     opened.check()
@@ -57,7 +58,7 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
     for line in _engines(opened):
         print(line)
     if not m.parity:
-        print(f"parity: not verified; run: tarflow verify {opened.folder}")
+        print(f"parity: not verified; run: {command(Remedy('verify', {'bundle': opened.folder}))}")
         return
     try:
         print_card(Card.from_json(m.parity, str(opened.folder / MANIFEST)))

@@ -36,7 +36,7 @@ class Service:
     port: int
 
     def ask(self, path: str, body: object = None, raw: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             content = raw if raw is not None else None if body is None else json.dumps(body).encode()
             connection.request("GET" if content is None else "POST", path, content)
@@ -50,19 +50,19 @@ class Service:
         assert status == 200, content
         return np.frombuffer(content, np.float32).reshape([int(x) for x in headers["X-Tarflow-Shape"].split(",")])
 
+    def metrics(self) -> dict[str, float]:
+        lines = self.ask("/metrics")[2].decode().splitlines()
+        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+
     def send(self, **body: Any) -> socket.socket:
-        """Ask without waiting for the answer, but until the service has begun to read."""
+        """A request that the service has begun to read; nobody has read its answer yet."""
         content = json.dumps(body).encode()
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection = socket.create_connection(("127.0.0.1", self.port))
         head = f"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(content)
         return connection
-
-    def metrics(self) -> dict[str, float]:
-        lines = self.ask("/metrics")[2].decode().splitlines()
-        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
 
     def memory(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
@@ -87,7 +87,7 @@ def start() -> Iterator[Callable[..., Service]]:
 
 
 def test_two_hundred_concurrent_requests_are_all_right_and_memory_stays_flat(start: Callable[..., Service]) -> None:
-    service, flow = start("--queue", 256), Flow.open(DEMO)
+    service, flow = start("--queue", 256, "--timeout-ms", 1_000_000), Flow.open(DEMO)
     requests: list[dict[str, Any]] = [
         {"labels": [i % 10] * (1 + i % 3), "seed": i // 7, "index": i, "guidance": float(i % 2)} for i in range(200)
     ]
@@ -134,22 +134,21 @@ def test_a_full_queue_answers_429_and_what_was_accepted_is_answered(start: Calla
 
 def test_a_timeout_cancels_the_work(start: Callable[..., Service]) -> None:
     service = start("--batch", 100_000)
-    status, _, content = service.ask("/v1/samples", {"n": 20_000, "timeout_ms": 300})
+    status, _, content = service.ask("/v1/samples", {"n": 100_000, "timeout_ms": 300})  # minutes of work
     assert status == 504
     assert b"given up" in content
     service.draw(n=1)  # waits until the batch before it has ended
     metrics = service.metrics()
     assert metrics["tarflow_abandoned_requests_total"] == 1
-    assert metrics["tarflow_samples_total"] == 1, "samples that nobody waited for were drawn to the end"
+    assert metrics["tarflow_samples_total"] == 1  # that batch ended without its samples
 
 
 def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) -> None:
-    service = start("--batch", 100_000, "--timeout-ms", 300_000)
-    asked = [service.send(n=60_000, seed=seed) for seed in range(3)]  # each for a batch of its own
-    until(lambda: service.metrics()["tarflow_queue_requests"] == 2)
-    for count, connection in enumerate(reversed(asked), 1):  # the first is computed, the others wait behind it
+    service = start("--batch", 100_000, "--timeout-ms", 1_000_000)
+    connections = [service.send(n=100_000, seed=seed) for seed in range(3)]  # too many to share a batch
+    until(lambda: service.metrics()["tarflow_queue_requests"] == 2)  # the first that arrived is computed
+    for connection in connections:
         connection.close()
-        until(lambda count=count: service.metrics()["tarflow_hung_up_requests_total"] == count)  # type: ignore[misc]
     service.draw(n=1)
     metrics = service.metrics()
     assert metrics["tarflow_hung_up_requests_total"] == metrics['tarflow_responses_total{code="499"}'] == 3
@@ -188,7 +187,6 @@ def test_samples_that_are_not_finite_are_named(start: Callable[..., Service]) ->
 
 def test_sigterm_drains_and_stops(start: Callable[..., Service]) -> None:
     service = start("--batch", 512)
-    service.draw(n=1)
     with service.send(n=512) as asked, asked.makefile("rb") as answer:
         service.process.send_signal(signal.SIGTERM)
         assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
@@ -247,5 +245,5 @@ def test_pictures_health_and_bad_requests(start: Callable[..., Service]) -> None
 )
 def test_wrong_arguments_are_said_in_one_sentence(arguments: tuple[object, ...], code: int, words: str) -> None:
     command = [str(x) for x in (PROGRAM, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
