@@ -10,9 +10,10 @@ import typer
 
 from ..config import Hints
 from ..runtime.bundle import Bundle
-from ..runtime.errors import MachineError, briefly
+from ..runtime.errors import MachineError, Remedy, briefly
 from ..runtime.files import size_text
 from .console import DEFAULT_BUNDLE, DEMO, emit, say, show
+from .messages import command
 from .options import Json, hinted
 from .progress import stages
 
@@ -82,13 +83,13 @@ def export(
             f"{card.certificate:.2g}"
         )
     else:
-        say(f"not verified; run: tarflow verify {output}")
+        say(f"not verified; run: {command(Remedy('verify', {'bundle': output}))}")
     if engines:
         print(f"engines: {engines}" + (", built, not run" if unverified else ""))
         if unverified:
             say(f"engines were built, not run: {unverified}")
     elif build:
-        cure = "" if engine == "int8" else f"; on a GPU machine run: tarflow build {output}"
+        cure = f"; on a GPU machine run: {command(Remedy('build', {'bundle': output}))}" if engine != "int8" else ""
         say(f"no engines: {why_not}{cure}")
 
 

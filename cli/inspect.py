@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ..runtime.bundle import MANIFEST, Bundle
-from ..runtime.errors import BundleError, briefly
+from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
 from ..runtime.tensorrt.record import folders
 from ..runtime.tensorrt.record_reader import read_record
 from .console import emit, show
+from .messages import command
 from .options import BundleArgument, Json
 
 
@@ -50,7 +51,7 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
         print(f"  block {k} ({'reversed' if block.reversed else 'in order'}): {sizes}, opset {m.opset}")
     _tell_of_engines(bundle)
     if not m.parity:
-        print(f"parity: not verified; run: tarflow verify {bundle.folder}")
+        print(f"parity: not verified; run: {command(Remedy('verify', {'bundle': bundle.folder}))}")
         return
     try:
         print_card(Card.from_json(m.parity, str(bundle.folder / MANIFEST)))

@@ -149,7 +149,7 @@ def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds:
         say(
             f"tarflow: check failed: {len(index['nonfinite'])} of {index['samples']} samples are not finite, the first "
             f"{index['nonfinite'][0]}; '{out / 'index.json'}' lists them. Lower the guidance, or draw them again with "
-            " --redraw-nonfinite and another --out"
+            "--redraw-nonfinite and another --out"
         )
     if index["nonfinite"] or index["uncertified"]:
         raise typer.Exit(1)

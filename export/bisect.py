@@ -17,7 +17,7 @@ import numpy as np
 
 from tarflow.model import TarFlow
 
-from ..quality.parity import Pairs
+from ..quality.parity import Pairs, Watch
 from ..runtime.backend import Branches
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.errors import InputError
@@ -27,7 +27,7 @@ from ..runtime.ort.library import PROVIDERS
 from ..runtime.ort.stepwise import StepwiseDecoding
 from ..runtime.parts import Feeds, forward_feeds, gradient_feeds
 from ..runtime.precision import PRECISIONS
-from .comparison import Comparison, Watch
+from .comparison import Comparison, oracle_pairs
 from .nodes import Evidence, expose, first_difference
 from .precision import torch_type, typed
 from .trace import KINDS, place, trace
@@ -96,7 +96,7 @@ def bisect_bundle(
         bundle, precision = found.oracle.bundle, PRECISIONS[found.flow.bundle.manifest.precision]
         backend = OrtBackend(found.flow.bundle, comparison.opening, resident=False)
         limit = 10 * precision.tolerance.rms if tolerance is None else tolerance
-        suspects = _suspects(backend, found.oracle, found.pairs(watch), watch)
+        suspects = _suspects(backend, found.oracle, oracle_pairs(found.model, bundle, watch), watch)
         suspect = next((one for one in suspects if not one.error <= limit), None)
         if suspect is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tarflow.model import TarFlow
 from tarflow.reference import Twin
 
 from ..quality.card import Card
-from ..quality.parity import Pairs, make_pairs, verify, verify_golden
+from ..quality.parity import Pairs, Watch, make_pairs, verify, verify_golden
 from ..runtime.backend import Backend
 from ..runtime.bundle import MANIFEST, RESIDENT, WEIGHTS, Bundle
 from ..runtime.errors import InputError
@@ -25,7 +25,6 @@ from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
 from .emulate import runnable
 
-Watch = Callable[[str], None]
 ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
 
 
@@ -40,9 +39,6 @@ class Beside:
     oracle: Flow
     model: TarFlow
     resident: Backend | None = None
-
-    def pairs(self, watch: Watch) -> Pairs:
-        return oracle_pairs(self.oracle, self.model, watch)
 
     def card(self, pairs: Pairs, watch: Watch) -> Card:
         return verify(self.flow, self.oracle, pairs, watch, self.resident)
@@ -84,7 +80,7 @@ class Comparison:
 def verify_bundle(comparison: Comparison, watch: Watch = lambda stage: None) -> Card:
     """The parity card of a bundle against PyTorch, its golden pairs too. Raises as :meth:`Comparison.open`."""
     with comparison.open(watch) as found:
-        pairs = found.pairs(watch)
+        pairs = oracle_pairs(found.model, found.oracle.bundle, watch)
         card = found.card(pairs, watch)
         if not pairs.serial:
             return card
@@ -115,9 +111,9 @@ def oracle_flow(model: TarFlow, bundle: Bundle) -> Flow:
 
 
 @torch.no_grad()
-def oracle_pairs(oracle: Flow, model: TarFlow, watch: Watch) -> Pairs:
+def oracle_pairs(model: TarFlow, bundle: Bundle, watch: Watch) -> Pairs:
     """Noises and what PyTorch makes of them."""
-    return make_pairs(oracle, sum(p.numel() for p in model.parameters()), watch)
+    return make_pairs(oracle_flow(model, bundle), sum(p.numel() for p in model.parameters()), watch)
 
 
 def open_checkpoint(checkpoint: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:

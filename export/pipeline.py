@@ -16,23 +16,13 @@ from tarflow.config import Hints
 from tarflow.model import TarFlow
 
 from ..quality.card import Card
-from ..quality.parity import Pairs
-from ..runtime.bundle import (
-    GOLDEN,
-    MANIFEST,
-    PARITY,
-    RESIDENT,
-    WEIGHTS,
-    BlockEntry,
-    Bundle,
-    FileEntry,
-    Manifest,
-)
+from ..quality.parity import Pairs, Watch
+from ..runtime.bundle import GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest
 from ..runtime.errors import CheckFailed, Remedy
 from ..runtime.files import check_replaceable, replacing_folder, sha256
 from ..runtime.precision import PRECISIONS, Precision
 from .card import markdown
-from .comparison import Watch, beside, open_checkpoint, oracle_flow, oracle_pairs
+from .comparison import beside, open_checkpoint, oracle_pairs
 from .graphs import BlockGraph
 from .precision import precision_named, torch_type, typed
 from .quantise import chosen, sensitivities
@@ -61,9 +51,12 @@ def export(
     check_weights(model, precision)
     with replacing_folder(folder, force) as partial:
         unwritten = Bundle(partial, _manifest(model, checkpoint, precision), "")
-        pairs = oracle_pairs(oracle_flow(model, unwritten), model, watch)
+        pairs = oracle_pairs(model, unwritten, watch)
         (partial / GOLDEN).write_bytes(save(pairs.tensors()))
-        int8 = _int8(model, pairs, watch) if precision.int8 else frozenset()
+        int8: frozenset[str] = frozenset()
+        if precision.int8:
+            watch("measure what int8 does to each layer")
+            int8 = chosen(sensitivities(model, pairs.states[:0:-1], pairs.labels))
         watch(f"write {WEIGHTS}")
         stored = write_weights(model, precision, partial / WEIGHTS, int8)
         written = replace(unwritten.manifest, blocks=_graphs(model, precision, stored, partial, watch))
@@ -82,12 +75,6 @@ def bundle_name(checkpoint: str | os.PathLike[str]) -> str:
     if (path / MANIFEST).is_file():
         return Bundle.open(path).manifest.name
     return re.sub(r"_model_.*$", "", path.stem)
-
-
-def _int8(model: TarFlow, pairs: Pairs, watch: Watch) -> frozenset[str]:
-    """Weights to store as int8, by what each of them alone does to the golden pairs."""
-    watch("measure what int8 does to each layer")
-    return chosen(sensitivities(model, pairs.states[:0:-1], pairs.labels))
 
 
 def _graphs(
@@ -123,8 +110,6 @@ def _card(model: TarFlow, bundle: Bundle, pairs: Pairs, watch: Watch) -> Card:
             + "\n  ".join(wrong)
             + f"\nTry `engine` {wider}; or look closer: export it without verification (`check`), then bisect it",
             field="engine",
-            found=bundle.manifest.precision,
-            expected=wider,
             remedy=Remedy("bisect"),
         )
     return card

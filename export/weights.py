@@ -133,8 +133,6 @@ def check_weights(model: TarFlow, precision: Precision) -> None:
                 f"weight {name} reaches {tensor.abs().max():.3g}, more than {precision.type} can hold; use `engine` "
                 f"{precision.wider}",
                 field="engine",
-                found=precision.name,
-                expected=precision.wider,
             )
         raise CheckpointError(f"weight {name} is not finite: the checkpoint is broken, or its training diverged")
 

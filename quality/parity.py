@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -97,7 +97,7 @@ def verify(
     on_device = None
     if resident is not None:
         watch("verify resident steps")
-        on_device = _resident(resident, pairs, flow.config.tokens)
+        on_device = _worst(resident, pairs.inverses(), Branches.plain(pairs.labels, flow.config.tokens))
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
@@ -157,24 +157,14 @@ def _blocks(flow: Flow, pairs: Pairs, watch: Watch) -> dict[int, Difference]:
 def _guided(flow: Flow, judge: Flow, pairs: Pairs) -> Difference:
     """The worst block of guided steps. In PyTorch the guided inverse is a walk: too slow for a large model."""
     guided = _GUIDANCE.branches(flow.config.tokens, pairs.labels)
-    return _worst(
-        Difference.between(
-            _sweep(flow.backend.decoding(block, judge.backend.forward(block, x, guided)[0], guided), x), x
-        )
-        for block, _, x in pairs.inverses()
-    )
+    encoded = ((block, judge.backend.forward(block, x, guided)[0], x) for block, _, x in pairs.inverses())
+    return _worst(flow.backend, encoded, guided)
 
 
-def _resident(backend: Backend, pairs: Pairs, tokens: int) -> Difference:
-    """The worst block of the graphs for devices."""
-    plain = Branches.plain(pairs.labels, tokens)
-    return _worst(
-        Difference.between(_sweep(backend.decoding(block, z, plain), x), x) for block, z, x in pairs.inverses()
-    )
-
-
-def _worst(differences: Iterator[Difference]) -> Difference:
-    return max(differences, key=lambda difference: difference.rms)
+def _worst(backend: Backend, inverses: Iterable[tuple[int, Array, Array]], branches: Branches) -> Difference:
+    """The difference of the block whose sweep is furthest off."""
+    found = (Difference.between(_sweep(backend.decoding(block, z, branches), x), x) for block, z, x in inverses)
+    return max(found, key=lambda difference: difference.rms)
 
 
 def _drawn(flow: Flow, noise: Array, labels: NDArray[np.int64], images: Array) -> tuple[Difference, float]:

@@ -33,7 +33,7 @@ class Blueprint:
         """The blueprint for this machine. Raises InputError for sizes and devices that cannot be, MachineError without
         TensorRT or, where one is needed, a GPU.
         """
-        trt, package = find_tensorrt(options.package)
+        trt, package = find_tensorrt()
         options.check(bundle)
         record = Record(
             bundle=bundle.hash,

@@ -30,10 +30,7 @@ from .target import runs_here
 
 
 def build(
-    bundle: Bundle,
-    engine: str | None = None,
-    options: Options | None = None,
-    watch: Watch = lambda headway: None,
+    bundle: Bundle, engine: str | None = None, options: Options | None = None, watch: Watch = lambda headway: None
 ) -> tuple[Path, Record]:
     """Build every engine of a bundle into ``BUNDLE/engines/<gpu>-<tensorrt>-<precision>/``; returns folder and record.
 
@@ -124,8 +121,6 @@ def _check_precision(bundle: Bundle, engine: str | None) -> None:
             f"asked for {engine} engines, but the graphs in '{bundle.folder}' are typed {precision}, and TensorRT "
             "builds what is typed; nothing was built. Export the checkpoint in that precision",
             field="engine",
-            found=engine,
-            expected=precision,
             remedy=Remedy("export", {"engine": engine}),
         )
     if PRECISIONS[precision].tensorrt is None:
@@ -133,8 +128,6 @@ def _check_precision(bundle: Bundle, engine: str | None) -> None:
             f"'{bundle.folder}' is {precision}, whose engines cannot be attested yet: TensorRT takes its graphs, but "
             "does not say which products read int8; export the checkpoint in fp16, and build from that",
             field="engine",
-            found=precision,
-            expected=", ".join(known),
             remedy=Remedy("export", {"engine": "fp16"}),
         )
     if not bundle.manifest.blocks[0].has(RESIDENT):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...quality.parity import Watch
 from ...runtime.bundle import Bundle
 from ...runtime.errors import BundleError
 from ...runtime.tensorrt.library import make_logger
@@ -45,7 +45,7 @@ class Verdict:
 
 
 def check(
-    bundle: Bundle, options: Options | None = None, watch: Callable[[str], None] = lambda stage: None
+    bundle: Bundle, options: Options | None = None, watch: Watch = lambda stage: None
 ) -> tuple[str, list[Verdict]]:
     """Parse and build every graph of a bundle, keeping nothing: TensorRT's name and version, a verdict for each graph.
 

@@ -19,8 +19,8 @@ _LARGEST_TENSOR = 2**31 - 1  # numbers in a tensor of TensorRT's
 class Options:
     """What to build. ``device`` None is the GPU here; else compute capabilities such as ("8.6", "8.9").
 
-    ``batch`` and ``window`` are (least, best, most). ``level`` is TensorRT's optimisation level, 0 to 5. ``package`` is
-    one of its two packages; None: the one that is here. Timings are read from ``timing_cache``, and kept there.
+    ``batch`` and ``window`` are (least, best, most). ``level`` is TensorRT's optimisation level, 0 to 5; timings are
+    read from ``timing_cache``, and kept there.
     """
 
     batch: Range = (1, 8, 32)
@@ -28,7 +28,6 @@ class Options:
     device: tuple[str, ...] | None = None
     timing_cache: Path | None = None
     level: int | None = None
-    package: str | None = None
 
     def __post_init__(self) -> None:
         for name, numbers in (("batch", self.batch), ("window", self.window)):
@@ -47,8 +46,6 @@ class Options:
                 f"`window` is {_comma(self.window)}; this model has {shape.tokens} patches, and a window ends before "
                 f"the last one: expected {last} at most, as in 1,{max(1, shape.tokens // 4)},{last}",
                 field="window",
-                found=widest,
-                expected=f"{last} at most",
             )
         cache = 2 * cache_row(shape, precision)  # bytes of a guided image
         numbers = 2 * max(shape.width * shape.tokens, widest * max(4 * shape.width, shape.heads * shape.tokens))
@@ -59,8 +56,6 @@ class Options:
                 f"and the largest tensor has {most * numbers} numbers, where TensorRT counts to {_LARGEST_TENSOR}: "
                 f"expected {limit} at most for this model, as in 1,{min(8, limit)},{min(32, limit)}",
                 field="batch",
-                found=most,
-                expected=f"{limit} at most",
             )
 
     def profiles(self, config: ModelShape) -> dict[str, tuple[Profile, ...]]:
@@ -70,11 +65,7 @@ class Options:
             single += [Profile(branches, self.batch, self.window) for branches in (1, 2)]
         forward = [Profile(n, self._at_most(USUAL.rows(config, 3 * n, 12 * n))) for n in (1, 2)]
         rows = USUAL.rows(config, config.layers + 4, 12 * (config.layers + 1))
-        return {
-            "step": tuple(single),
-            "forward": tuple(forward),
-            "gradient": (Profile(1, self._at_most(rows)),),
-        }
+        return {"step": tuple(single), "forward": tuple(forward), "gradient": (Profile(1, self._at_most(rows)),)}
 
     def _at_most(self, rows: int) -> Range:
         least, best, most = (min(size, rows) for size in self.batch)

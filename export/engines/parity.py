@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from ...quality.card import Difference
+from ...quality.parity import Watch
 from ...runtime.backend import Backend, Branches
 from ...runtime.bundle import GOLDEN, Bundle
 from ...runtime.decode import serial
@@ -20,8 +21,6 @@ from ...runtime.ort.backend import OrtBackend
 from ...runtime.precision import PRECISIONS
 from ...runtime.tensorrt.backend import open_tensorrt
 from ...runtime.tensorrt.record import Record
-
-Watch = Callable[[str], None]
 
 
 def verify_engines(

@@ -14,10 +14,10 @@ from ...runtime.tensorrt.record import PACKAGES, Record, Target
 _LEAST_CAPABILITY = 8.0  # Turing multiplies no float32 matrices in TensorRT-RTX: it is built for only when asked for
 
 
-def find_tensorrt(package: str | None = None) -> tuple[Any, str]:
+def find_tensorrt() -> tuple[Any, str]:
     """The builder that is here, and its package: TensorRT before TensorRT-RTX. Raises MachineError without one."""
     reasons = []
-    for name in (package,) if package else PACKAGES:
+    for name in PACKAGES:
         try:
             trt = import_tensorrt(name)
         except MachineError as error:
@@ -44,8 +44,6 @@ def target_of(trt: Any, package: str, device: tuple[str, ...] | None) -> Target:
             f"`device` is {', '.join(device or ())}; TensorRT builds on the GPU at hand, which is {cuda.name} "
             f"({cuda.capability}): build on that machine, or leave it out",
             field="device",
-            found=device,
-            expected=cuda.capability,
         )
     return Target(cuda.name if device is None else None, (cuda.capability,))
 
@@ -66,8 +64,6 @@ def _any_of(trt: Any, device: tuple[str, ...] | None) -> Target:
             f"`device` is {', '.join(asked)}; TensorRT-RTX {trt.__version__} builds no engines for compute capability "
             f"{', '.join(unknown)}, but for {', '.join(known)}. Data-centre GPUs take tensorrt instead",
             field="device",
-            found=asked,
-            expected=f"some of {', '.join(known)}",
         )
     return Target(None, asked)
 
