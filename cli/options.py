@@ -1,8 +1,8 @@
 """Options that several commands share, so that one word means one thing.
 
 A group of them is one parameter of a command: ``opening: Opening`` under :func:`opens` is every flag about how a bundle
-is opened, ``drawing: Drawing`` under :func:`draws` every flag about what is drawn. A new option is a line here. The bundle
-of a command (``BundleArgument``) comes opened, its manifest read: what is none is refused before anything else.
+is opened, ``drawing: Drawing`` under :func:`draws` every flag about what is drawn. A new option is a line here.
+The bundle of a command (``BundleArgument``) comes opened: what is none is refused before anything else.
 """
 
 from __future__ import annotations
