@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..runtime.bundle import Bundle
+from ..runtime.errors import InputError
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_sizes, say
+from .console import emit, parse_sizes, say
 from .options import BundleArgument, Json, opens
 
 if TYPE_CHECKING:
-    from ..runtime.bundle import Bundle
     from ..runtime.measure import Contender, Result
 
 
-@opens()
+@opens
 def bench(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     against: Annotated[
         list[Path] | None, typer.Option(help="Another bundle of the same model, such as its int8; may be repeated.")
     ] = None,
@@ -41,14 +42,13 @@ def bench(
 
     Example: tarflow bench tarflow-bundle --against tarflow-int8 --batch 1,8,32
     """
-    from ..runtime.errors import InputError
     from ..runtime.flow import Flow, Guidance
     from ..runtime.measure import of_flow, race, read_bandwidth, step_floor
 
     sizes = parse_sizes(batch)
     if repeats < 1:
         raise InputError.of("repeats", repeats, "1 or more")
-    flow = Flow.open(default_bundle(bundle), opening)
+    flow = Flow.open(bundle, opening)
     field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast")]
     for folder in against or ():
         other = Flow.open(folder, opening)
@@ -82,13 +82,11 @@ def bench(
     floor = step_floor(flow.bundle, bandwidth)
     if json:
         emit(
-            {
-                "bundle": str(flow.bundle.folder),
-                "backend": flow.backend.description,
-                "rows": [asdict(row) for row in results],
-                "read_bandwidth": bandwidth,
-                "floor_microseconds_per_step": floor * 1e6,
-            }
+            bundle=bundle.folder,
+            backend=flow.backend.description,
+            rows=[asdict(row) for row in results],
+            read_bandwidth=bandwidth,
+            floor_microseconds_per_step=floor * 1e6,
         )
         return
     steps = flow.config.blocks * (flow.config.tokens - 1)

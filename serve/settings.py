@@ -24,9 +24,11 @@ class Settings:
     certify: bool = False  # every sample, asked for or not
 
     def __post_init__(self) -> None:
-        for name, least in (("queue", 1), ("batch", 1), ("workers", 1), ("largest_n", 1), ("largest_body", 1024)):
-            if getattr(self, name) < least:
-                raise InputError.of(name, getattr(self, name), f"{least} or more")
+        for name in ("queue", "batch", "workers", "largest_n"):
+            if getattr(self, name) < 1:
+                raise InputError.of(name, getattr(self, name), "1 or more")
+        if self.largest_body < 1024:
+            raise InputError.of("largest_body", f"{self.largest_body} bytes", "1024 or more")
         if not 0 < self.timeout < 86400:
             raise InputError.of("timeout", f"{self.timeout:g}", "seconds, more than 0 and at most a day")
         if not 0 <= self.delay < self.timeout:

@@ -141,7 +141,7 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
         found = job.differences(other) or ["it was written by another version"]
         raise InputError(
             f"'{folder}' holds another job: {'; '.join(found[:4])}. To continue that one, give its options (they are "
-            f"in '{path}'); for this one, choose another folder, or remove that: rm -r '{folder}'"
+            f"in '{path}'); for this one, choose another folder, or remove this one: rm -r '{folder}'"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from tarflow.runtime.bundle import MANIFEST
-from tarflow.runtime.files import sha256
+if TYPE_CHECKING:
+    from tarflow.runtime.samples import Report, Samples
 
 GOLDEN = Path(__file__).parent / "golden"
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+Exported = Callable[..., Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,11 @@ class Golden:
         return self.vectors[f"sample{run}.seq{last}"]
 
 
+Goldens = Callable[[str], Golden]
+
+
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], Golden]:
+def golden() -> Goldens:
     """golden("cond" | "uncond" | "vp")."""
 
     def load(name: str) -> Golden:
@@ -58,7 +63,7 @@ def golden() -> Callable[[str], Golden]:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, str], Path]:
+def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Exported:
     """bundle(case, engine): exported once for all workers; read-only, copy it before damaging it.
 
     ``case`` is a golden case, or "demo" for the demo model.
@@ -82,21 +87,22 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
 
 
 @pytest.fixture
-def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """copy("cond", "fp32"): a bundle of this test's own, to change or to write engines into."""
+def copy(bundle: Exported, tmp_path: Path) -> Exported:
+    """copy("cond", "fp16"): a bundle of one's own, to be changed."""
 
     def make(case: str = "cond", engine: str = "fp32") -> Path:
-        return Path(shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}"))
+        return shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}")
 
     return make
 
 
-def reseal(folder: Path, **changes: Any) -> None:
-    """Make a bundle whose files were changed consistent again, as a careless editor would."""
-    manifest = {**json.loads((folder / MANIFEST).read_text()), **changes}
-    for name, entry in manifest["files"].items():
-        entry.update(sha256=sha256(folder / name), size=(folder / name).stat().st_size)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+def amend(folder: Path, *names: str) -> None:
+    """Make a bundle's manifest agree with files that were changed, or own new ones; without names, with all it has."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for name in names or manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +119,12 @@ def cli() -> Cli:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
     return run
+
+
+def report_of(samples: Samples) -> Report:
+    """How they were drawn: of what a flow drew there is always a report, of what is derived there is none."""
+    assert samples.report is not None
+    return samples.report
 
 
 def until(true: Callable[[], object]) -> None:

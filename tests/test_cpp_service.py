@@ -9,8 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,11 @@ from PIL import Image
 
 from tarflow.runtime.flow import Flow, Guidance
 
-from .conftest import DEMO, largest
+from .conftest import DEMO, largest, until
 from .cpp_library import LIBRARY, onnxruntime_library
 
 PROGRAM = LIBRARY.parent / "examples" / "service"
+ENVIRONMENT = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Service:
     port: int
 
     def ask(self, path: str, body: object = None, raw: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             content = raw if raw is not None else None if body is None else json.dumps(body).encode()
             connection.request("GET" if content is None else "POST", path, content)
@@ -55,6 +54,16 @@ class Service:
         lines = self.ask("/metrics")[2].decode().splitlines()
         return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
 
+    def send(self, **body: Any) -> socket.socket:
+        """A request that the service has begun to read; nobody has read its answer yet."""
+        content = json.dumps(body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        head = f"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(content)
+        return connection
+
     def memory(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
 
@@ -66,8 +75,7 @@ def start() -> Iterator[Callable[..., Service]]:
 
     def run(*arguments: object) -> Service:
         command = [str(x) for x in (PROGRAM, DEMO, "--port", 0, *arguments)]
-        environment = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         running.append(process)
         assert process.stdout is not None
         return Service(process, int(process.stdout.readline().split()[2].split(":")[1]))
@@ -79,7 +87,7 @@ def start() -> Iterator[Callable[..., Service]]:
 
 
 def test_two_hundred_concurrent_requests_are_all_right_and_memory_stays_flat(start: Callable[..., Service]) -> None:
-    service, flow = start("--queue", 256), Flow.open(DEMO)
+    service, flow = start("--queue", 256, "--timeout-ms", 1_000_000), Flow.open(DEMO)
     requests: list[dict[str, Any]] = [
         {"labels": [i % 10] * (1 + i % 3), "seed": i // 7, "index": i, "guidance": float(i % 2)} for i in range(200)
     ]
@@ -126,30 +134,22 @@ def test_a_full_queue_answers_429_and_what_was_accepted_is_answered(start: Calla
 
 def test_a_timeout_cancels_the_work(start: Callable[..., Service]) -> None:
     service = start("--batch", 100_000)
-    started = time.monotonic()
-    status, _, content = service.ask("/v1/samples", {"n": 20_000, "timeout_ms": 300})
+    status, _, content = service.ask("/v1/samples", {"n": 100_000, "timeout_ms": 300})  # minutes of work
     assert status == 504
     assert b"given up" in content
     service.draw(n=1)  # waits until the batch before it has ended
-    assert time.monotonic() - started < 3  # the whole of it takes a minute
-    assert service.metrics()["tarflow_abandoned_requests_total"] == 1
+    metrics = service.metrics()
+    assert metrics["tarflow_abandoned_requests_total"] == 1
+    assert metrics["tarflow_samples_total"] == 1  # that batch ended without its samples
 
 
 def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) -> None:
-    service = start("--batch", 100_000, "--timeout-ms", 300_000)
-    for waiting in range(3):  # the first is computed, the others wait behind it
-        body = json.dumps({"n": 50_000, "seed": waiting, "guidance": 0}).encode()
-        connection = socket.create_connection(("127.0.0.1", service.port))
-        connection.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        time.sleep(0.2)
-        if waiting:
-            connection.close()
-        else:
-            computed = connection
-    started = time.monotonic()
-    computed.close()
+    service = start("--batch", 100_000, "--timeout-ms", 1_000_000)
+    connections = [service.send(n=100_000, seed=seed) for seed in range(3)]  # too many to share a batch
+    until(lambda: service.metrics()["tarflow_queue_requests"] == 2)  # the first that arrived is computed
+    for connection in connections:
+        connection.close()
     service.draw(n=1)
-    assert time.monotonic() - started < 15  # the whole of it takes minutes
     metrics = service.metrics()
     assert metrics["tarflow_hung_up_requests_total"] == metrics['tarflow_responses_total{code="499"}'] == 3
     assert metrics["tarflow_samples_total"] == 1
@@ -157,10 +157,7 @@ def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) 
 
 def test_a_client_that_hangs_up_takes_nothing_from_who_shares_its_batch(start: Callable[..., Service]) -> None:
     service = start("--batch", 256)
-    body = b'{"n": 16, "seed": 1}'
-    connections = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(4)]
-    for connection in connections:
-        connection.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    connections = [service.send(n=16, seed=1) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         drawing = [pool.submit(service.draw, n=16, seed=1) for _ in range(4)]
         for connection in connections:
@@ -190,15 +187,10 @@ def test_samples_that_are_not_finite_are_named(start: Callable[..., Service]) ->
 
 def test_sigterm_drains_and_stops(start: Callable[..., Service]) -> None:
     service = start("--batch", 512)
-    service.draw(n=1)
-    answers: list[int] = []
-    asking = threading.Thread(target=lambda: answers.append(service.ask("/v1/samples", {"n": 512})[0]))
-    asking.start()
-    time.sleep(0.2)
-    service.process.send_signal(signal.SIGTERM)
-    asking.join(30)
-    assert answers == [200]
-    assert service.process.wait(10) == 0
+    with service.send(n=512) as asked, asked.makefile("rb") as answer:
+        service.process.send_signal(signal.SIGTERM)
+        assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+    assert service.process.wait(60) == 0
     with pytest.raises(ConnectionError):
         service.ask("/healthz")
 
@@ -207,7 +199,7 @@ def test_sigterm_before_the_first_connection_is_not_lost(start: Callable[..., Se
     for _ in range(5):
         service = start()
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(10) == 0
+        assert service.process.wait(60) == 0
 
 
 def test_pictures_health_and_bad_requests(start: Callable[..., Service]) -> None:
@@ -252,7 +244,6 @@ def test_pictures_health_and_bad_requests(start: Callable[..., Service]) -> None
     ],
 )
 def test_wrong_arguments_are_said_in_one_sentence(arguments: tuple[object, ...], code: int, words: str) -> None:
-    environment = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
     command = [str(x) for x in (PROGRAM, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr

@@ -78,11 +78,11 @@ typedef int (*tarflow_preview)(void *user, int block, uint64_t first, int64_t co
 /* Structs begin with their size as the caller knows it, so that they can grow. */
 typedef struct tarflow_open_options {
   size_t size;
-  const char *provider;    /* "cpu", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda and cpu that works here */
+  const char *provider;    /* "cpu", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda, cpu that works here */
   const char *onnxruntime; /* the library's file; NULL: $TARFLOW_ONNXRUNTIME, else as the loader finds it */
   int32_t threads;         /* inside one operator; 0: one a core */
   int32_t spinning;        /* idle threads wait busily; 0 is better where cores are shared */
-  int32_t low_memory;      /* keep the graphs of one block alone in memory; under ABI 1 this stays the one way to say so */
+  int32_t low_memory;      /* the graphs of one block at a time in memory; kept for ABI 1 */
   tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */
   void *user;              /* passed to `log` */
   int32_t cuda_graph;      /* TensorRT: record a step once and replay it; 0: launch every kernel of every step */
@@ -167,10 +167,12 @@ TARFLOW_API int tarflow_denoise(tarflow_flow *flow, int64_t n, const float *imag
 /* The noise that samples first ... first + n - 1 of a seed start from: standard normal, (n, tokens, patch_dim). */
 TARFLOW_API int tarflow_noise(tarflow_flow *flow, uint64_t seed, uint64_t first, int64_t n, float *noise);
 
-/* Make the call that runs on `flow` end with TARFLOW_CANCELLED, within a step (TensorRT: four). Without one, nothing happens. */
+/* Make the call that runs on `flow` end with TARFLOW_CANCELLED, within a step (TensorRT: four). Without one, nothing
+   happens. */
 TARFLOW_API void tarflow_cancel(tarflow_flow *flow);
 
-/* What the last call that failed has to say: found, expected, what to do next. "" if none did. */
+/* What the last call that failed has to say: what was found, what was expected, what would help. Fields of the structs
+   above, and parameters, stand in backquotes. "" if none failed. */
 TARFLOW_API const char *tarflow_error(tarflow_flow *flow);
 
 /* NULL is allowed. No call may be running on `flow`. */

@@ -128,9 +128,9 @@ class Flow {
 
   void require(const std::vector<float>& array, const std::vector<std::int64_t>& labels, const char* name) const {
     if (array.size() == numbers(labels.size())) return;
-    throw Error(TARFLOW_INPUT, std::string(name) + " hold " + std::to_string(array.size()) + " numbers; expected " +
-                                   std::to_string(numbers(labels.size())) + " for " + std::to_string(labels.size()) +
-                                   " labels");
+    throw Error(TARFLOW_INPUT, "`" + std::string(name) + "` has " + std::to_string(array.size()) +
+                                   " numbers; expected " + std::to_string(numbers(labels.size())) + " for " +
+                                   std::to_string(labels.size()) + " labels");
   }
 
   std::size_t numbers(std::size_t n) const { return n * static_cast<std::size_t>(shape_.image_numbers); }

@@ -94,27 +94,6 @@ TEST_CASE("a graph that another is given for fails as a bundle, not as a crash")
   CHECK(found.says("block 3's step graph"));
 }
 
-TEST_CASE("a bundle without graphs for devices runs on CPUs alone, and says what to do") {
-  const Copy copy;
-  copy.edit([&](Json& manifest) {
-    for (Json& block : manifest["blocks"]) {
-      const std::string name = block["graphs"]["resident"];
-      block["graphs"].erase("resident");
-      manifest["files"].erase(name);
-      fs::remove(copy.folder / name);
-    }
-  });
-  CHECK_NOTHROW(tarflow::Flow(copy.folder.string()).sample({1}));
-  tarflow::OpenOptions options;
-  options.provider = "cuda";  // refused before a GPU is looked for
-  const auto found = failure([&] { tarflow::Flow flow(copy.folder.string(), options); });
-  CHECK(found.status == TARFLOW_BUNDLE);
-  CHECK(found.says("runs on CPUs alone; use `provider` cpu, or export it again"));
-  options.provider = "auto";
-  const tarflow::Flow flow(copy.folder.string(), options);
-  CHECK(std::string(flow.shape().backend).find("CPU; not tensorrt: ") != std::string::npos);
-}
-
 TEST_CASE("providers and libraries that are not to be had say what to do") {
   tarflow::OpenOptions options;
   const auto open = [&] { return failure([&] { tarflow::Flow flow(TARFLOW_DEMO, options); }); };
