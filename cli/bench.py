@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +18,11 @@ from .console import emit, parse_sizes, say
 from .options import BundleArgument, Json, opens
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..runtime.backend import Array
+    from ..runtime.guidance import Guidance
     from ..runtime.measure import Contender, Result
 
 
@@ -98,32 +105,22 @@ def bench(
 
 def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:
     """PyTorch on the bundle's own weights. Guidance is what the published method knows: a scale."""
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
-    from tarflow.checkpoint import load
-    from tarflow.rivals import Compiled, published
-
-    from ..runtime.backend import Array
-    from ..runtime.flow import Guidance
-    from ..runtime.measure import Contender, Draw
+    from ..checkpoint import load
+    from ..rivals import Compiled, published
+    from ..runtime.measure import Contender
 
     if threads is not None:
         torch.set_num_threads(threads)
     model = load(bundle.folder)
 
-    def drawing(decode: object) -> Draw:
+    def contender(name: str, decode: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]) -> Contender:
         def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
             classes = torch.from_numpy(labels) if bundle.manifest.config.classes else None
-            found = decode(model, torch.from_numpy(noise), classes, guidance.scale)  # type: ignore[operator]
-            images: Array = model.unpatchify(found).numpy()
+            images: Array = model.unpatchify(decode(torch.from_numpy(noise), classes, guidance.scale)).numpy()
             return images
 
-        return draw
+        return Contender(f"PyTorch, {name}", draw)
 
-    compiled = Compiled(model)
-    return [
-        Contender("PyTorch, published", drawing(published)),
-        Contender("PyTorch, compiled", drawing(lambda _, *inputs: compiled(*inputs))),
-    ]
+    return [contender("published", partial(published, model)), contender("compiled", Compiled(model))]

@@ -17,7 +17,7 @@ from ..export.engines.progress import Headway
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
 from ..runtime.tensorrt.record import Record
-from .console import emit, say
+from .console import emit, numbers, say
 from .options import BundleArgument, Json
 from .progress import stages, status_line
 
@@ -108,13 +108,10 @@ def shown(quiet: bool) -> Iterator[Callable[[Headway], None]]:
 
 def _range(name: str, text: str) -> tuple[int, int, int]:
     """``8`` or ``1,8,32``."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 3):
+    found = numbers(text)
+    if len(found) not in (1, 3):
         raise InputError(f"--{name} '{text}' is not understood; expected MIN,OPT,MAX, as in 1,8,32, or one number")
-    return (numbers[0], numbers[1], numbers[2]) if len(numbers) == 3 else (1, numbers[0], numbers[0])
+    return (found[0], found[1], found[2]) if len(found) == 3 else (1, found[0], found[0])
 
 
 def _capabilities(text: str | None) -> tuple[str, ...] | None:

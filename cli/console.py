@@ -53,12 +53,19 @@ def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
+def numbers(text: str) -> list[int]:
+    """The numbers of "1,8,32"; none if it is not that."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        return []
+
+
 def parse_sizes(batch: str) -> list[int]:
     """Batch sizes from "1,8,32". Raises InputError."""
-    try:
-        sizes = [int(size) for size in batch.split(",")]
-    except ValueError:
-        raise InputError.of("batch", f"'{batch}'", "a list of numbers, such as 1,8,32") from None
+    sizes = numbers(batch)
+    if not sizes:
+        raise InputError.of("batch", f"'{batch}'", "a list of numbers, such as 1,8,32")
     if min(sizes) < 1:
         raise InputError.of("batch", f"'{batch}'", "sizes of 1 or more")
     return sizes

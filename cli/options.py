@@ -2,6 +2,7 @@
 
 A group of them is one parameter of a command: ``opening: Opening`` under :func:`opens` is every flag about how a bundle
 is opened, ``drawing: Drawing`` under :func:`draws` every flag about what is drawn. A new option is a line here.
+The bundle of a command (``BundleArgument``) comes opened: what is none is refused before anything else.
 """
 
 from __future__ import annotations

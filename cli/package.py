@@ -10,7 +10,7 @@ import typer
 from ..runtime.errors import InputError
 from ..runtime.opening import Opening
 from ..serve.repository import TASKS, Models, Serving, write_repository
-from .console import emit
+from .console import emit, numbers
 from .options import BundleArgument, Json
 
 
@@ -42,7 +42,9 @@ def package(
         raise InputError("a package for what? Pass `triton` DIR, the folder of a Triton model repository")
     if triton.exists() and not triton.is_dir():
         raise InputError(f"'{triton}' is a file; expected a folder, or a name for one")
-    gpus = _numbers(gpu)
+    gpus = tuple(numbers(gpu)) if gpu is not None else ()
+    if gpu is not None and not gpus:
+        raise InputError.of("gpus", f"'{gpu}'", "device numbers, as in 0,1")
     opening = Opening(provider or ("auto" if gpus else "cpu"), threads)
     serving = Serving(instances, max_batch, delay, gpus, opening)
     able = TASKS if bundle.manifest.config.noise_std else TASKS[:2]
@@ -60,11 +62,3 @@ def package(
     how = f"linked to '{bundle.folder}'" if link else "copied, hashes checked"
     print(f"{', '.join(path.name for path in written)} in '{triton}'; the bundle is {how}")
     print(f"run it: tritonserver --model-repository={triton.resolve()}, where Triton's Python has tarflow installed")
-
-
-def _numbers(gpu: str | None) -> tuple[int, ...]:
-
-    try:
-        return tuple(int(part) for part in gpu.split(",")) if gpu is not None else ()
-    except ValueError:
-        raise InputError.of("gpus", f"'{gpu}'", "device numbers, as in 0,1") from None
