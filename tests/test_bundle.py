@@ -41,12 +41,14 @@ QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 
 def a_manifest() -> dict[str, Any]:
-    """The demo's manifest, of one block: a document to spoil."""
+    """The demo's manifest, of one block with the graphs that every bundle has: a document to spoil."""
     document: dict[str, Any] = json.loads((DEMO / MANIFEST).read_bytes())
-    document["config"]["blocks"], document["blocks"] = 1, document["blocks"][:1]
-    names = (*document["blocks"][0]["graphs"].values(), WEIGHTS, GOLDEN)
-    few = {"samples": 4, "blocks": [{"block": 0, "rms": 1e-7}]}
-    return document | {"files": {name: {"sha256": HASH, "size": 1} for name in names}, "parity": few}
+    document["config"]["blocks"], graphs = 1, {kind: f"block_00.{kind}.onnx" for kind in KINDS}
+    return document | {
+        "blocks": [{"reversed": False, "graphs": graphs}],
+        "files": {name: {"sha256": HASH, "size": 1} for name in (*graphs.values(), WEIGHTS, GOLDEN)},
+        "parity": {"samples": 4, "blocks": [{"block": 0, "rms": 1e-7}]},
+    }
 
 
 def encoded(document: object) -> bytes:

@@ -145,20 +145,6 @@ def test_sampling_says_how_it_decoded(flow: Flow) -> None:
     assert report_of(flow.sample(3, **how, tolerance=0.1)).decoding == "parallel to 0.1"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"decode": "quick"}, "`decode` is 'quick'; expected one of serial, exact, fast"),
-        ({"tolerance": -1.0}, "`tolerance` is -1.0"),
-        ({"tolerance": float("nan")}, "`tolerance` is nan"),
-        ({"decode": "serial", "tolerance": 1e-3}, "`decode` serial has no `tolerance`"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        flow.sample(1, **arguments)  # type: ignore[arg-type]
-
-
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 

@@ -178,6 +178,10 @@ def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
         ({"n": 2, "first_sample": -1}, "`first_sample` is -1"),
         ({"n": 2, "denoise": -1.0}, "strength"),
         ({"noise": np.zeros((2, 16, 12)), "redraw_nonfinite": True}, "redrawn"),
+        ({"n": 1, "decode": "quick"}, "`decode` is 'quick'; expected one of serial, exact, fast"),
+        ({"n": 1, "tolerance": -1.0}, "`tolerance` is -1.0"),
+        ({"n": 1, "tolerance": float("nan")}, "`tolerance` is nan"),
+        ({"n": 1, "decode": "serial", "tolerance": 1e-3}, "`decode` serial has no `tolerance`"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], message: str) -> None:

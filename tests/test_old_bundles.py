@@ -87,3 +87,6 @@ def test_a_bundle_without_graphs_for_devices_is_refused_on_a_gpu(copy: Exported)
     older = without_graphs_for_devices(copy("demo"))
     with pytest.raises(BundleError, match="exported before there were graphs for devices"):
         Flow.open(older, provider="cuda")
+    with pytest.raises(CppError, match="exported before there were graphs for devices") as refused:
+        CppFlow(older, provider=b"cuda")
+    assert refused.value.status == BUNDLE

@@ -78,7 +78,7 @@ def runs_here(target: Target) -> bool:
 
 
 def capability_name(capability: str) -> str:
-    """ "8.9" as TensorRT-RTX spells it: SM89."""
+    """A compute capability as TensorRT-RTX spells it: SM89 for "8.9"."""
     return "SM" + capability.replace(".", "")
 
 
