@@ -1,4 +1,4 @@
-"""The two runtimes are one: what libtarflow computes against the reference's numbers and against Python's runtime."""
+"""The two runtimes are one, beyond what test_backends.py holds of all: noise, other bundles, refusals, the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.noise import normal
 
-from .conftest import DEMO, Golden, largest
+from .conftest import DEMO, largest
 from .cpp_library import (
     BUNDLE,
     INPUT,
@@ -34,7 +34,6 @@ from .cpp_library import (
     Shape,
     onnxruntime_library,
 )
-from .test_golden import FORWARD, RUNS, SAMPLES, guidance_of
 
 Exported = Callable[..., Path]
 
@@ -42,43 +41,6 @@ Exported = Callable[..., Path]
 @pytest.fixture(scope="session", autouse=True)
 def built() -> None:
     assert LIBRARY.exists(), f"{LIBRARY} is missing; build it: make cpp-dev"
-
-
-def cpp_guidance(guidance: Guidance) -> dict[str, Any]:
-    return {
-        "guidance": guidance.scale,
-        "guided": guidance.what.encode(),
-        "annealed": int(guidance.annealed),
-        "attention_temperature": guidance.attention_temperature,
-    }
-
-
-@pytest.mark.parametrize(("name", "run"), RUNS)
-def test_samples_denoised_and_certificates_are_the_references(
-    golden: Callable[[str], Golden], bundle: Exported, name: str, run: int
-) -> None:
-    case, flow = golden(name), CppFlow(bundle(name))
-    options = cpp_guidance(guidance_of(case, run))
-    noise, labels = case.vectors["noise"], case.labels
-    raw = flow.sample(noise=noise, labels=labels, denoise=0.0, certify=1, **options)
-    assert largest(raw, case.raw(run)) < SAMPLES
-    assert flow.certificate(len(noise)).max() < 1e-4
-    denoised = case.vectors[f"sample{run}.denoised"]
-    assert largest(flow.sample(noise=noise, labels=labels, **options), denoised) < SAMPLES
-    assert largest(flow.denoise(case.raw(run), labels), denoised) < SAMPLES
-    flow.close()
-
-
-@pytest.mark.parametrize("name", ["cond", "uncond", "vp"])
-def test_latents_are_the_references(golden: Callable[[str], Golden], bundle: Exported, name: str) -> None:
-    case, flow = golden(name), CppFlow(bundle(name))
-    z, log_det = flow.encode(case.vectors["images"], case.labels)
-    assert largest(z, case.vectors["forward.z"]) < FORWARD
-    assert largest(log_det, case.vectors["forward.logdet"]) < FORWARD
-    if name == "cond":  # a dropped label is the null class
-        z, _ = flow.encode(case.vectors["images"], case.vectors["forward_dropped.labels"])
-        assert largest(z, case.vectors["forward_dropped.z"]) < FORWARD
-    flow.close()
 
 
 def test_noise_is_pythons_to_the_last_bit(demo: Path) -> None:
@@ -97,24 +59,9 @@ def test_noise_is_pythons_to_the_last_bit(demo: Path) -> None:
     flow.close()
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(1.5), Guidance(1.0, "a", True, 0.6)])
-@pytest.mark.parametrize(("n", "batch", "threads"), [(1, 0, 0), (7, 3, 1), (40, 0, 2)])
-def test_samples_are_pythons_whatever_n_batch_size_and_threads(
-    demo: Path, guidance: Guidance, n: int, batch: int, threads: int
-) -> None:
-    python, cpp = Flow.open(demo), CppFlow(demo, threads=threads)
-    labels, seed, first = np.arange(n) % 10, 2**63 + 5, 2**40 + 3
-    expected = python.sample(n, labels=labels, guidance=guidance, seed=seed, first_sample=first)
-    common = {"seed": seed, "first_sample": first, "batch_size": batch, **cpp_guidance(guidance)}
-    assert largest(cpp.sample(n, labels=labels, **common), expected) < 1e-5
-    exact = cpp.sample(n, labels=labels, reproducible=1, **common)
-    assert largest(exact, expected) < 1e-5
-    one = cpp.sample(1, labels=labels[-1:], reproducible=1, **{**common, "first_sample": first + n - 1})
-    assert np.array_equal(one[0], exact[-1])
-    cpp.close()
-
-
-@pytest.mark.parametrize(("case", "engine"), [("demo", "fp16"), ("demo", "int8"), ("vp", "fp32"), ("uncond", "fp32")])
+@pytest.mark.parametrize(
+    ("case", "engine"), [("demo", "fp32"), ("demo", "fp16"), ("demo", "int8"), ("vp", "fp32"), ("uncond", "fp32")]
+)
 def test_likelihood_and_samples_agree_in_other_bundles(bundle: Exported, case: str, engine: str) -> None:
     python, cpp = Flow.open(bundle(case, engine)), CppFlow(bundle(case, engine))
     labels = np.arange(5) % python.config.classes if python.config.classes else None

@@ -64,7 +64,9 @@ class Service:
         return connection
 
     def wait_for_queue(self, requests: int) -> None:
-        while self.metrics()["tarflow_queue_requests"] != requests:
+        """Until so many wait behind the first that was sent."""
+        while (metrics := self.metrics())["tarflow_queue_requests"] != requests:
+            assert metrics["tarflow_samples_total"] == 0, "the first was drawn before the others came"
             time.sleep(0.01)
 
     def memory(self) -> int:
@@ -77,7 +79,7 @@ def start() -> Iterator[Callable[..., Service]]:
     running: list[subprocess.Popen[str]] = []
 
     def run(*arguments: object) -> Service:
-        command = [str(x) for x in (PROGRAM, DEMO, "--port", 0, *arguments)]
+        command = [str(x) for x in (PROGRAM, DEMO, "--port", 0, "--timeout-ms", 1_000_000, *arguments)]
         environment = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         running.append(process)
@@ -91,7 +93,7 @@ def start() -> Iterator[Callable[..., Service]]:
 
 
 def test_two_hundred_concurrent_requests_are_all_right_and_memory_stays_flat(start: Callable[..., Service]) -> None:
-    service, flow = start("--queue", 256, "--timeout-ms", 1_000_000), Flow.open(DEMO)
+    service, flow = start("--queue", 256), Flow.open(DEMO)
     requests: list[dict[str, Any]] = [
         {"labels": [i % 10] * (1 + i % 3), "seed": i // 7, "index": i, "guidance": float(i % 2)} for i in range(200)
     ]
@@ -148,7 +150,7 @@ def test_a_timeout_cancels_the_work(start: Callable[..., Service]) -> None:
 
 
 def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) -> None:
-    service = start("--batch", 100_000, "--timeout-ms", 1_000_000)
+    service = start("--batch", 100_000)
     connections = [service.send({"n": 100_000, "seed": seed}) for seed in range(3)]  # too many to share a batch
     service.wait_for_queue(2)  # the first that arrived is computed
     for connection in connections:
@@ -190,9 +192,9 @@ def test_samples_that_are_not_finite_are_named(start: Callable[..., Service]) ->
 
 
 def test_sigterm_drains_and_stops(start: Callable[..., Service]) -> None:
-    service = start("--batch", 256)
+    service = start("--batch", 128)
     with ThreadPoolExecutor(3) as pool:  # each a batch of its own
-        asking = [pool.submit(service.ask, "/v1/samples", {"n": 256}) for _ in range(3)]
+        asking = [pool.submit(service.ask, "/v1/samples", {"n": 128}) for _ in range(3)]
         service.wait_for_queue(2)
         service.process.send_signal(signal.SIGTERM)
         assert [answer.result()[0] for answer in asking] == [200] * 3
