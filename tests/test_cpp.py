@@ -53,7 +53,9 @@ def test_noise_is_pythons_to_the_last_bit(demo: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("case", "engine"), [("demo", "fp16"), ("demo", "int8"), ("vp", "fp32"), ("uncond", "fp32")])
+@pytest.mark.parametrize(
+    ("case", "engine"), [("demo", "fp32"), ("demo", "fp16"), ("demo", "int8"), ("vp", "fp32"), ("uncond", "fp32")]
+)
 def test_likelihood_and_samples_agree_in_other_bundles(bundle: Exported, case: str, engine: str) -> None:
     python, cpp = Flow.open(bundle(case, engine)), CppFlow(bundle(case, engine))
     labels = np.arange(5) % python.config.classes if python.config.classes else None

@@ -92,7 +92,7 @@ int run(tarflow_flow* handle, const Work& work) noexcept {
 template <class T>
 void require(const T* pointer, const char* name, int64_t n = 1) {
   if (n < 1) throw field_error("n", n, "1 or more");
-  if (pointer == nullptr) throw field_error(name, std::string("NULL"), "where it lies");
+  if (pointer == nullptr) throw field_error(name, std::string("NULL"), "a pointer");
 }
 
 Request request(Flow& of, int64_t n, const float* noise, const int64_t* labels, const tarflow_sample_options* options) {

@@ -65,29 +65,7 @@ TEST_CASE("log-likelihood is the change of variables") {
   }
 }
 
-TEST_CASE("a reproducible sample is bitwise the same whatever n, batch size and threads") {
-  tarflow::SampleOptions how;
-  how.seed = 5;
-  how.reproducible = 1;
-  how.guidance = 1;
-  std::vector<std::vector<float>> images;
-  for (const int threads : {1, 2}) {
-    tarflow::OpenOptions options;
-    options.threads = threads;
-    tarflow::Flow flow(TARFLOW_DEMO, options);
-    how.first_sample = 10;
-    how.batch_size = threads;
-    images.push_back(flow.sample(Labels(40, 3), how));
-    how.first_sample = 21;
-    images.push_back(flow.sample(Labels(1, 3), how));
-    const std::size_t numbers = images.back().size();
-    CHECK(std::equal(images.back().begin(), images.back().end(),
-                     images[images.size() - 2].begin() + static_cast<std::ptrdiff_t>(11 * numbers)));
-  }
-  CHECK(images[0] == images[2]);
-}
-
-TEST_CASE("samples agree in any batch, on the resident graph too, and in low memory") {
+TEST_CASE("samples agree in any batch, and with one block in memory at a time") {
   tarflow::Flow flow(TARFLOW_DEMO);
   tarflow::SampleOptions how;
   how.seed = 8;
