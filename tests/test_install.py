@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("tarflow", "export", "runtime", "serve", "cli", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("tarflow", "export", "runtime", "shards", "quality", "serve", "cli", "pyproject.toml", "README.md", "LICENSE")
 
 
 def test_the_runtime_alone_generates_without_torch_and_onnx(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_the_runtime_alone_generates_without_torch_and_onnx(tmp_path: Path) -> N
     assert "onnxruntime" in installed
     assert not installed & {"torch", "onnx", "onnxscript", "onnxruntime-gpu", "scikit-learn"}
     top = {p.name for p in next((tmp_path / "env" / "lib").glob("python*")).joinpath("site-packages").iterdir()}
-    assert not top & {"export", "runtime", "serve", "cli"}, "a common name landed in site-packages"
+    assert not top & {"export", "runtime", "shards", "quality", "serve", "cli"}, "a common name landed in site-packages"
 
     command = [str(tmp_path / "env" / "bin" / "tarflow"), "generate", "--n", "64", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
