@@ -43,7 +43,7 @@ def calibrate(
         plan = measure(flow, sizes, samples, watch)
     plan.write(flow.bundle)
     if json:
-        emit(bundle=bundle.folder, plan=path, **asdict(plan))
+        emit(plan=path, **asdict(plan))
         return
     for mode, rows in plan.modes.items():
         print(f"{mode}:")

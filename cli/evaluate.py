@@ -75,13 +75,15 @@ def evaluate(
     if n < 2 or resamples < 2:
         raise InputError(f"--n is {n} and --resamples {resamples}; expected 2 or more of each, thousands of samples")
     request = None if samples is not None else request_of(bundle, drawing, n, labels)
-    graph, images = _defaults(features, against, bundle)
-    network = FeatureNetwork.open(graph, Usage(feature_output, feature_size, feature_range), opening.threads)
+    usage = Usage(feature_output, feature_size, feature_range)
+    network = FeatureNetwork.open(features or _own_network(bundle), usage, opening.threads)
+    if features is not None and against is None:
+        raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
     if save_stats is not None:
         check_writable(save_stats)
     with status_line() as line:
         line("features of the images to compare with")
-        reference = _reference(images, network, bundle)
+        reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle)
     if save_stats is not None:
         write_statistics(save_stats, reference, network.identity)
     if request is None:
@@ -127,16 +129,14 @@ def evaluate(
         say(f"tarflow: warning: {warning}")
 
 
-def _defaults(features: Path | None, against: Path | None, bundle: Bundle) -> tuple[Path, Path]:
-    """The network and the images to compare with: the demo's own for the demo and exports of it, else InputError."""
-    if features is None and (bundle.manifest.name != "digits" or bundle.manifest.config.image != (1, 8, 8)):
+def _own_network(bundle: Bundle) -> Path:
+    """The demo's own network for the demo and exports of it; for any other model InputError."""
+    if bundle.manifest.name != "digits" or bundle.manifest.config.image != (1, 8, 8):
         raise InputError(
             "which features? Pass --features NETWORK.onnx: Inception for numbers comparable with papers, or any "
             "network that knows such images. Only the demo model has one of its own"
         )
-    if features is not None and against is None:
-        raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
-    return features or DIGITS, against or DIGITS.with_suffix(".npz")
+    return DIGITS
 
 
 def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statistics:

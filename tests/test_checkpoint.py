@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -24,6 +23,7 @@ from tarflow.config import Config, ConfigError, Hints
 from tarflow.model import TarFlow
 
 from .conftest import Goldens
+from .test_files import Bomb
 
 CONFIG = Config(image_size=8, channels=3, patch_size=2, width=64, blocks=3, layers=2, classes=4, noise_std=0.05)
 
@@ -209,16 +209,6 @@ def test_a_configuration_that_is_none_is_refused_before_a_model_is_made(tmp_path
         save_file(state_of(), path, {CONFIG_KEY: text})
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):
             load(path)
-
-
-class Bomb:
-    """Unpickling this makes a folder: what a malicious file would do, made visible."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -28,6 +28,7 @@ from tarflow.runtime.precision import PRECISIONS, Tolerance
 
 from .conftest import Exported, Goldens, amend, largest
 from .interrupting import interrupted
+from .test_files import contents
 
 Spoil = Callable[[str, str, Callable[[torch.Tensor], object]], Path]
 WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
@@ -188,11 +189,6 @@ def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, and what files hold."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def begins(monkeypatch: pytest.MonkeyPatch) -> None:

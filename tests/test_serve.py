@@ -31,7 +31,7 @@ from tarflow.serve.packing import ranges
 from tarflow.serve.samples import accepted
 from tarflow.serve.service import Refusal
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, Cli, report_of
 from .serving import Running, alone, array, calling, running
 
 CHECKS = [
@@ -107,9 +107,9 @@ def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_par
     assert answer.get_response()["id"] == "r1"
     assert np.array_equal(answer.as_numpy("images"), np.asarray(expected))
     assert answer.as_numpy("finite").all()
-    assert expected.report is not None
-    assert expected.report.certificate is not None
-    assert np.array_equal(answer.as_numpy("certificate"), expected.report.certificate)
+    certificate = report_of(expected).certificate
+    assert certificate is not None
+    assert np.array_equal(answer.as_numpy("certificate"), certificate)
     one_label = [tensor("labels", np.array([4]), "INT64", binary), tensor("n", np.array([2]), "INT64", binary)]
     unasked = client.infer("sample", one_label)
     assert [output["name"] for output in unasked.get_response()["outputs"]] == ["images", "finite"]
@@ -259,9 +259,7 @@ def test_metrics_show_samples_batches_blocks_sweeps_and_certificates(service: Ru
 
 
 def test_an_error_that_is_not_finite_does_not_spoil_the_sum(flow: Flow) -> None:
-    report = flow.sample(2, certify=True).report
-    assert report is not None
-    metrics = Metrics()
+    report, metrics = report_of(flow.sample(2, certify=True)), Metrics()
     metrics.drawn(replace(report, certificate=np.array([np.nan, 0.5], np.float32)), [2], 1.0)
     assert b"tarflow_certificate_sum 0.5" in metrics.page()
     assert b"tarflow_certificate_count 1.0" in metrics.page()

@@ -37,7 +37,7 @@ from tarflow.shards.job import Job, Shard
 from tarflow.shards.record import Record, finished
 from tarflow.shards.workers import Local, Lost, News, Ready, Task, carry_out
 
-from .conftest import DEMO, GOLDEN, Cli, until
+from .conftest import DEMO, GOLDEN, Cli, report_of, until
 
 ARGUMENTS = ("generate", DEMO, "--labels", "0-9", "--threads", 1)
 
@@ -143,9 +143,8 @@ def test_every_format_reads_back_as_what_the_library_draws(
 ) -> None:
     shard = job.shards()[1]
     expected, labels = np.asarray(images)[12:44], [*(np.arange(12, 44) % 3)]
-    pixels, report = to_uint8(expected)[:, 0], images.report
-    assert report is not None
-    assert report.certificate is not None
+    pixels, certificate = to_uint8(expected)[:, 0], report_of(images).certificate
+    assert certificate is not None
     for name in ("npy", "safetensors", "png", "tar"):
         this = replace(job, format=name)
         with claimed(tmp_path / name, this):
@@ -153,7 +152,7 @@ def test_every_format_reads_back_as_what_the_library_draws(
     assert np.array_equal(np.load(tmp_path / "npy" / "shard-000001.npy"), expected)
     tensors = load_file(tmp_path / "safetensors" / "shard-000001.safetensors")
     assert np.array_equal(tensors["images"], expected)
-    assert np.array_equal(tensors["certificate"], report.certificate[12:44])
+    assert np.array_equal(tensors["certificate"], certificate[12:44])
     assert [*tensors["labels"]] == labels
     assert [*tensors["samples"]] == [*range(32, 64)]
     pictures = sorted((tmp_path / "png" / "shard-000001").iterdir())
@@ -178,10 +177,9 @@ def test_another_order_gives_the_same_files_and_the_index_tells_what_is_in_them(
     assert contents(tmp_path / "out") == contents(drawn)
     index = json.loads((drawn / INDEX).read_text())
     assert np.array_equal(np.concatenate([np.load(drawn / s["name"]) for s in index["shards"]]), images)
-    report = images.report
-    assert report is not None
-    assert report.certificate is not None
-    assert index["certificate"] == float(report.certificate.max())
+    certificate = report_of(images).certificate
+    assert certificate is not None
+    assert index["certificate"] == float(certificate.max())
     assert (index["samples"], index["nonfinite"], index["job"]["bundle"]) == (80, [], flow.bundle.hash)
     assert {s["name"]: s["sha256"] for s in index["shards"]}.items() <= contents(drawn).items()
     assert index["level"].startswith("L1")
