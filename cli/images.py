@@ -25,7 +25,7 @@ Save = Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unc
 def read_images(path: Path, config: ModelShape) -> tuple[NDArray[Any], list[str] | None]:
     """Images (N, channels, size, size) of a model, uint8 or floats, and the names of pictures. Raises InputError."""
     if path.is_dir():
-        from ..runtime.image import read_folder
+        from ..runtime.picture_folder import read_folder
 
         return read_folder(path, config.channels, config.image_size)
     if not path.exists():

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import replacing
-from .picture_folder import read_folder as read_folder
 
 
 def patchify(images: NDArray[Any], patch_size: int) -> NDArray[Any]:
@@ -74,3 +73,10 @@ def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Ma
     content = png(picture, text, zoom)
     with replacing(path) as file:
         file.write(content)
+
+
+def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """What :func:`.picture_folder.read_folder` reads, under the name it always had; loaded when it is asked for."""
+    from . import picture_folder
+
+    return picture_folder.read_folder(folder, channels, size)

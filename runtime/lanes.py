@@ -5,7 +5,6 @@ model is so small that they mostly wait for one another.
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +17,8 @@ class Lanes:
     """``count`` threads over ``backend``, which computes in the thread that calls it."""
 
     def __init__(self, backend: Backend, count: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # most flows never divide a batch
+
         self.backend, self.count = backend, count
         self._pool = ThreadPoolExecutor(count - 1, "lane")  # the first lane is the caller's own thread
 
@@ -45,7 +46,8 @@ class Lanes:
             found = work(first, on_step)
         except BaseException:
             cancelled.set()
-            wait(running)
+            for lane in running:
+                lane.exception()  # waits for its end
             raise
         return np.concatenate([found, *(lane.result() for lane in running)])
 
