@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..runtime.bundle import Bundle
+from ..runtime.errors import InputError
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_sizes, say
+from .console import emit, parse_sizes, say
 from .options import BundleArgument, Json, opens
 
 if TYPE_CHECKING:
-    from ..runtime.bundle import Bundle
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..runtime.backend import Array
+    from ..runtime.guidance import Guidance
     from ..runtime.measure import Contender, Result
 
 
-@opens()
+@opens
 def bench(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     against: Annotated[
         list[Path] | None, typer.Option(help="Another bundle of the same model, such as its int8; may be repeated.")
     ] = None,
@@ -41,14 +49,13 @@ def bench(
 
     Example: tarflow bench tarflow-bundle --against tarflow-int8 --batch 1,8,32
     """
-    from ..runtime.errors import InputError
     from ..runtime.flow import Flow, Guidance
     from ..runtime.measure import of_flow, race, read_bandwidth, step_floor
 
     sizes = parse_sizes(batch)
     if repeats < 1:
         raise InputError.of("repeats", repeats, "1 or more")
-    flow = Flow.open(default_bundle(bundle), opening)
+    flow = Flow.open(bundle, opening)
     field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast")]
     for folder in against or ():
         other = Flow.open(folder, opening)
@@ -82,13 +89,11 @@ def bench(
     floor = step_floor(flow.bundle, bandwidth)
     if json:
         emit(
-            {
-                "bundle": str(flow.bundle.folder),
-                "backend": flow.backend.description,
-                "rows": [asdict(row) for row in results],
-                "read_bandwidth": bandwidth,
-                "floor_microseconds_per_step": floor * 1e6,
-            }
+            bundle=bundle.folder,
+            backend=flow.backend.description,
+            rows=[asdict(row) for row in results],
+            read_bandwidth=bandwidth,
+            floor_microseconds_per_step=floor * 1e6,
         )
         return
     steps = flow.config.blocks * (flow.config.tokens - 1)
@@ -100,32 +105,22 @@ def bench(
 
 def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:
     """PyTorch on the bundle's own weights. Guidance is what the published method knows: a scale."""
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
-    from tarflow.checkpoint import load
-    from tarflow.rivals import Compiled, published
-
-    from ..runtime.backend import Array
-    from ..runtime.flow import Guidance
-    from ..runtime.measure import Contender, Draw
+    from ..checkpoint import load
+    from ..rivals import Compiled, published
+    from ..runtime.measure import Contender
 
     if threads is not None:
         torch.set_num_threads(threads)
     model = load(bundle.folder)
 
-    def drawing(decode: object) -> Draw:
+    def contender(name: str, decode: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]) -> Contender:
         def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
             classes = torch.from_numpy(labels) if bundle.manifest.config.classes else None
-            found = decode(model, torch.from_numpy(noise), classes, guidance.scale)  # type: ignore[operator]
-            images: Array = model.unpatchify(found).numpy()
+            images: Array = model.unpatchify(decode(torch.from_numpy(noise), classes, guidance.scale)).numpy()
             return images
 
-        return draw
+        return Contender(f"PyTorch, {name}", draw)
 
-    compiled = Compiled(model)
-    return [
-        Contender("PyTorch, published", drawing(published)),
-        Contender("PyTorch, compiled", drawing(lambda _, *inputs: compiled(*inputs))),
-    ]
+    return [contender("published", partial(published, model)), contender("compiled", Compiled(model))]

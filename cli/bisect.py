@@ -7,15 +7,18 @@ from typing import Annotated
 
 import typer
 
+from ..config import Hints
+from ..runtime.files import check_replaceable
 from ..runtime.opening import Opening
 from .console import emit
-from .options import Json, NoiseStd, PatchSize, opens
+from .options import BundlePath, Json, hinted, opens
 from .progress import stages
 
 
-@opens()
+@opens
+@hinted
 def bisect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: BundlePath,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="[CHECKPOINT]", help="The truth. Default: the bundle's own weights.")
     ] = None,
@@ -24,9 +27,8 @@ def bisect(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing repro folder.")] = False,
-    patch_size: PatchSize = None,
-    noise_std: NoiseStd = None,
     *,
+    hints: Hints,
     opening: Opening,
     json: Json = False,
 ) -> None:
@@ -36,28 +38,25 @@ def bisect(
 
     Example: tarflow bisect tarflow-bundle digits_model_2_128_4_3_0.10.pth
     """
-    from tarflow.config import Hints
-
     from ..export.bisect import bisect_bundle
     from ..export.comparison import Comparison
     from ..export.repro import MARKER, write_repro
-    from ..runtime.files import check_replaceable
 
     check_replaceable(output, force, MARKER)
     with stages(quiet=json) as watch:
-        comparison = Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening)
+        comparison = Comparison(bundle, checkpoint, hints, opening)
         finding = bisect_bundle(comparison, tolerance, watch)
         if finding is not None:
             write_repro(output, finding, force)
     if finding is None:
         if json:
-            emit({"bundle": str(bundle), "found": None})
+            emit(bundle=bundle, found=None)
         else:
             print("every step, forward and gradient graph is within tolerance")
         return
     if json:
         found = finding.to_json()
-        emit({"bundle": str(bundle), "found": {"graph": found.pop("kind"), **found}, "repro": str(output)})
+        emit(bundle=bundle, found={"graph": found.pop("kind"), **found}, repro=output)
     else:
         print(f"{finding.reason}\nerror {finding.suspect.error:.3g}; repro in {output}")
     raise typer.Exit(1)

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ..export.engines.options import Options
+from ..export.engines.progress import Headway
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
-from .console import default_bundle, emit, say
+from ..runtime.tensorrt.record import Record
+from .console import emit, numbers, say
 from .options import BundleArgument, Json
 from .progress import stages, status_line
 
-if TYPE_CHECKING:
-    from ..export.engines.progress import Headway
-    from ..runtime.tensorrt.record import Record
-
 
 def build(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     engine: Annotated[
         str | None, typer.Option(help="Precision the engines must have: fp32, fp16 or bf16. Default: the bundle's.")
     ] = None,
@@ -52,24 +53,19 @@ def build(
     Example: tarflow build imagenet64 --engine fp16 --batch 1,8,32
     """
     from ..export.engines.build import build as build_engines
-    from ..export.engines.options import Options
     from ..export.engines.parity import verify_engines
-    from ..runtime.bundle import Bundle
 
-    sizes = _range("batch", batch), _range("window", window)
-    options = Options(*sizes, device=_capabilities(device), timing_cache=timing_cache, level=level)
-    opened = Bundle.open(default_bundle(bundle))
+    ranges = _range("batch", batch), _range("window", window)
+    options = Options(*ranges, _capabilities(device), timing_cache=timing_cache, level=level)
     with shown(quiet=json) as watch:
-        folder, record = build_engines(opened, engine, options, watch)
+        folder, record = build_engines(bundle, engine, options, watch)
     if verify:
         with stages(quiet=json) as tell:
-            record, unverified = verify_engines(opened, folder, record, tell)
+            record, unverified = verify_engines(bundle, folder, record, tell)
     else:
         unverified = "not asked for"
     if json:
-        from dataclasses import asdict
-
-        emit({"folder": str(folder), "unverified": unverified, **asdict(record)})
+        emit(folder=folder, unverified=unverified, **asdict(record))
         return
     print(f"{folder}: {_summary(record)}")
     if unverified:
@@ -112,21 +108,14 @@ def shown(quiet: bool) -> Iterator[Callable[[Headway], None]]:
 
 def _range(name: str, text: str) -> tuple[int, int, int]:
     """``8`` or ``1,8,32``."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        return 1, numbers[0], numbers[0]
-    if len(numbers) != 3:
+    found = numbers(text)
+    if len(found) not in (1, 3):
         raise InputError(f"--{name} '{text}' is not understood; expected MIN,OPT,MAX, as in 1,8,32, or one number")
-    return numbers[0], numbers[1], numbers[2]
+    return (found[0], found[1], found[2]) if len(found) == 3 else (1, found[0], found[0])
 
 
 def _capabilities(text: str | None) -> tuple[str, ...] | None:
     """``8.6,8.9`` or ``sm86,sm89``."""
-    import re
-
     if text is None:
         return None
     found = []

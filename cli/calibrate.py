@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.files import check_writable
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_sizes
+from .console import emit, parse_sizes
 from .options import BundleArgument, Json, opens
 from .progress import stages
 
 
-@opens()
+@opens
 def calibrate(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     samples: Annotated[int, typer.Option(help="Samples that are drawn for each batch size.")] = 24,
     *,
@@ -30,12 +31,11 @@ def calibrate(
     Example: tarflow calibrate tarflow-bundle
     """
     from ..runtime.calibrate import calibrate as measure
-    from ..runtime.files import check_writable
     from ..runtime.flow import Flow
     from ..runtime.plan import plan_path
 
     sizes = parse_sizes(batch)
-    flow = Flow.open(default_bundle(bundle), opening)
+    flow = Flow.open(bundle, opening)
     path = plan_path(flow.bundle, flow.backend.machine)
     path.parent.mkdir(exist_ok=True)
     check_writable(path)  # now, not after the measurements
@@ -43,7 +43,7 @@ def calibrate(
         plan = measure(flow, sizes, samples, watch)
     plan.write(flow.bundle)
     if json:
-        emit({"bundle": str(flow.bundle.folder), "plan": str(path), **asdict(plan)})
+        emit(plan=path, **asdict(plan))
         return
     for mode, rows in plan.modes.items():
         print(f"{mode}:")

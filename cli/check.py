@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from .console import default_bundle, emit
+from ..runtime.errors import CheckFailed, Remedy
+from .console import emit
 from .options import BundleArgument, Json
 from .progress import stages
 
 
 def check_engine(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     nodes: Annotated[bool, typer.Option("--nodes", help="List every node, not only the refused ones.")] = False,
     json: Json = False,
 ) -> None:
@@ -27,17 +28,14 @@ def check_engine(
     Example: tarflow check-engine imagenet64
     """
     from ..export.engines.check import check
-    from ..runtime.bundle import Bundle
-    from ..runtime.errors import CheckFailed, Remedy
 
-    opened = Bundle.open(default_bundle(bundle))
     with stages(quiet=json) as watch:
-        tensorrt, verdicts = check(opened, watch=watch)
+        tensorrt, verdicts = check(bundle, watch=watch)
     failed = [verdict for verdict in verdicts if not verdict.built]
     if json:
-        emit({"tensorrt": tensorrt, "ok": not failed, "graphs": [asdict(verdict) for verdict in verdicts]})
+        emit(tensorrt=tensorrt, ok=not failed, graphs=[asdict(verdict) for verdict in verdicts])
     else:
-        print(f"{tensorrt}, {opened.manifest.precision} graphs of {opened.folder}")
+        print(f"{tensorrt}, {bundle.manifest.precision} graphs of {bundle.folder}")
         for verdict in verdicts:
             taken = len(verdict.nodes) - len(verdict.refused)
             state = f"built in {verdict.seconds:.1f} s" if verdict.built else f"NOT BUILT: {verdict.reason}"

@@ -6,9 +6,11 @@ import json
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,21 +22,26 @@ DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_BUNDLE = Path("tarflow-bundle")
 
 
-def default_bundle(bundle: Path | None) -> Path:
-    """The bundle named, else ./tarflow-bundle if it is there, else the demo that ships with the package."""
-    if bundle is not None:
-        return bundle
+def default_bundle() -> Path:
+    """./tarflow-bundle if it is there, else the demo that ships with the package."""
     return DEFAULT_BUNDLE if DEFAULT_BUNDLE.exists() else DEMO
 
 
-def emit(document: dict[str, Any]) -> None:
-    """One JSON document on stdout; numbers JSON has no word for become null."""
-    print(json.dumps(_finite(document), indent=1, allow_nan=False))
+def emit(**document: Any) -> None:
+    """One JSON document on stdout, by its keys. Paths become strings, numbers JSON has no word for null."""
+    print(json.dumps(_plain(document), indent=1, allow_nan=False))
 
 
 def say(message: str) -> None:
     """A line for people, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def tell_of_classes(bundle: Bundle, labels: Sequence[int] | None) -> None:
+    """Say that samples come from the null class, where there are others and none was asked for."""
+    classes = bundle.manifest.config.classes
+    if classes and labels is None:
+        say(f"no labels given: drawing from the null class; --labels 0-{classes - 1} deals out all classes")
 
 
 def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
@@ -46,12 +53,19 @@ def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
+def numbers(text: str) -> list[int]:
+    """The numbers of "1,8,32"; none if it is not that."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        return []
+
+
 def parse_sizes(batch: str) -> list[int]:
     """Batch sizes from "1,8,32". Raises InputError."""
-    try:
-        sizes = [int(size) for size in batch.split(",")]
-    except ValueError:
-        raise InputError.of("batch", f"'{batch}'", "a list of numbers, such as 1,8,32") from None
+    sizes = numbers(batch)
+    if not sizes:
+        raise InputError.of("batch", f"'{batch}'", "a list of numbers, such as 1,8,32")
     if min(sizes) < 1:
         raise InputError.of("batch", f"'{batch}'", "sizes of 1 or more")
     return sizes
@@ -112,11 +126,13 @@ def label_choices(text: str) -> list[int]:
     return choices
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value

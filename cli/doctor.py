@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..export.engines.options import Options
+from ..runtime.bundle import Bundle
+from ..runtime.errors import MachineError, briefly
+from ..runtime.opening import Opening
+from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 from .console import DEMO, emit, show
 from .messages import flags_in, spell
 from .options import Json
 
 if TYPE_CHECKING:
     from ..runtime.backend import Backend
-    from ..runtime.bundle import Bundle
 
 PACKAGES = (
     "tarflow",
@@ -49,57 +54,56 @@ def doctor(json: Json = False) -> None:
 
     Example: tarflow doctor
     """
-    versions = {name: found for name in PACKAGES if (found := version_of(name))}
+    versions, gpu = versions_of(PACKAGES), _gpu()
     providers, problems = _providers()
-    problems += _known_bad(versions, providers)
+    problems += _known_bad(versions, providers, gpu)
+    tensorrt, untried = _tensorrt(versions)
     tests = _self_tests(providers)
-    tensorrt = _tensorrt(versions)
-    report: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "gpu": _gpu(),
-        "packages": versions,
-        "providers": providers,
-        "self_test": tests,
-        "tensorrt": tensorrt,
-        "problems": problems,
-    }
+    tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
     if json:
-        emit(report)
+        emit(
+            python=platform.python_version(),
+            platform=platform.platform(),
+            cores=os.cpu_count(),
+            gpu=gpu,
+            packages=versions,
+            providers=providers,
+            self_test=tests,
+            tensorrt=tensorrt,
+            problems=problems,
+        )
     else:
+        states = {True: "ok", False: "FAILED", None: "not tried"}
         show(
             [
-                ("python", f"{report['python']} on {report['platform']}"),
-                ("cores", str(report["cores"])),
-                ("gpu", report["gpu"] or "none seen"),
-                *((name, found) for name, found in versions.items()),
+                ("python", f"{platform.python_version()} on {platform.platform()}"),
+                ("cores", str(os.cpu_count())),
+                ("gpu", gpu or "none seen"),
+                *versions.items(),
                 ("providers", ", ".join(providers) or "none"),
-                *((f"self-test {name}", _spell(result)) for name, result in tests.items()),
+                *((f"self-test {name}", f"{states[test['ok']]}, {test['message']}") for name, test in tests.items()),
                 *(("tensorrt", sentence) for sentence in tensorrt),
             ]
         )
-        for problem in problems:
-            print(f"problem: {problem}")
-        if not problems:
-            print("no known problem")
-    if all(result["ok"] is None for result in tests.values()):
-        raise typer.Exit(3)
-    if any(result["ok"] is False for result in tests.values()):
+        print("\n".join(f"problem: {problem}" for problem in problems) or "no known problem")
+    results = [test["ok"] for test in tests.values()]
+    if False in results:
         raise typer.Exit(1)
+    if True not in results:
+        raise typer.Exit(3)
 
 
-def version_of(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _providers() -> tuple[list[str], list[str]]:
     """Which of our providers this ONNX Runtime has, and what is wrong if none."""
-    from ..runtime.errors import MachineError
-    from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 
     try:
         available = load_onnxruntime().get_available_providers()
@@ -108,14 +112,14 @@ def _providers() -> tuple[list[str], list[str]]:
     return [name for name, full in PROVIDERS.items() if full in available], []
 
 
-def _known_bad(versions: dict[str, str], providers: list[str]) -> list[str]:
+def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) -> list[str]:
     problems = []
     if "onnxruntime" in versions and "onnxruntime-gpu" in versions:
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
         )
-    if _gpu() and "cuda" not in providers and providers:
+    if gpu and "cuda" not in providers and providers:
         problems.append(
             "there is a GPU, but this ONNX Runtime is the CPU build: "
             "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
@@ -130,8 +134,6 @@ def _known_bad(versions: dict[str, str], providers: list[str]) -> list[str]:
 
 def _gpu() -> str | None:
     """Name and driver of the first NVIDIA GPU, as its own tool says."""
-    if not shutil.which("nvidia-smi"):
-        return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -140,81 +142,61 @@ def _gpu() -> str | None:
     return answer.splitlines()[0] if answer else None
 
 
-def _tensorrt(versions: dict[str, str]) -> list[str]:
-    """Sentences about building and running engines here."""
+def _tensorrt(versions: dict[str, str]) -> tuple[list[str], str | None]:
+    """Sentences about building and running engines here, and why none can be tried."""
     from ..export.engines.target import find_tensorrt
-    from ..runtime.errors import MachineError, briefly
     from ..runtime.tensorrt.cuda import Cuda
 
-    sentences = []
+    sentences, untried = [], None
     try:
         trt, package = find_tensorrt()
         sentences.append(f"{package} {trt.__version__} builds engines: tarflow build BUNDLE")
     except MachineError as error:
         sentences.append(spell(error))
+        untried = briefly(error)
     try:
         cuda = Cuda()
         sentences.append(f"engines can run on {cuda.name}, compute capability {cuda.capability}")
     except MachineError as error:
-        sentences.append(briefly(error))
+        sentences.append(untried := briefly(error))
     if any(name.startswith("onnxruntime-ep-nv-tensorrt-rtx") for name in versions):
         sentences.append(
             "the TensorRT-RTX plugin of ONNX Runtime is installed; tarflow does not load it: build engines with "
             "pip install 'tarflow[tensorrt-rtx]' and tarflow build"
         )
-    return sentences
+    return sentences, untried
 
 
 def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
     """Provider -> what one block gave on it; ``ok`` None where it could not be tried."""
-    from ..runtime.ort.library import PROVIDERS
 
-    tests: dict[str, dict[str, Any]] = {}
-    for name, full in PROVIDERS.items():
-        if name in providers:
-            tests[name] = _self_test(partial(_on_runtime, name))
-        else:
-            tests[name] = _untried(f"this ONNX Runtime has no {full}")
+    def on(name: str, resident: bool | None = None) -> dict[str, Any]:
+        from ..runtime.ort.backend import OrtBackend
+
+        return _self_test(lambda bundle: OrtBackend(bundle, Opening(name), resident))
+
+    tests = {
+        name: on(name) if name in providers else _result(None, f"this ONNX Runtime has no {full}")
+        for name, full in PROVIDERS.items()
+    }
     if "cpu" in providers:
-        tests["cpu, graphs for devices"] = _self_test(partial(_on_runtime, "cpu", resident=True))
-    tests["tensorrt"] = _engine_test()
+        tests["cpu, graphs for devices"] = on("cpu", resident=True)
     return tests
-
-
-def _on_runtime(name: str, bundle: Bundle, resident: bool | None = None) -> Backend:
-    """A bundle on one of ONNX Runtime's providers."""
-    from ..runtime.opening import Opening
-    from ..runtime.ort.backend import OrtBackend
-
-    return OrtBackend(bundle, Opening(name), resident)
 
 
 def _engine_test() -> dict[str, Any]:
     """Build the demo's engines in a temporary folder, as quickly as they build, and try them."""
-    import tempfile
-
     from ..export.engines.build import build
-    from ..export.engines.options import Options
-    from ..export.engines.target import find_tensorrt
-    from ..runtime.bundle import Bundle
-    from ..runtime.errors import MachineError, briefly
     from ..runtime.tensorrt.backend import open_tensorrt
-    from ..runtime.tensorrt.cuda import Cuda
 
-    try:
-        Cuda()
-        find_tensorrt()
-    except MachineError as error:
-        return _untried(briefly(error))
+    def opened(bundle: Bundle) -> Backend:
+        place, _ = build(bundle, options=Options(batch=(1, 4, 4), level=0))
+        return open_tensorrt(bundle, folder=place)
 
     with tempfile.TemporaryDirectory(prefix="tarflow-doctor.") as name:
         folder = Path(name) / "demo"
         shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("engines", "plans"))
-        try:
-            place, _ = build(Bundle.open(folder), options=Options(batch=(1, 4, 4), level=0))
-        except Exception as failure:  # as in a self-test
-            return _failed(failure)
-        return _self_test(lambda bundle: open_tensorrt(bundle, folder=place), folder)
+        return _self_test(opened, folder)
 
 
 def _self_test(open_backend: Callable[[Bundle], Backend], folder: Path = DEMO) -> dict[str, Any]:
@@ -222,7 +204,6 @@ def _self_test(open_backend: Callable[[Bundle], Backend], folder: Path = DEMO) -
     import numpy as np
 
     from ..runtime.backend import Branches
-    from ..runtime.bundle import Bundle
     from ..runtime.decode import serial
     from ..runtime.flow import Flow
 
@@ -236,18 +217,9 @@ def _self_test(open_backend: Callable[[Bundle], Backend], folder: Path = DEMO) -
         x = serial(flow.backend.decoding(block, z, branches), flow.config.tokens)
         error = float(np.abs(flow.backend.forward(block, x, branches)[0] - z).max())
     except Exception as failure:  # whatever a provider throws is this command's answer
-        return _failed(failure)
-    return {"ok": error < SELF_TEST_LIMIT, "error": error, "message": f"round trip of one block {error:.2g}"}
+        return _result(False, flags_in(f"{type(failure).__name__}: {failure}"))
+    return _result(error < SELF_TEST_LIMIT, f"round trip of one block {error:.2g}", error)
 
 
-def _failed(failure: Exception) -> dict[str, Any]:
-    return {"ok": False, "error": None, "message": flags_in(f"{type(failure).__name__}: {failure}")}
-
-
-def _untried(why: str) -> dict[str, Any]:
-    return {"ok": None, "error": None, "message": why}
-
-
-def _spell(result: dict[str, Any]) -> str:
-    state = {True: "ok", False: "FAILED", None: "not tried"}[result["ok"]]
-    return f"{state}, {result['message']}"
+def _result(ok: bool | None, message: str, error: float | None = None) -> dict[str, Any]:
+    return {"ok": ok, "error": error, "message": message}

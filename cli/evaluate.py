@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed, InputError
+from ..runtime.files import check_writable
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, say
+from .console import emit, say
 from .images import read_images
-from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line, step_bar
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from ..quality.features import FeatureNetwork
     from ..quality.frechet import Statistics
-    from ..runtime.bundle import Bundle
     from ..runtime.flow import Flow, Progress
     from ..runtime.request import Resolved
 
@@ -30,10 +31,10 @@ DIGITS = Path(__file__).parent.parent / "features" / "digits.onnx"  # the demo's
 _PART = 1024  # samples drawn before their features are taken: memory stays bounded
 
 
-@opens()
-@draws(*DRAWING.keys() - {*GUIDANCE, "seed", "batch_size", "decode"})
+@opens
+@draws(*GUIDANCE, "seed", "batch_size", "decode")
 def evaluate(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     against: Annotated[
         Path | None,
         typer.Option(help="Images: a folder, .npy, or statistics (.npz). Default: the digits, for the demo only."),
@@ -66,60 +67,60 @@ def evaluate(
     """
     from ..quality.features import FeatureNetwork, Usage
     from ..quality.frechet import estimate, write_statistics
-    from ..runtime.bundle import Bundle
-    from ..runtime.files import check_writable
     from ..runtime.flow import Flow
 
     seed = drawing.said["seed"]
-    if seed < 0:
+    if seed < 0:  # which a request would refuse, but the bootstrap takes it too
         raise InputError.of("seed", seed, "0 or more")
     if n < 2 or resamples < 2:
         raise InputError(f"--n is {n} and --resamples {resamples}; expected 2 or more of each, thousands of samples")
-    opened = Bundle.open(default_bundle(bundle))
-    request = None if samples is not None else request_of(opened, drawing, n, labels)
+    request = None if samples is not None else request_of(bundle, drawing, n, labels)
     usage = Usage(feature_output, feature_size, feature_range)
-    network = FeatureNetwork.open(features or _default_network(opened), usage, opening.threads)
+    network = FeatureNetwork.open(features or _own_network(bundle), usage, opening.threads)
+    if features is not None and against is None:
+        raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
     if save_stats is not None:
         check_writable(save_stats)
     with status_line() as line:
         line("features of the images to compare with")
-        reference = _reference(against or _default_images(features, opened), network, opened)
+        reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle)
     if save_stats is not None:
         write_statistics(save_stats, reference, network.identity)
     if request is None:
         assert samples is not None
-        found = network(_pictures(samples, opened))
+        found = network(_pictures(samples, bundle))
     else:
-        found = _draw(Flow.open(opened, opening), network, request)
+        found = _draw(Flow.open(bundle, opening), network, request)
     with status_line() as line:
         line(f"resampling {resamples} times")
         result = estimate(found, reference, resamples, seed)
 
-    warnings = _warnings(result.count, reference, result.dimension)
-    against_what = str(against) if against is not None else "digits"
+    warnings = [
+        f"{count} {what} are no more than the {result.dimension} features: the distance is far too large"
+        for count, what in ((result.count, "samples"), (reference.count, "images to compare with"))
+        if 0 < count <= result.dimension
+    ]
     if json:
         emit(
-            {
-                "bundle": str(opened.folder),
-                "bundle_hash": opened.hash,
-                "precision": opened.manifest.precision,
-                "samples": str(samples) if samples is not None else "drawn",
-                "seed": seed,
-                "guidance": asdict(request.guidance) if request else None,
-                "network": network.identity,
-                "against": against_what,
-                "reference_images": reference.count or None,
-                **asdict(result),
-                "saved": str(save_stats) if save_stats is not None else None,
-                "warnings": warnings,
-            }
+            bundle=bundle.folder,
+            bundle_hash=bundle.hash,
+            precision=bundle.manifest.precision,
+            samples=samples or "drawn",
+            seed=seed,
+            guidance=asdict(request.guidance) if request else None,
+            network=network.identity,
+            against=against or "digits",
+            reference_images=reference.count or None,
+            **asdict(result),
+            saved=save_stats,
+            warnings=warnings,
         )
     else:
-        what = f"samples of {opened.manifest.name}, guidance {request.guidance.scale:g}" if request else str(samples)
+        what = f"samples of {bundle.manifest.name}, guidance {request.guidance.scale:g}" if request else str(samples)
         print(f"Frechet distance {result.distance:.4g} +- {result.standard_error:.2g}", end=" ")
         print(f"(95 %: {result.interval[0]:.4g} to {result.interval[1]:.4g})")
         print(f"  {result.count} images: {what}")
-        print(f"  against {reference.count or 'an unknown number of'} images: {against_what}")
+        print(f"  against {reference.count or 'an unknown number of'} images: {against or 'digits'}")
         print(f"  {result.dimension} features; of the distance, {result.mean_part:.2g} is of means")
         print(f"  about {result.bias:.2g} of it is there because {result.count} images are not infinitely many")
         if save_stats is not None:
@@ -128,20 +129,14 @@ def evaluate(
         say(f"tarflow: warning: {warning}")
 
 
-def _default_network(bundle: Bundle) -> Path:
+def _own_network(bundle: Bundle) -> Path:
     """The demo's own network for the demo and exports of it; for any other model InputError."""
-    if bundle.manifest.name == "digits" and bundle.manifest.config.image == (1, 8, 8):
-        return DIGITS
-    raise InputError(
-        "which features? Pass --features NETWORK.onnx: Inception for numbers comparable with papers, or any network "
-        "that knows such images. Only the demo model has one of its own"
-    )
-
-
-def _default_images(features: Path | None, bundle: Bundle) -> Path:
-    if features is None and _default_network(bundle) == DIGITS:
-        return DIGITS.with_suffix(".npz")
-    raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
+    if bundle.manifest.name != "digits" or bundle.manifest.config.image != (1, 8, 8):
+        raise InputError(
+            "which features? Pass --features NETWORK.onnx: Inception for numbers comparable with papers, or any "
+            "network that knows such images. Only the demo model has one of its own"
+        )
+    return DIGITS
 
 
 def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statistics:
@@ -172,8 +167,9 @@ def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
 def request_of(bundle: Bundle, drawing: Drawing, n: int, labels: str | None) -> Resolved:
     """What is drawn: all classes in turn, unless labels are given. Raises InputError for what this model cannot."""
     config = bundle.manifest.config
-    classes = parse_labels(labels if labels is not None or not config.classes else f"0-{config.classes - 1}", 0, n)
-    return drawing.request(config, n, None if classes is None else tuple(classes.tolist())).resolved(config)
+    if labels is None and config.classes:
+        labels = f"0-{config.classes - 1}"
+    return drawing.request(config, n, labels)
 
 
 def _draw(flow: Flow, network: FeatureNetwork, request: Resolved) -> NDArray[np.float32]:
@@ -207,11 +203,3 @@ def _finite(images: NDArray[Any]) -> NDArray[Any]:
     if broken:
         raise CheckFailed(f"{broken} of {len(images)} samples are not finite, so they have no features: guide less")
     return images
-
-
-def _warnings(count: int, reference: Statistics, dimension: int) -> list[str]:
-    found = []
-    for number, what in ((count, "samples"), (reference.count, "images to compare with")):
-        if 0 < number <= dimension:
-            found.append(f"{number} {what} are no more than the {dimension} features: the distance is far too large")
-    return found

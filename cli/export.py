@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..config import Hints
+from ..runtime.bundle import Bundle
+from ..runtime.errors import MachineError, Remedy, briefly
 from ..runtime.files import size_text
 from .console import DEFAULT_BUNDLE, DEMO, emit, say, show
-from .options import Json, NoiseStd, PatchSize
+from .messages import command
+from .options import Json, hinted
 from .progress import stages
 
 if TYPE_CHECKING:
     from ..export.estimate import Estimate
-    from ..runtime.bundle import Bundle
 
 
+@hinted
 def export(
     checkpoint: Annotated[
         Path | None,
@@ -27,8 +31,8 @@ def export(
     engine: Annotated[
         str, typer.Option(help="Precision typed into the graphs: fp32, fp16, bf16, or int8 (weights alone).")
     ] = "fp32",
-    patch_size: PatchSize = None,
-    noise_std: NoiseStd = None,
+    *,
+    hints: Hints,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before it appears.")
     ] = True,
@@ -43,10 +47,7 @@ def export(
 
     Example: tarflow export imagenet_model_2_768_8_8_0.05.pth -o imagenet64 --engine fp16
     """
-    from tarflow.config import Hints
-
     source = checkpoint if checkpoint is not None else DEMO
-    hints = Hints(patch_size, noise_std)
     if dry_run:
         from ..export.estimate import estimate
 
@@ -54,8 +55,6 @@ def export(
         return
     from ..export.pipeline import export as export_bundle
     from ..quality.card import Card
-    from ..runtime.errors import Remedy
-    from .messages import command
 
     with stages() as watch:
         bundle = export_bundle(source, output, engine, hints, force, verify, watch)
@@ -64,17 +63,15 @@ def export(
     parity = bundle.manifest.parity
     if json:
         emit(
-            {
-                "bundle": str(output),
-                "bundle_hash": bundle.hash,
-                "precision": engine,
-                "bytes": total,
-                "files": {name: entry.size for name, entry in bundle.manifest.files.items()},
-                "parity": parity,
-                "engines": engines,
-                "engines_missing": why_not,
-                "engines_unverified": unverified,
-            }
+            bundle=output,
+            bundle_hash=bundle.hash,
+            precision=engine,
+            bytes=total,
+            files={name: entry.size for name, entry in bundle.manifest.files.items()},
+            parity=parity,
+            engines=engines,
+            engines_missing=why_not,
+            engines_unverified=unverified,
         )
         return
     print(f"{output}: {len(bundle.manifest.files) + 1} files, {size_text(total)}, {engine}")
@@ -91,17 +88,15 @@ def export(
         print(f"engines: {engines}" + (", built, not run" if unverified else ""))
         if unverified:
             say(f"engines were built, not run: {unverified}")
-    elif build and engine == "int8":
-        say(f"no engines: {why_not}")
     elif build:
-        say(f"no engines: {why_not}; on a GPU machine run: {command(Remedy('build', {'bundle': output}))}")
+        cure = f"; on a GPU machine run: {command(Remedy('build', {'bundle': output}))}" if engine != "int8" else ""
+        say(f"no engines: {why_not}{cure}")
 
 
 def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str | None]:
     """The folder of engines just built, or why there are none (the machine, never the bundle), or why none was run."""
     from ..export.engines.build import build
     from ..export.engines.parity import verify_engines
-    from ..runtime.errors import MachineError, briefly
     from .build import shown
 
     if bundle.manifest.precision == "int8":
@@ -118,7 +113,7 @@ def _engines(bundle: Bundle, quiet: bool) -> tuple[str | None, str | None, str |
 def _print_estimate(estimate: Estimate, output: Path, json: bool) -> None:
     total = sum(estimate.files.values())
     if json:
-        emit({"bundle": str(output), **asdict(estimate), "bytes": total})
+        emit(bundle=output, **asdict(estimate), bytes=total)
         return
     c = estimate.config
     show(

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..runtime.bundle import Bundle
 from ..runtime.files import size_text
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, read_array, say
+from .console import emit, read_array, say, tell_of_classes
+from .images import Save, files_asked, write_images
 from .options import BundleArgument, Drawing, Json, Labels, Ray, draws, opens
 from .progress import step_bar
 
 if TYPE_CHECKING:
-    from ..runtime.flow import Flow, Report, Samples
+    from ..runtime.samples import Report
 
 
-@opens()
+@opens
 @draws()
 def generate(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     n: Annotated[
         int | None, typer.Option("--n", help="How many samples. Default: 64, or as many as --noise has.")
     ] = None,
@@ -28,7 +31,7 @@ def generate(
     *,
     drawing: Drawing,
     noise: Annotated[Path | None, typer.Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")] = None,
+    save: Save = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Picture of all samples. Default: samples.png, unless --save.")
     ] = None,
@@ -52,85 +55,62 @@ def generate(
 
     Many, in shards that are never drawn twice: tarflow generate --n 50000 --labels 0-9 --out digits --workers 2
     """
-    from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
-    from ..runtime.files import check_writable
     from ..runtime.flow import Flow
     from ..runtime.inputs import check_noise
     from ..runtime.samples import Watch
-    from .shards import Means, draw_shards, job_of, refuse
+    from ..shards.job import DEFAULT_SHARD, Job
+    from .shards import Means, draw_shards, refuse
 
-    drawing.guidance  # noqa: B018 (what is none is refused before anything is opened)
     if out is not None:
         refuse("with --out", noise=noise, save=save, output=output, batch_size=drawing.said["batch_size"])
-        opened = Bundle.open(default_bundle(bundle))
-        job = job_of(opened, drawing, n if n is not None else 64, labels, format, shard_size)
-        draw_shards(opened, job, out, Means(workers, ray, opening), json)
+        request = drawing.request(bundle.manifest.config, 64 if n is None else n, labels)
+        job = Job.of(bundle, request, format or "npy", DEFAULT_SHARD if shard_size is None else shard_size)
+        draw_shards(bundle, job, out, Means(workers, ray, opening), json)
         return
     refuse("without --out", format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None
-    count = n if n is not None else (len(array) if array is not None and array.ndim else 64)
-    if count < 1:
-        raise InputError.of("n", count, "1 or more samples")
-    classes = parse_labels(labels, drawing.said["first_sample"], count)
-    if output is None and save is None:
-        output = Path("samples.png")
-    for path in (save, output):
-        if path is not None:
-            check_writable(path)
-    flow = Flow.open(default_bundle(bundle), opening)
-    if flow.config.classes and classes is None:
-        say(f"no labels given: drawing from the null class; --labels 0-{flow.config.classes - 1} deals out all classes")
-    latents, _ = check_noise(flow.config, n if array is not None else count, array)
-    request = drawing.request(flow.config, count, None if classes is None else tuple(classes.tolist()))
+    latents, n = check_noise(bundle.manifest.config, 64 if n is None and array is None else n, array)
+    request = drawing.request(bundle.manifest.config, n, labels)
+    files = files_asked(save, output, "samples.png")
+    flow = Flow.open(bundle, opening)
+    tell_of_classes(bundle, request.labels)
     with step_bar("sampling") as progress:
-        samples = flow.draw(request.resolved(flow.config), latents, Watch(progress))
+        samples = flow.draw(request, latents, Watch(progress))
     report = samples.report
     assert report is not None
-    written = _write(flow, samples, save, output)
+    text = {
+        "seed": "given noise" if report.seed is None else str(report.seed),
+        "sample_indices": f"{report.first_sample}-{report.first_sample + n - 1}",
+    }
+    write_images(samples, files, bundle, text)
     if json:
-        emit(_document(flow, report, len(samples), written))
+        drawn = asdict(report)
+        certificate, seconds = drawn.pop("certificate"), drawn.pop("certificate_seconds")
+        if certificate is not None:
+            certificate = {"max": float(certificate.max()), "per_sample": certificate.tolist(), "seconds": seconds}
+        emit(
+            bundle=bundle.folder,
+            bundle_hash=bundle.hash,
+            precision=bundle.manifest.precision,
+            n=n,
+            files=files,
+            certificate=certificate,
+            **drawn,
+        )
     else:
-        _tell(flow, report, samples, written, opening)
+        _tell(bundle, report, n, files, opening)
     if report.nonfinite:
         cure = "They stayed so when drawn again: lower the guidance"
         if not request.redraw_nonfinite:
             cure = "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
-        say(
-            f"tarflow: check failed: {len(report.nonfinite)} of {len(samples)} samples are not finite: "
-            f"{_few(report.nonfinite)}. {cure}"
-        )
+        few = _few(report.nonfinite)
+        say(f"tarflow: check failed: {len(report.nonfinite)} of {n} samples are not finite: {few}. {cure}")
         raise typer.Exit(1)
 
 
-def _document(flow: Flow, report: Report, n: int, written: dict[str, str]) -> dict[str, Any]:
-    found = report.certificate
-    return {
-        "bundle": str(flow.bundle.folder),
-        "bundle_hash": flow.bundle.hash,
-        "precision": flow.bundle.manifest.precision,
-        "backend": report.backend,
-        "n": n,
-        "seed": report.seed,
-        "first_sample": report.first_sample,
-        "files": written,
-        "level": report.level,
-        "decoding": report.decoding,
-        "passes": list(report.passes),
-        "certificate": None
-        if found is None
-        else {"max": float(found.max()), "per_sample": found.tolist(), "seconds": report.certificate_seconds},
-        "nonfinite": list(report.nonfinite),
-        "redrawn": list(report.redrawn),
-        "seconds": report.seconds,
-        "denoise_seconds": report.denoise_seconds,
-        "peak_memory": report.peak_memory,
-    }
-
-
-def _tell(flow: Flow, report: Report, samples: Samples, written: dict[str, str], opening: Opening) -> None:
-    drawn = f"{len(samples)} samples of {flow.bundle.manifest.name}"
-    print(f"{drawn} in {report.seconds:.2f} s on {report.backend}: {', '.join(written.values())}")
+def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], opening: Opening) -> None:
+    where = ", ".join(map(str, files.values()))
+    print(f"{n} samples of {bundle.manifest.name} in {report.seconds:.2f} s on {report.backend}: {where}")
     if opening.memory is not None:
         limit = f", of {size_text(opening.memory)}" if isinstance(opening.memory, int) else ""
         print(f"memory: {size_text(report.peak_memory)} at peak{limit}")
@@ -142,31 +122,6 @@ def _tell(flow: Flow, report: Report, samples: Samples, written: dict[str, str],
     if report.redrawn:
         print(f"redrawn because not finite: samples {_few(report.redrawn)}")
     print(report.level)
-
-
-def _write(flow: Flow, samples: Samples, save: Path | None, output: Path | None) -> dict[str, str]:
-    """Write what was asked for, each file whole or not at all; return what was written."""
-    import numpy as np
-
-    from ..runtime.files import replacing
-    from ..runtime.image import grid, write_png
-
-    written, report = {}, samples.report
-    assert report is not None
-    if save is not None:
-        with replacing(save) as file:
-            np.save(file, np.asarray(samples))
-        written["array"] = str(save)
-    if output is not None:
-        text = {
-            "Software": "tarflow",
-            "seed": "given noise" if report.seed is None else str(report.seed),
-            "sample_indices": f"{report.first_sample}-{report.first_sample + len(samples) - 1}",
-            "bundle_hash": flow.bundle.hash,
-        }
-        write_png(output, grid(samples), text, zoom=max(1, 48 // flow.config.image_size))
-        written["picture"] = str(output)
-    return written
 
 
 def _few(indices: tuple[int, ...]) -> str:

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
+from ..runtime.bundle import MANIFEST, Bundle
+from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
-from .console import default_bundle, emit, show
+from ..runtime.tensorrt.record import folders
+from ..runtime.tensorrt.record_reader import read_record
+from .console import emit, show
+from .messages import command
 from .options import BundleArgument, Json
 
-if TYPE_CHECKING:
-    from ..runtime.bundle import Bundle
 
-
-def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
+def inspect(bundle: BundleArgument, json: Json = False) -> None:
     """Show a bundle's configuration, graphs, precision, sizes and parity card, and check its hashes.
 
     Example: tarflow inspect tarflow-bundle --json
     """
     from ..quality.card import Card
-    from ..runtime.bundle import MANIFEST, Bundle
-    from ..runtime.errors import BundleError, Remedy, briefly
     from .card import print_card
-    from .messages import command
 
-    opened = Bundle.open(default_bundle(bundle))
-    opened.check()
-    m = opened.manifest
+    bundle.check()
+    m = bundle.manifest
     if json:
-        emit({"bundle": str(opened.folder), "bundle_hash": opened.hash, "hashes": "ok", **asdict(m)})
+        emit(bundle=bundle.folder, bundle_hash=bundle.hash, hashes="ok", **asdict(m))
         return
     c = m.config
+    patches = f"patches of {c.patch_size}: {c.tokens} x {c.patch_dim}"
     noise = f"Gaussian, {c.noise_std:g}" if c.noise_std is not None else "uniform dequantisation"
     show(
         [
             ("name", m.name),
-            ("hash", opened.hash),
+            ("hash", bundle.hash),
             ("precision", m.precision),
-            (
-                "images",
-                f"{c.channels} x {c.image_size} x {c.image_size}, patches of {c.patch_size}: {c.tokens} x "
-                f"{c.patch_dim}",
-            ),
+            ("images", f"{c.channels} x {c.image_size} x {c.image_size}, {patches}"),
             ("model", f"{c.blocks} blocks x {c.layers} layers, width {c.width}, {c.heads} heads"),
             ("classes", str(c.classes) if c.classes else "none"),
             ("kind", "affine (nvp)" if c.nvp else "volume-preserving, learned prior"),
@@ -49,35 +43,32 @@ def inspect(bundle: BundleArgument = None, json: Json = False) -> None:
             ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
             ("made with", ", ".join(f"{k} {v}" for k, v in m.exporter.items())),
         ],
-        str(opened.folder),
+        str(bundle.folder),
     )
     print("graphs")
     for k, block in enumerate(m.blocks):
         sizes = ", ".join(f"{kind} {size_text(m.files[block.graphs[kind]].size)}" for kind in block.graphs)
         print(f"  block {k} ({'reversed' if block.reversed else 'in order'}): {sizes}, opset {m.opset}")
-    for line in _engines(opened):
-        print(line)
+    _tell_of_engines(bundle)
     if not m.parity:
-        print(f"parity: not verified; run: {command(Remedy('verify', {'bundle': opened.folder}))}")
+        print(f"parity: not verified; run: {command(Remedy('verify', {'bundle': bundle.folder}))}")
         return
     try:
-        print_card(Card.from_json(m.parity, str(opened.folder / MANIFEST)))
+        print_card(Card.from_json(m.parity, str(bundle.folder / MANIFEST)))
     except BundleError as error:
         print(f"parity: {briefly(error)}; see it with --json")
 
 
-def _engines(bundle: Bundle) -> list[str]:
+def _tell_of_engines(bundle: Bundle) -> None:
     """A line for each build of TensorRT engines, without loading any."""
-    from ..runtime.errors import BundleError
-    from ..runtime.tensorrt.record import folders
-    from ..runtime.tensorrt.record_reader import read_record
-
-    lines = []
-    for folder in folders(bundle):
+    found = folders(bundle)
+    if found:
+        print("engines")
+    for folder in found:
         try:
             record = read_record(folder)
         except BundleError as error:
-            lines.append(f"  {folder.name}: {error}")
+            print(f"  {folder.name}: {error}")
             continue
         wrong = [] if record.bundle == bundle.hash else ["built from another bundle"]
         if not record.complete(len(bundle.manifest.blocks)):
@@ -87,5 +78,4 @@ def _engines(bundle: Bundle) -> list[str]:
         built = "/".join(sorted({engine.built for engine in engines}))
         run = f"rms {worst:.2g} at most" if worst is not None else "not run"
         state = "; ".join([f"{len(engines)} engines, {built} for {record.target}", run, *wrong])
-        lines.append(f"  {record.package} {record.version}, batch {record.profiles['step'][0].batch}: {state}")
-    return ["engines", *lines] if lines else []
+        print(f"  {record.package} {record.version}, batch {record.profiles['step'][0].batch}: {state}")

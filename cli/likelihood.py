@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from ..runtime.files import replacing
 from ..runtime.opening import Opening
 from .console import emit, parse_labels
-from .images import as_trained_on, read_images
-from .options import Json, Labels, opens
+from .images import Save, as_trained_on, files_asked, read_images, write_images
+from .options import BundlePath, Json, Labels, opens
 
 Images = Annotated[Path, typer.Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle folder.")]
 
 
-@opens()
+@opens
 def likelihood(
     bundle: BundlePath,
     images: Images,
@@ -33,7 +33,6 @@ def likelihood(
     """
     import numpy as np
 
-    from ..runtime.files import replacing
     from ..runtime.flow import Flow
 
     flow = Flow.open(bundle, opening)
@@ -45,29 +44,30 @@ def likelihood(
         with replacing(save) as file:
             np.savez(file, z=z, logdet=log_det)
     if json:
-        document: dict[str, Any] = {
-            "bundle": str(bundle),
-            "bundle_hash": flow.bundle.hash,
-            "images": len(x),
-            "mean_bits_per_dim": float(bits.mean()),
-            "bits_per_dim": [float(b) for b in bits],
-            "log_det": [float(d) for d in log_det],
-            "dequantised": stored.dtype == np.uint8,
-        }
-        emit(document | ({"names": names} if names else {}) | ({"latent": str(save)} if save else {}))
+        emit(
+            bundle=bundle,
+            bundle_hash=flow.bundle.hash,
+            images=len(x),
+            mean_bits_per_dim=float(bits.mean()),
+            bits_per_dim=bits.tolist(),
+            log_det=log_det.tolist(),
+            dequantised=stored.dtype == np.uint8,
+            **({"names": names} if names else {}),
+            **({"latent": save} if save else {}),
+        )
         return
     for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
         print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
     print(f"mean {bits.mean():.4f} bits/dim over {len(x)} images")
 
 
-@opens()
+@opens
 def denoise(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
     strength: Annotated[float, typer.Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
-    save: Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")] = None,
+    save: Save = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
     ] = None,
@@ -81,34 +81,16 @@ def denoise(
     """
     import numpy as np
 
-    from ..runtime.files import replacing
     from ..runtime.flow import Flow
-    from ..runtime.image import grid, write_png
 
+    files = files_asked(save, output, "denoised.png")
     flow = Flow.open(bundle, opening)
     stored, _ = read_images(images, flow.config)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
     result = flow.denoise(x, parse_labels(labels, 0, len(x)), strength)
-    output = Path("denoised.png") if output is None and save is None else output
-    written = {}
-    if save is not None:
-        with replacing(save) as file:
-            np.save(file, result)
-        written["array"] = str(save)
-    if output is not None:
-        zoom = max(1, 48 // flow.config.image_size)
-        write_png(output, grid(result), {"Software": "tarflow", "bundle_hash": flow.bundle.hash}, zoom)
-        written["picture"] = str(output)
+    write_images(result, files, flow.bundle, {})
     change = float(np.sqrt(np.mean((result - x) ** 2)))
     if json:
-        emit(
-            {
-                "bundle": str(bundle),
-                "bundle_hash": flow.bundle.hash,
-                "images": len(x),
-                "files": written,
-                "rms_change": change,
-            }
-        )
+        emit(bundle=bundle, bundle_hash=flow.bundle.hash, images=len(x), files=files, rms_change=change)
     else:
-        print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(written.values())}")
+        print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")

@@ -10,28 +10,33 @@ from typing import Annotated
 
 import typer
 
-from . import (
-    bench,
-    bisect,
-    build,
-    calibrate,
-    check,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    inspect,
-    likelihood,
-    package,
-    report,
-    serve,
-    train,
-    verify,
-)
+from ..runtime.errors import TarflowError
+from .bench import bench
+from .bisect import bisect
+from .build import build
+from .calibrate import calibrate
+from .check import check_engine
+from .doctor import doctor
+from .evaluate import evaluate
+from .export import export
+from .generate import generate
+from .inspect import inspect
+from .likelihood import denoise, likelihood
 from .messages import spell
 from .options import RayCommand
+from .package import package
+from .report import report
+from .serve import serve
+from .train import train
+from .verify import verify
 
 EXIT_INTERRUPTED = 130
+_MAKING = (export, build, check_engine, generate, train)  # in the order of the help
+_JUDGING = (verify, bisect, likelihood, denoise, evaluate, report, inspect)
+_SERVING = (doctor, bench, calibrate, package, serve)
+_EXTRAS = {"sklearn": "train", "ray": "ray"} | dict.fromkeys(
+    ("fastapi", "uvicorn", "prometheus_client", "starlette"), "serve"
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,23 +45,8 @@ app = typer.Typer(
     help="TarFlow normalizing flows from PyTorch checkpoints to production.\n\n"
     "Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment, 4 incompatible artifact.",
 )
-app.command()(export.export)
-app.command()(build.build)
-app.command()(check.check_engine)
-app.command(cls=RayCommand)(generate.generate)
-app.command()(train.train)
-app.command()(verify.verify)
-app.command()(bisect.bisect)
-app.command()(likelihood.likelihood)
-app.command()(likelihood.denoise)
-app.command()(evaluate.evaluate)
-app.command()(report.report)
-app.command()(inspect.inspect)
-app.command()(doctor.doctor)
-app.command()(bench.bench)
-app.command()(calibrate.calibrate)
-app.command()(package.package)
-app.command(cls=RayCommand)(serve.serve)
+for _command in _MAKING + _JUDGING + _SERVING:
+    app.command(cls=RayCommand)(_command)
 
 
 def _version(wanted: bool) -> None:
@@ -77,18 +67,16 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Errors that carry an ``exit_code`` are a user's to mend: one message, no traceback."""
+    """Run the command line. What is raised on purpose is a user's to mend: one message, no traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: nothing half-written
     try:
         app()
         sys.stdout.flush()
-    except KeyboardInterrupt:  # outside a command: typer ends those with 130, see below
-        print("tarflow: interrupted; nothing half-written was left", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except SystemExit as end:
-        if end.code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+    except (KeyboardInterrupt, SystemExit) as end:  # typer turns Ctrl-C in a command into 130, without a word
+        code = EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
+        if code == EXIT_INTERRUPTED:
             print("tarflow: interrupted; nothing half-written was left", file=sys.stderr)
-        raise
+        sys.exit(code)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -97,25 +85,15 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --memory least", 3)
     except ModuleNotFoundError as error:
-        extra = {
-            "sklearn": "train",
-            "ray": "ray",
-            "fastapi": "serve",
-            "uvicorn": "serve",
-            "prometheus_client": "serve",
-            "starlette": "serve",
-        }.get(error.name or "", "export")
+        extra = _EXTRAS.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is buffered cannot be written at exit either)
             _fail("the disk is full: the output could not be written", 3)
         _fail(f"'{error.filename}': {error.strerror}" if error.filename else str(error), 3)
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if not isinstance(code, int):
-            raise
-        _fail(spell(error), code)
+    except TarflowError as error:
+        _fail(spell(error), error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from ..runtime.errors import Remedy
+from ..runtime.errors import Remedy, TarflowError
 
 _FLAGS = {  # of fields whose flag is not their name with dashes
     "scale": "--guidance",
@@ -23,17 +23,10 @@ _FLAGS = {  # of fields whose flag is not their name with dashes
     "tasks": "--models",
 }
 _ARGUMENTS = ("bundle", "checkpoint", "images")  # named by their place, not by a flag
-_PLACES = {  # what stands behind an operation's name, in order
+_PLACES = {  # what stands behind an operation's name, in order; if it is not the bundle alone
     "export": ("checkpoint",),
-    "build": ("bundle",),
-    "calibrate": ("bundle",),
-    "check-engine": ("bundle",),
     "verify": ("bundle", "checkpoint"),
     "bisect": ("bundle", "checkpoint"),
-    "evaluate": ("bundle",),
-    "package": ("bundle",),
-    "serve": ("bundle",),
-    "generate": ("bundle",),
 }
 _NEEDED = {
     "export": {"checkpoint": "CHECKPOINT", "folder": "BUNDLE"},
@@ -43,11 +36,10 @@ _NEEDED = {
 _FIELD = re.compile(r"`(\w+)`")
 
 
-def spell(error: Exception) -> str:
+def spell(error: TarflowError) -> str:
     """What the command line prints for an error."""
-    remedy: Remedy | None = getattr(error, "remedy", None)
     text = flags_in(str(error))
-    return text if remedy is None else f"{text}: {command(remedy)}"
+    return text if error.remedy is None else f"{text}: {command(error.remedy)}"
 
 
 def flags_in(message: str) -> str:
@@ -66,7 +58,7 @@ def command(remedy: Remedy) -> str:
     """The command to type; what only its reader knows stands in capitals."""
     given = _NEEDED.get(remedy.operation, {}) | {k: v for k, v in remedy.arguments.items() if v is not None}
     words = ["tarflow", remedy.operation]
-    words += [_word(given.pop(place)) for place in _PLACES.get(remedy.operation, ()) if place in given]
+    words += [_word(given.pop(place)) for place in _PLACES.get(remedy.operation, ("bundle",)) if place in given]
     for field, value in given.items():
         if value is True:
             words.append(flag(field))

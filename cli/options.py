@@ -2,6 +2,7 @@
 
 A group of them is one parameter of a command: ``opening: Opening`` under :func:`opens` is every flag about how a bundle
 is opened, ``drawing: Drawing`` under :func:`draws` every flag about what is drawn. A new option is a line here.
+The bundle of a command (``BundleArgument``) comes opened: what is none is refused before anything else.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from ..config import Hints
+from ..runtime.bundle import Bundle, ModelShape
 from ..runtime.opening import Opening, parse_memory
+from .console import default_bundle, label_choices, parse_labels
 
 if TYPE_CHECKING:
-    from ..runtime.guidance import Guidance
-    from ..runtime.manifest import ModelShape
-    from ..runtime.request import Request
+    from ..runtime.request import Resolved
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Flags = Mapping[str, tuple[Any, Any]]  # name -> annotation, default
@@ -33,16 +35,17 @@ def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None =
 
 
 BundleArgument = Annotated[
-    Path | None,
+    Bundle,
     typer.Argument(
-        metavar="[BUNDLE]", help="A bundle folder. Default: ./tarflow-bundle if it is there, else the demo."
+        metavar="[BUNDLE]",
+        parser=Bundle.open,
+        default_factory=default_bundle,
+        show_default=False,
+        help="A bundle folder. Default: ./tarflow-bundle if it is there, else the demo.",
     ),
 ]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-PatchSize = Annotated[int | None, typer.Option(help="Patch size, if the checkpoint's name does not say it.")]
-NoiseStd = Annotated[
-    str | None, typer.Option(help="Training noise, if the name does not say it: a number, or 'uniform'.")
-]
 Labels = Annotated[
     str | None,
     typer.Option(
@@ -102,42 +105,31 @@ DRAWING: Flags = {
 }
 
 
+HINTS: Flags = {
+    "patch_size": _flag(int | None, None, "Patch size, if the checkpoint's name does not say it."),
+    "noise_std": _flag(str | None, None, "Training noise, if the name does not say it: a number, or 'uniform'."),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Drawing:
     """What was said on the command line about drawing, by flag."""
 
     said: Mapping[str, Any]
 
-    @property
-    def guidance(self) -> Guidance:
-        """Raises InputError for values that make no guidance."""
+    def request(self, config: ModelShape, n: int, labels: str | None) -> Resolved:
+        """The request for a model; ``labels`` are dealt out in turn. Raises InputError for what this model cannot."""
         from ..runtime.guidance import Guidance
-
-        return Guidance(*(self.said[name] for name in GUIDANCE))
-
-    def request(self, config: ModelShape, n: int, labels: tuple[int, ...] | None, **others: Any) -> Request:
-        """The request for a model. Raises InputError."""
         from ..runtime.request import Request
 
-        fields = {name: value for name, value in self.said.items() if name not in {*GUIDANCE, "denoise_strength"}}
-        denoise, strength = self.said.get("denoise"), self.said.get("denoise_strength", 1.0)
+        fields = dict(self.said)
+        guidance = Guidance(*(fields.pop(name) for name in GUIDANCE))
+        denoise, strength = fields.get("denoise"), fields.pop("denoise_strength", 1.0)
         fields["denoise"] = strength if denoise or (denoise is None and config.noise_std) else False
-        return Request(n=n, labels=labels, guidance=self.guidance, **fields | others)
-
-
-def opens(*without: str) -> Callable[[Command], Command]:
-    """A command whose parameter ``opening`` is an :class:`Opening`; some flags may be left out."""
-
-    def make(**said: Any) -> Opening:
-        return Opening(**said | ({"memory": parse_memory(said["memory"])} if "memory" in said else {}))
-
-    return _spread("opening", make, {name: flag for name, flag in OPENING.items() if name not in without})
-
-
-def draws(*without: str) -> Callable[[Command], Command]:
-    """A command whose parameter ``drawing`` is a :class:`Drawing`; some flags may be left out."""
-    flags = {name: flag for name, flag in DRAWING.items() if name not in without}
-    return _spread("drawing", lambda **said: Drawing(said), flags)
+        turn = n if labels is None or labels.endswith(".npy") else len(label_choices(labels))
+        dealt = parse_labels(labels, fields.get("first_sample", 0), turn)
+        classes = None if dealt is None else tuple(dealt.tolist())
+        return Request(n=n, labels=classes, guidance=guidance, **fields).resolved(config)
 
 
 def _spread(parameter: str, make: Callable[..., Any], flags: Flags) -> Callable[[Command], Command]:
@@ -163,6 +155,20 @@ def _spread(parameter: str, make: Callable[..., Any], flags: Flags) -> Callable[
         return run  # type: ignore[return-value]
 
     return decorate
+
+
+def _opening(memory: str | None, **said: Any) -> Opening:
+    return Opening(memory=parse_memory(memory), **said)
+
+
+opens = _spread("opening", _opening, OPENING)  # a command whose parameter ``opening`` is an Opening
+hinted = _spread("hints", Hints, HINTS)  # a command whose parameter ``hints`` are Hints about a checkpoint
+
+
+def draws(*names: str) -> Callable[[Command], Command]:
+    """A command whose parameter ``drawing`` is a :class:`Drawing`, of some flags or of all."""
+    flags = {name: flag for name, flag in DRAWING.items() if name in names or not names}
+    return _spread("drawing", lambda **said: Drawing(said), flags)
 
 
 class RayCommand(TyperCommand):

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .console import default_bundle, emit
+from ..runtime.errors import InputError
+from ..runtime.opening import Opening
+from ..serve.repository import TASKS, Models, Serving, write_repository
+from .console import emit, numbers
 from .options import BundleArgument, Json
 
 
 def package(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository into this folder.")] = None,
     name: Annotated[str | None, typer.Option(help="How the models' names begin. Default: the bundle's name.")] = None,
     models: Annotated[
@@ -34,42 +37,28 @@ def package(
 
     Example: tarflow package tarflow-bundle --triton models --instances 2 --max-batch 64
     """
-    from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
-    from ..runtime.opening import Opening
-    from ..serve.repository import TASKS, Models, Serving, write_repository
 
     if triton is None:
         raise InputError("a package for what? Pass `triton` DIR, the folder of a Triton model repository")
     if triton.exists() and not triton.is_dir():
         raise InputError(f"'{triton}' is a file; expected a folder, or a name for one")
-    opened = Bundle.open(default_bundle(bundle))
-    gpus = _numbers(gpu)
+    gpus = tuple(numbers(gpu)) if gpu is not None else ()
+    if gpu is not None and not gpus:
+        raise InputError.of("gpus", f"'{gpu}'", "device numbers, as in 0,1")
     opening = Opening(provider or ("auto" if gpus else "cpu"), threads)
     serving = Serving(instances, max_batch, delay, gpus, opening)
-    able = TASKS if opened.manifest.config.noise_std else TASKS[:2]
+    able = TASKS if bundle.manifest.config.noise_std else TASKS[:2]
     tasks = able if models is None else tuple(part.strip() for part in models.split(","))
-    written = write_repository(opened, triton, serving, Models(tasks, name, link), force)
+    written = write_repository(bundle, triton, serving, Models(tasks, name, link), force)
     if json:
         emit(
-            {
-                "bundle": str(opened.folder),
-                "bundle_hash": opened.hash,
-                "repository": str(triton),
-                "models": [path.name for path in written],
-                "linked": link,
-            }
+            bundle=bundle.folder,
+            bundle_hash=bundle.hash,
+            repository=triton,
+            models=[path.name for path in written],
+            linked=link,
         )
         return
-    how = f"linked to '{opened.folder}'" if link else "copied, hashes checked"
+    how = f"linked to '{bundle.folder}'" if link else "copied, hashes checked"
     print(f"{', '.join(path.name for path in written)} in '{triton}'; the bundle is {how}")
     print(f"run it: tritonserver --model-repository={triton.resolve()}, where Triton's Python has tarflow installed")
-
-
-def _numbers(gpu: str | None) -> tuple[int, ...]:
-    from ..runtime.errors import InputError
-
-    try:
-        return tuple(int(part) for part in gpu.split(",")) if gpu is not None else ()
-    except ValueError:
-        raise InputError.of("gpus", f"'{gpu}'", "device numbers, as in 0,1") from None

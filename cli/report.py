@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..runtime.errors import InputError
+from ..runtime.files import check_writable, replacing
 from ..runtime.opening import Opening
-from .console import default_bundle, emit, parse_labels, say
-from .doctor import version_of
+from .console import emit, parse_labels, say
+from .doctor import versions_of
 from .evaluate import request_of
 from .images import as_trained_on, read_images
-from .options import DRAWING, GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from ..runtime.flow import Flow
+PACKAGES = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
-@opens()
-@draws(*DRAWING.keys() - {*GUIDANCE, "seed"})
+@opens
+@draws(*GUIDANCE, "seed")
 def report(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     n: Annotated[int, typer.Option("--n", help="How many samples are drawn.")] = 160,
     labels: Labels = None,
@@ -46,44 +46,41 @@ def report(
 
     Example: tarflow report tarflow-bundle -o report.html --n 400 --guidance 1 --data photos/
     """
-    import time
-
     from ..quality.examine import examine
     from ..quality.report import Making, render
-    from ..runtime.bundle import Bundle
-    from ..runtime.files import check_writable, replacing
     from ..runtime.flow import Flow
 
     if n < 2:
         raise InputError.of("n", n, "2 samples or more, a hundred or more for statistics")
     check_writable(output)
-    opened = Bundle.open(default_bundle(bundle))
-    request = request_of(opened, drawing, n, labels)
-    flow = Flow.open(opened, opening)
-    images = None if data is None else _images(flow, data, data_labels, request.seed)
+    request = request_of(bundle, drawing, n, labels)
+    flow = Flow.open(bundle, opening)
+    images = None
+    if data is not None:
+        stored, _ = read_images(data, flow.config)
+        images = as_trained_on(flow, stored, request.seed), parse_labels(data_labels, 0, len(stored))
     with status_line() as line:
         line(f"drawing and examining {n} samples")
         found = examine(flow, request, images)
-    page = render(found, Making(_command(), time.strftime("%Y-%m-%d"), _versions()))
+    versions = {**versions_of(PACKAGES), "python": platform.python_version(), "system": platform.platform()}
+    page = render(found, Making(shlex.join(["tarflow", *sys.argv[1:]]), time.strftime("%Y-%m-%d"), versions))
     with replacing(output) as file:
         file.write(page.encode())
 
     bits = {p.name: float(p.bits.mean()) for p in found.populations}
     if json:
         emit(
-            {
-                "bundle": str(opened.folder),
-                "bundle_hash": opened.hash,
-                "backend": found.report.backend,
-                "report": str(output),
-                "n": n,
-                "seed": request.seed,
-                "guidance": request.guidance.scale,
-                "certificate": float(found.certificate.max()),
-                "nonfinite": list(found.nonfinite),
-                "mean_bits_per_dim": bits,
-                "block_seconds": list(found.block_seconds),
-            }
+            bundle=bundle.folder,
+            bundle_hash=bundle.hash,
+            backend=found.report.backend,
+            report=output,
+            n=n,
+            seed=request.seed,
+            guidance=request.guidance.scale,
+            certificate=float(found.certificate.max()),
+            nonfinite=list(found.nonfinite),
+            mean_bits_per_dim=bits,
+            block_seconds=list(found.block_seconds),
         )
     else:
         likelihoods = ", ".join(f"{value:.3f} bits/dim of {name}" for name, value in bits.items())
@@ -91,21 +88,3 @@ def report(
     if found.nonfinite:
         say(f"tarflow: check failed: {len(found.nonfinite)} of {n} samples are not finite: lower the guidance")
         raise typer.Exit(1)
-
-
-def _images(flow: Flow, data: Path, labels: str | None, seed: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The data as the model was trained on it, and its labels."""
-    stored, _ = read_images(data, flow.config)
-    return as_trained_on(flow, stored, seed), parse_labels(labels, 0, len(stored))
-
-
-def _command() -> str:
-    return shlex.join(["tarflow", *sys.argv[1:]])
-
-
-def _versions() -> dict[str, str]:
-    import platform
-
-    names = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
-    found = {name: version for name in names if (version := version_of(name))}
-    return {**found, "python": platform.python_version(), "system": platform.platform()}

@@ -10,17 +10,19 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.errors import InputError
+from ..runtime.machine import cores
 from ..runtime.opening import Opening
-from .console import default_bundle
-from .options import DECODING, DRAWING, BundleArgument, Drawing, Ray, draws, opens
+from ..serve.settings import Settings
+from .options import DECODING, BundleArgument, Drawing, Ray, draws, opens
 
 TOKEN = "TARFLOW_TOKEN"
 
 
-@opens()
-@draws(*DRAWING.keys() - DECODING.keys())
+@opens
+@draws(*DECODING)
 def serve(
-    bundle: BundleArgument = None,
+    bundle: BundleArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and says which.")] = 8080,
     queue: Annotated[int, typer.Option(help="Requests that may wait; one more is answered 429.")] = 64,
@@ -54,14 +56,10 @@ def serve(
 
     Replicas on a Ray cluster: tarflow serve my-bundle --ray auto --replicas 1,4 --host 0.0.0.0
     """
-    from ..runtime.bundle import Bundle
-    from ..runtime.errors import InputError
     from ..runtime.flow import Flow
-    from ..runtime.machine import cores
     from ..serve.app import create_app
     from ..serve.server import listen
     from ..serve.server import serve as run
-    from ..serve.settings import Settings
 
     if ray is None and replicas is not None:
         raise InputError(
@@ -89,15 +87,14 @@ def serve(
         from ..serve.replicas import Deployment, parse_replicas, serve_on_ray
 
         number = parse_replicas(replicas or "1")
-        opened = Bundle.open(default_bundle(bundle))
-        deployment = Deployment(opened.folder.absolute(), opened.hash, opening, settings, number)
+        deployment = Deployment(bundle.folder.absolute(), bundle.hash, opening, settings, number)
         where = host, listener.getsockname()[1]
         listener.close()  # it was free; the proxies bind it themselves
         line = f"listening on {_url(*where)} with"
         stdout = sys.stdout  # Ray's own words go elsewhere
         serve_on_ray(ray, deployment, where, lambda text: print(line, text, file=stdout, flush=True))
         return
-    flow = Flow.open(default_bundle(bundle), opening)
+    flow = Flow.open(bundle, opening)
     address = listener.getsockname()
     line = f"listening on {_url(*address[:2])} with {flow.backend.description}"
     run(create_app(flow, settings), listener, grace, lambda: print(line, flush=True))
@@ -109,7 +106,6 @@ def _url(host: str, port: int) -> str:
 
 def _token(file: Path | None) -> str | None:
     """The token that is asked for, from a file or the environment; never an argument, which others can see."""
-    from ..runtime.errors import InputError
 
     if file is None:
         return os.environ.get(TOKEN, "").strip() or None

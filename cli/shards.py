@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
 from ..runtime.opening import Opening
-from .console import emit, label_choices, parse_labels, say
+from .console import emit, say, tell_of_classes
 from .progress import duration_text, sample_bar
 
 if TYPE_CHECKING:
-    from ..runtime.bundle import Bundle
     from ..runtime.samples import Progress
     from ..shards.job import Job, Shard
     from ..shards.record import Record
-    from ..shards.workers import Crew, Task
-    from .options import Drawing
+    from ..shards.workers import Crew
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +45,6 @@ def refuse(where: str, **options: object) -> None:
         raise InputError(f"{', '.join(given)} means nothing {where}; {cure}")
 
 
-def job_of(
-    bundle: Bundle, drawing: Drawing, n: int, labels: str | None, format: str | None, shard_size: int | None
-) -> Job:
-    """The job that was asked for. Raises InputError."""
-    from ..shards.job import DEFAULT_SHARD, Job
-
-    first = drawing.said["first_sample"]
-    turn = n if labels is None or labels.endswith(".npy") else len(label_choices(labels))
-    dealt = parse_labels(labels, first, turn)  # once: a job keeps the classes that it deals out in turn
-    request = drawing.request(bundle.manifest.config, n, None if dealt is None else tuple(dealt.tolist()))
-    return Job.of(bundle, request, format or "npy", DEFAULT_SHARD if shard_size is None else shard_size)
-
-
 def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -> None:
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
     are not finite, or have no round trip.
@@ -66,25 +52,22 @@ def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -
     from ..shards.folder import check_space, claimed, forget_index, write_index
     from ..shards.record import finished
 
-    n, config = job.request.n, bundle.manifest.config
+    n = job.request.n
     if means.workers is not None and means.workers < 1:
         raise InputError.of("workers", means.workers, "1 or more")
-    if config.classes and job.request.labels is None:
-        say(f"no labels given: drawing from the null class; --labels 0-{config.classes - 1} is all")
+    tell_of_classes(bundle, job.request.labels)
     started, shards = time.monotonic(), job.shards()
     with claimed(out, job), told_to_continue(out):
-        records = {shard.number: record for shard in shards if (record := finished(out, job, shard))}
-        missing = [shard for shard in shards if shard.number not in records]
+        records = {record.name: record for shard in shards if (record := finished(out, job, shard))}
+        missing = [shard for shard in shards if job.name(shard) not in records]
         kept = sum(record.samples for record in records.values())
         if kept:
             say(f"{len(records)} of {len(shards)} shards are there, {kept} of {n} samples")
         if missing:
             forget_index(out)
-            check_space(out, job.bytes_needed(config) * (n - kept) // n)
-            numbers = {job.name(shard): shard.number for shard in missing}
-            for record in _drawn(bundle, job, out, means, missing):
-                records[numbers[record.name]] = record
-        index = write_index(out, job, [records[shard.number] for shard in shards])
+            check_space(out, job.bytes_needed(bundle.manifest.config) * (n - kept) // n)
+            records |= {record.name: record for record in _drawn(bundle, job, out, means, missing)}
+        index = write_index(out, job, [records[job.name(shard)] for shard in shards])
     _tell(bundle, out, index, n - kept, time.monotonic() - started, json)
 
 
@@ -104,8 +87,8 @@ def told_to_continue(out: Path) -> Iterator[None]:
 
 
 def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shard]) -> list[Record]:
-    """Draw the missing shards, with progress on stderr."""
-    from ..shards.workers import Task, carry_out
+    """Draw the missing shards, with progress on stderr, by a crew of no more than there are shards."""
+    from ..shards.workers import Local, Solo, Task, carry_out
 
     task = Task(job, bundle.folder.absolute(), out.absolute(), means.opening)
     kept = job.request.n - sum(shard.samples for shard in missing)
@@ -122,45 +105,33 @@ def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shar
             records.append(record)
             show(drawn())
 
-        with _crew(task, means, len(missing), within) as crew:
+        with contextlib.ExitStack() as stack:
+            crew: Crew
+            if means.ray is not None:
+                from ..shards.cluster import RayCrew, connected, share
+
+                stack.enter_context(connected(means.ray))
+                crew = RayCrew(task, share(means.workers, means.opening, len(missing)), say)
+            elif (workers := min(means.workers or 1, len(missing))) > 1:
+                crew = Local(task, workers)
+            else:
+                crew = Solo(task, within)
+            stack.callback(crew.close)
             carry_out(crew, missing, finished)
     return records
-
-
-@contextlib.contextmanager
-def _crew(task: Task, means: Means, shards: int, within: Callable[[Progress], None]) -> Iterator[Crew]:
-    """Those who draw, stopped at the end however it comes; never more than there are shards."""
-    from ..shards.workers import Local, Solo
-
-    with contextlib.ExitStack() as stack:
-        crew: Crew
-        if means.ray is not None:
-            from ..shards.cluster import RayCrew, connected, share
-
-            stack.enter_context(connected(means.ray))
-            parts = share(means.workers, means.opening, shards)
-            crew = RayCrew(task, parts, say)
-        elif (workers := min(means.workers or 1, shards)) > 1:
-            crew = Local(task, workers)
-        else:
-            crew = Solo(task, within)
-        stack.callback(crew.close)
-        yield crew
 
 
 def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds: float, json: bool) -> None:
     size = sum(shard["size"] for shard in index["shards"])
     if json:
         emit(
-            {
-                "bundle": str(bundle.folder),
-                "out": str(out),
-                "drawn": drawn,
-                "kept": index["samples"] - drawn,
-                "bytes": size,
-                "seconds": seconds,
-                **index,
-            }
+            bundle=bundle.folder,
+            out=out,
+            drawn=drawn,
+            kept=index["samples"] - drawn,
+            bytes=size,
+            seconds=seconds,
+            **index,
         )
     else:
         samples = f"{index['samples']} samples of {bundle.manifest.name}"

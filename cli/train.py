@@ -6,15 +6,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..config import Config, parse_noise
 from ..runtime.errors import InputError
 from .console import emit, say
 from .options import Json, Threads
-from .progress import bar
+from .progress import bar, duration_text
 
 Watch = Callable[[dict[str, Any]], None]  # is told each line of the log
 
@@ -63,11 +65,8 @@ def train(
 
     Several GPUs or processes: torchrun --nproc-per-node 2 -m tarflow.cli.main train --data photos --out runs/photos
     """
-    from dataclasses import asdict
-
     import torch
 
-    from ..config import Config, parse_noise
     from ..train.data import digits, folder
     from ..train.loop import train as carry_out
     from ..train.processes import pick_device
@@ -83,17 +82,8 @@ def train(
     if data != "digits" and not Path(data).is_dir():
         raise InputError(f"no folder at '{data}'; expected 'digits' or a folder of images", field="data")
     dataset = digits() if data == "digits" else folder(data, image_size, channels, hold_out)
-    config = Config(
-        image_size=dataset.image_size,
-        channels=dataset.channels,
-        patch_size=patch_size,
-        width=width,
-        blocks=blocks,
-        layers=layers,
-        classes=len(dataset.classes),
-        nvp=not volume_preserving,
-        noise_std=parse_noise(noise_std),
-    )
+    shape = (dataset.image_size, dataset.channels, patch_size, width, blocks, layers)
+    config = Config(*shape, len(dataset.classes), nvp=not volume_preserving, noise_std=parse_noise(noise_std))
     try:
         with log_lines(steps) as watch:
             result = carry_out(config, dataset, recipe, run, watch)
@@ -104,7 +94,7 @@ def train(
     if result is None:  # another process reports
         return
     if json:
-        emit(asdict(result) | {"files": [str(path) for path in result.files]})
+        emit(**asdict(result))
     else:
         print(f"{result.steps} steps in {result.seconds:.0f} s")
         if result.bits_per_dim is not None:
@@ -137,8 +127,8 @@ def summary(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.4f}", f"{line['bits_per_dim']:.3f} bits/dim"]
     if "held_out_bits_per_dim" in line:
         parts.append(f"held out {line['held_out_bits_per_dim']:.3f}")
-    minutes, seconds = divmod(line["seconds_left"], 60)
-    return "  ".join([*parts, f"{line['images_per_second']:.0f} images/s", f"{minutes:.0f}:{seconds:02.0f} left"])
+    rate, left = line["images_per_second"], duration_text(line["seconds_left"])
+    return "  ".join([*parts, f"{rate:.0f} images/s", f"{left} left"])
 
 
 if __name__ == "__main__":

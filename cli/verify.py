@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..config import Hints
+from ..runtime.errors import CheckFailed, Remedy
 from ..runtime.opening import Opening
 from .console import emit
-from .options import Json, NoiseStd, PatchSize, opens
+from .options import BundlePath, Json, hinted, opens
 from .progress import stages
 
 
-@opens()
+@opens
+@hinted
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: BundlePath,
     checkpoint: Annotated[
         Path | None,
         typer.Argument(metavar="[CHECKPOINT]", help="Compare with this. Default: the bundle's own weights."),
     ] = None,
-    patch_size: PatchSize = None,
-    noise_std: NoiseStd = None,
     *,
+    hints: Hints,
     opening: Opening,
     json: Json = False,
 ) -> None:
@@ -32,16 +35,13 @@ def verify(
 
     Example: tarflow verify tarflow-bundle digits_model_2_128_4_3_0.10.pth
     """
-    from ..runtime.errors import CheckFailed, Remedy
     from .card import print_card
 
     with stages(quiet=json) as watch:
-        if checkpoint is not None or _has_pytorch():
-            from tarflow.config import Hints
-
+        if checkpoint is not None or all(map(find_spec, ("torch", "onnx", "onnxscript", "onnx_ir"))):
             from ..export.comparison import Comparison, verify_bundle
 
-            card = verify_bundle(Comparison(bundle, checkpoint, Hints(patch_size, noise_std), opening), watch)
+            card = verify_bundle(Comparison(bundle, checkpoint, hints, opening), watch)
         else:
             from ..quality.parity import verify_golden
             from ..runtime.flow import Flow
@@ -50,7 +50,7 @@ def verify(
             card = verify_golden(Flow.open(bundle, opening))
     wrong = card.failures()
     if json:
-        emit({"bundle": str(bundle), "ok": not wrong, "failures": wrong, **card.to_json()})
+        emit(bundle=bundle, ok=not wrong, failures=wrong, **card.to_json())
     else:
         print_card(card)
     if wrong:
@@ -60,9 +60,3 @@ def verify(
         )
     if not json:
         print("within tolerance")
-
-
-def _has_pytorch() -> bool:
-    from importlib.util import find_spec
-
-    return all(find_spec(name) is not None for name in ("torch", "onnx", "onnxscript", "onnx_ir"))

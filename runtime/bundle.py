@@ -10,10 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, Remedy
 from .files import sha256
@@ -30,6 +27,10 @@ from .manifest import FileEntry as FileEntry
 from .manifest import Manifest as Manifest
 from .manifest import ModelShape as ModelShape
 from .manifest import read_manifest as read_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PARITY = "PARITY.md"
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
@@ -129,6 +130,8 @@ class Bundle:
 
     def prior_variance(self) -> NDArray[np.float32]:
         """(T, D): the variance of each latent; ones but for volume-preserving models."""
+        import numpy as np
+
         config = self.manifest.config
         shape = (config.tokens, config.patch_dim)
         if config.nvp:

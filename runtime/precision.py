@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class Precision:
 
     name: str
     type: str
-    storage: Any
+    storage: str
     onnx: int
     tensorrt: str | None
     tolerance: Tolerance
@@ -38,16 +35,16 @@ class Precision:
     @property
     def cache_bytes(self) -> int:
         """Of one number in the KV cache."""
-        return int(np.dtype(self.storage).itemsize)
+        return 4 if self.storage == "float32" else 2
 
 
 PRECISIONS = {
     row.name: row
     for row in (
-        Precision("fp32", "float32", np.float32, 1, "FLOAT", Tolerance(1e-4, 1e-4, 1e-2)),
-        Precision("fp16", "float16", np.float16, 10, "HALF", Tolerance(5e-3, 5e-3, 0.5), "bf16 or fp32"),
-        Precision("bf16", "bfloat16", np.uint16, 16, "BF16", Tolerance(5e-2, 5e-2, 5.0)),
-        Precision("int8", "float32", np.float32, 1, None, Tolerance(5e-2, 5e-2, 5.0), "fp16 or fp32", int8=True),
+        Precision("fp32", "float32", "float32", 1, "FLOAT", Tolerance(1e-4, 1e-4, 1e-2)),
+        Precision("fp16", "float16", "float16", 10, "HALF", Tolerance(5e-3, 5e-3, 0.5), "bf16 or fp32"),
+        Precision("bf16", "bfloat16", "uint16", 16, "BF16", Tolerance(5e-2, 5e-2, 5.0)),
+        Precision("int8", "float32", "float32", 1, None, Tolerance(5e-2, 5e-2, 5.0), "fp16 or fp32", int8=True),
     )
 }
 ENGINE_PRECISIONS = {row.tensorrt: row.name for row in PRECISIONS.values() if row.tensorrt is not None}

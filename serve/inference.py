@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from .models import VERSION, Model, Tensors, denoising, drawn_tensors, encoding, models_of, wanted_of
+from .models import VERSION, Model, Tensor, Tensors, denoising, drawn_tensors, encoding, models_of, wanted_of
 from .protocol import HEADER, TYPES, Asked, read_asked, write_answer
 from .service import Refusal, Service, aside
 
@@ -19,19 +19,12 @@ class ServerMetadata(BaseModel):
     extensions: list[str]
 
 
-class TensorMetadata(BaseModel):
-    name: str
-    datatype: str
-    shape: list[int]
-    parameters: dict[str, Any] = {}
-
-
 class ModelMetadata(BaseModel):
     name: str
     versions: list[str]
     platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     parameters: dict[str, Any] = Field(description="The model inside, and the parameters a request may have.")
 
 
@@ -163,8 +156,8 @@ def _metadata(service: Service, model: Model) -> ModelMetadata:
         name=model.name,
         versions=[VERSION],
         platform="tarflow",
-        inputs=[TensorMetadata(**tensor.to_json()) for tensor in model.inputs],
-        outputs=[TensorMetadata(**tensor.to_json()) for tensor in model.outputs],
+        inputs=model.inputs,
+        outputs=model.outputs,
         parameters={
             "bundle": manifest.name,
             "bundle_hash": service.flow.bundle.hash,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from ..runtime import noise
 from ..runtime.errors import InputError
-from ..runtime.request import Request, Resolved
+from ..runtime.inputs import check_labels, check_strength
+from ..runtime.request import Resolved
 from ..runtime.samples import Progress
 from .batcher import Drawn, OnProgress
 from .drawing import Drawing, request_of
@@ -22,21 +23,19 @@ from .service import Refusal, Service, validation_message
 
 VERSION = "1"
 _ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits
+OPTIONAL = {"optional": True}
+_SAID = tuple(name for name in Drawing.model_fields if name not in ("labels", "certify", "format", "zoom"))
 Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in a model's metadata; -1 in a shape is any size. An optional one may be left out."""
+    """A tensor in a model's metadata; -1 in a shape is any size. One that is OPTIONAL may be left out."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    optional: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        described: dict[str, Any] = {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
-        return described | ({"parameters": {"optional": True}} if self.optional else {})
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Model:
             if name in asked.parameters:
                 raise Refusal(400, f"'{name}' is given as a tensor and as a parameter; drop one of the two")
         for tensor in self.inputs:
-            if not tensor.optional and tensor.name not in asked.tensors:
+            if tensor.parameters != OPTIONAL and tensor.name not in asked.tensors:
                 raise Refusal(400, f"model {self.name} needs input '{tensor.name}'")
         for name in asked.parameters:
             if name not in self.parameters:
@@ -84,25 +83,25 @@ def models_of(service: Service) -> dict[str, Model]:
     """The models, with the shapes of this service's bundle."""
     config = service.flow.config
     images = (-1, *config.image)
-    labels = Tensor("labels", "INT64", (-1,), optional=True)
-    seeds = (Tensor("seed", "UINT64", (1,), optional=True), Tensor("first_sample", "UINT64", (1,), optional=True))
+    labels = Tensor("labels", "INT64", (-1,), OPTIONAL)
+    seeds = (Tensor("seed", "UINT64", (1,), OPTIONAL), Tensor("first_sample", "UINT64", (1,), OPTIONAL))
     sample = Model(
         "sample",
         (
             labels,
-            Tensor("n", "INT64", (1,), optional=True),
+            Tensor("n", "INT64", (1,), OPTIONAL),
             *seeds,
-            *(Tensor(name, "FP32", (1,), optional=True) for name in ("guidance", "attention_temperature", "denoise")),
-            Tensor("annealed", "BOOL", (1,), optional=True),
+            *(Tensor(name, "FP32", (1,), OPTIONAL) for name in ("guidance", "attention_temperature", "denoise")),
+            Tensor("annealed", "BOOL", (1,), OPTIONAL),
         ),
         (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,)), Tensor("certificate", "FP32", (-1,))),
-        ("n", "seed", "first_sample", "guidance", "guide", "annealed", "attention_temperature", "denoise"),
+        _SAID,
     )
     encode = Model(
         "encode",
         (
-            Tensor("images", "FP32", images, optional=True),
-            Tensor("pixels", "UINT8", images, optional=True),
+            Tensor("images", "FP32", images, OPTIONAL),
+            Tensor("pixels", "UINT8", images, OPTIONAL),
             labels,
             *seeds,
         ),
@@ -114,7 +113,7 @@ def models_of(service: Service) -> dict[str, Model]:
     )
     denoise = Model(
         "denoise",
-        (Tensor("images", "FP32", images), labels, Tensor("strength", "FP32", (1,), optional=True)),
+        (Tensor("images", "FP32", images), labels, Tensor("strength", "FP32", (1,), OPTIONAL)),
         (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,))),
         ("strength",),
     )
@@ -156,17 +155,15 @@ def encoding(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:
     seed, first = (_number(asked, name, 0) for name in ("seed", "first_sample"))
     if "images" in tensors and (seed or first):
         raise Refusal(400, "seed and first_sample choose the noise that pixels are dequantised with; images take none")
-    Request(len(images), labels, seed=seed, first_sample=first).resolved(flow.config)
+    noise.check(seed, (first, first + len(images) - 1))
 
     def work(progress: OnProgress) -> Tensors:
         parts = []
-        for start in range(0, len(images), _ROWS):
-            progress(Progress(start, len(images), -1, 0))
-            rows = slice(start, start + _ROWS)
+        for rows in _parts(len(images), progress):
             part = images[rows]
             if part.dtype == np.uint8:
-                part = flow.dequantise(part, seed, first + start)
-            parts.append(flow.encode(part, None if labels is None else labels[rows]))
+                part = flow.dequantise(part, seed, first + rows.start)
+            parts.append(flow.encode(part, labels[rows]))
         latent, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
         bits = flow.bits_of(latent, log_det)
         return {"latent": latent, "log_det": log_det, "bits_per_dim": bits, "log_likelihood": flow.nats_of(bits)}
@@ -179,25 +176,23 @@ def denoising(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]
     flow = service.flow
     images, labels = _images(service, asked.tensors, "images")
     strength = _number(asked, "strength", 1.0)
-    if not 0 <= strength < math.inf:
-        raise Refusal(400, f"strength is {strength}; expected 0 or more, 1 is the theory's")
-    Request(len(images), labels, denoise=float(strength)).resolved(flow.config)
+    check_strength(flow.config, strength, "strength")
 
     def work(progress: OnProgress) -> Tensors:
-        parts = []
-        for start in range(0, len(images), _ROWS):
-            progress(Progress(start, len(images), -1, 0))
-            rows = slice(start, start + _ROWS)
-            parts.append(flow.denoise(images[rows], None if labels is None else labels[rows], strength))
+        parts = [flow.denoise(images[rows], labels[rows], strength) for rows in _parts(len(images), progress)]
         denoised = np.concatenate(parts)
         return {"images": denoised, "finite": np.asarray(np.isfinite(denoised).all((1, 2, 3)))}
 
     return work
 
 
-def _images(
-    service: Service, tensors: Mapping[str, NDArray[Any]], name: str
-) -> tuple[NDArray[Any], tuple[int, ...] | None]:
+def _parts(count: int, progress: OnProgress) -> Iterator[slice]:
+    for start in range(0, count, _ROWS):
+        progress(Progress(start, count, -1, 0))
+        yield slice(start, start + _ROWS)
+
+
+def _images(service: Service, tensors: Mapping[str, NDArray[Any]], name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Images, finite and not too many, and a label for each; one label stands for all."""
     images, labels = tensors[name], tensors.get("labels")
     most = service.settings.largest_n
@@ -205,9 +200,8 @@ def _images(
         raise Refusal(400, f"input '{name}' holds {len(images)} images; expected 1 to {most}")
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise Refusal(400, f"input '{name}' is not finite")
-    if labels is not None and len(labels) not in (1, len(images)):
-        raise Refusal(400, f"{len(labels)} labels for {len(images)} images; expected one, or one each")
-    return images, None if labels is None else tuple(np.broadcast_to(labels, len(images)).tolist())
+    given = labels[0] if labels is not None and len(labels) == 1 else labels
+    return images, check_labels(service.flow.config, given, len(images))
 
 
 def _number(asked: Asked, name: str, default: Any) -> Any:

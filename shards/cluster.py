@@ -24,7 +24,7 @@ from ..runtime.errors import MachineError
 from ..runtime.machine import cores
 from ..runtime.opening import ON_DEVICE, Opening
 from .job import Shard
-from .workers import Lost, News, Task, Worker, attempt
+from .workers import Lost, News, Task, Worker
 
 _OBJECTS = 80 << 20  # bytes of Ray's object store, of which shards and records need next to nothing
 _STARTS = 3  # attempts
@@ -147,7 +147,7 @@ class RayCrew:
 
     def __init__(self, task: Task, parts: Share, notice: Callable[[str], None]) -> None:
         self.size, self._parts, self._notice = parts.workers, parts, notice
-        self._actor = ray.remote(_Actor).options(
+        self._actor = ray.remote(Worker).options(
             num_cpus=parts.cpus, num_gpus=parts.gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )
         self._task = task.on(parts.threads)
@@ -195,16 +195,6 @@ class RayCrew:
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
-
-
-class _Actor:
-    """A worker inside a Ray actor."""
-
-    def __init__(self, task: Task) -> None:
-        self._worker = Worker(task)
-
-    def attempt(self, shard: Shard | None) -> News:
-        return attempt(self._worker, shard)
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -110,6 +110,16 @@ class Worker:
         """Draw and write one shard."""
         return draw(self.flow or self.open(), self.task.job, shard, self.task.folder, progress)
 
+    def attempt(self, shard: Shard | None) -> News:
+        """Draw a shard, or open for None; an error of ours comes back as a value, to be raised where a user sees it."""
+        try:
+            if shard is not None:
+                return self.draw(shard)
+            self.open()
+            return Ready(os.getpid())
+        except TarflowError as error:
+            return error
+
 
 def carry_out(crew: Crew, shards: Sequence[Shard], finished: Callable[[Record], None]) -> None:
     """Have every shard drawn, and tell each record once.
@@ -221,9 +231,9 @@ def _serve(task: Task, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the crew stops its workers itself
     worker = Worker(task)
     with contextlib.suppress(EOFError, OSError):
-        connection.send(attempt(worker, None))
+        connection.send(worker.attempt(None))
         while True:
-            connection.send(attempt(worker, connection.recv()))
+            connection.send(worker.attempt(connection.recv()))
 
 
 def _end_with_parent() -> None:
@@ -232,14 +242,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def attempt(worker: Worker, shard: Shard | None) -> News:
-    """Draw a shard, or open for None; an error of ours comes back as a value, to be raised where a user sees it."""
-    try:
-        if shard is None:
-            worker.open()
-            return Ready(os.getpid())
-        return worker.draw(shard)
-    except TarflowError as error:
-        return error

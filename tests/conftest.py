@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,9 +19,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+if TYPE_CHECKING:
+    from tarflow.runtime.samples import Report, Samples
+
 GOLDEN = Path(__file__).parent / "golden"
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+Exported = Callable[..., Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +46,11 @@ class Golden:
         return self.vectors[f"sample{run}.seq{last}"]
 
 
+Goldens = Callable[[str], Golden]
+
+
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], Golden]:
+def golden() -> Goldens:
     """golden("cond" | "uncond" | "vp")."""
 
     def load(name: str) -> Golden:
@@ -54,7 +63,7 @@ def golden() -> Callable[[str], Golden]:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, str], Path]:
+def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Exported:
     """bundle(case, engine): exported once for all workers; read-only, copy it before damaging it.
 
     ``case`` is a golden case, or "demo" for the demo model.
@@ -77,6 +86,25 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
     return export_once
 
 
+@pytest.fixture
+def copy(bundle: Exported, tmp_path: Path) -> Exported:
+    """copy("cond", "fp16"): a bundle of one's own, to be changed."""
+
+    def make(case: str = "cond", engine: str = "fp32") -> Path:
+        return shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}")
+
+    return make
+
+
+def amend(folder: Path, *names: str) -> None:
+    """Make a bundle's manifest agree with files that were changed, or own new ones; without names, with all it has."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for name in names or manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture(scope="session")
 def demo() -> Path:
     return DEMO
@@ -91,6 +119,12 @@ def cli() -> Cli:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
     return run
+
+
+def report_of(samples: Samples) -> Report:
+    """How they were drawn: of what a flow drew there is always a report, of what is derived there is none."""
+    assert samples.report is not None
+    return samples.report
 
 
 def until(true: Callable[[], object]) -> None:

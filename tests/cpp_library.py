@@ -87,7 +87,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.tarflow_error.restype = c_char_p
     library.tarflow_version.restype = c_char_p
-    for name in ("error", "cancel", "close"):
+    for name in ("error", "close"):
         getattr(library, f"tarflow_{name}").argtypes = [c_void_p]
     library.tarflow_open.argtypes = [c_char_p, POINTER(OpenOptions), POINTER(c_void_p)]
     library.tarflow_get_shape.argtypes = [c_void_p, POINTER(Shape)]
@@ -110,29 +110,22 @@ class CppFlow:
         given = OpenOptions(ctypes.sizeof(OpenOptions), b"cpu", onnxruntime_library().encode(), 0, 1, 0, LOG(), None, 1)
         for name, value in options.items():
             setattr(given, name, value)
-        try:
-            self._check(self.library.tarflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
-            self.shape = Shape(ctypes.sizeof(Shape))
-            self._check(self.library.tarflow_get_shape(self.handle, byref(self.shape)))
-        except CppError:
-            self.close()
-            raise
+        self._check(self.library.tarflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
+        self.shape = Shape(ctypes.sizeof(Shape))
+        self._check(self.library.tarflow_get_shape(self.handle, byref(self.shape)))
 
     def sample(
         self, n: int | None = None, *, noise: Array | None = None, labels: ArrayLike | None = None, **options: Any
     ) -> Array:
         n = len(noise) if noise is not None else int(n or 0)
-        given = sample_options(**options)
-        images = np.full((max(n, 0), *self._image()), np.nan, np.float32)
-        classes = self._labels(labels, n)
+        shape = (max(n, 0), self.shape.channels, self.shape.image_size, self.shape.image_size)
+        images, classes = np.full(shape, np.nan, np.float32), self._labels(labels, n)
+        last = pointer(classes), byref(sample_options(**options)), pointer(images)
         if noise is None:
-            status = self.library.tarflow_sample(self.handle, n, pointer(classes), byref(given), pointer(images))
+            self._check(self.library.tarflow_sample(self.handle, n, *last))
         else:
             noise = np.ascontiguousarray(noise, np.float32)
-            status = self.library.tarflow_decode(
-                self.handle, n, pointer(noise), pointer(classes), byref(given), pointer(images)
-            )
-        self._check(status)
+            self._check(self.library.tarflow_decode(self.handle, n, pointer(noise), *last))
         return images
 
     def certificate(self, n: int) -> Array:
@@ -144,11 +137,8 @@ class CppFlow:
         latents = np.empty((len(images), self.shape.tokens, self.shape.patch_dim), np.float32)
         log_det = np.empty(len(images), np.float32)
         classes, images = self._labels(labels, len(images)), np.ascontiguousarray(images, np.float32)
-        self._check(
-            self.library.tarflow_encode(
-                self.handle, len(images), pointer(images), pointer(classes), pointer(latents), pointer(log_det)
-            )
-        )
+        given = (pointer(array) for array in (images, classes, latents, log_det))
+        self._check(self.library.tarflow_encode(self.handle, len(images), *given))
         return latents, log_det
 
     def log_likelihood(self, images: Array, labels: ArrayLike | None = None) -> Array:
@@ -162,12 +152,8 @@ class CppFlow:
         self._check(self.library.tarflow_noise(self.handle, seed, first, n, pointer(noise)))
         return noise
 
-    def cancel(self) -> None:
-        self.library.tarflow_cancel(self.handle)
-
-    def close(self) -> None:
+    def __del__(self) -> None:
         self.library.tarflow_close(self.handle)
-        self.handle = c_void_p()
 
     def _of_images(
         self, call: Callable[..., int], images: Array, labels: ArrayLike | None, shape: tuple[int, ...], *more: float
@@ -176,9 +162,6 @@ class CppFlow:
         classes, images = self._labels(labels, len(images)), np.ascontiguousarray(images, np.float32)
         self._check(call(self.handle, len(images), pointer(images), pointer(classes), *more, pointer(out)))
         return out
-
-    def _image(self) -> tuple[int, int, int]:
-        return self.shape.channels, self.shape.image_size, self.shape.image_size
 
     def _labels(self, labels: ArrayLike | None, n: int) -> NDArray[np.int64] | None:
         return None if labels is None else np.array(np.broadcast_to(np.asarray(labels, np.int64), (max(n, 0),)))

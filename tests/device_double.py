@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from tarflow.export.engines.options import Options
 from tarflow.runtime.bundle import RESIDENT, Bundle
 from tarflow.runtime.files import sha256
 from tarflow.runtime.ports import Sizes, shapes
-from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Engine, Profile, Record, Target
+from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Engine, Record, Target
 
 GPU, CAPABILITY, VERSION = "NVIDIA Double", "9.0", "11.4.0.106"
 Result = tuple[Any, ...]
@@ -343,21 +344,13 @@ def build_double(
     """Engines for the double in a bundle's folder, and their record with ``changes``."""
     bundle = Bundle.open(folder)
     config = bundle.manifest.config
-    steps = [Profile(branches, batch) for branches in (1, 2)]
-    if window[2] > 1:
-        steps += [Profile(branches, batch, window) for branches in (1, 2)]
-    profiles = {
-        "step": tuple(steps),
-        "forward": tuple(Profile(branches, batch) for branches in (1, 2)),
-        "gradient": (Profile(1, batch),),
-    }
     record = Record(
         bundle=bundle.hash,
         precision=bundle.manifest.precision,
         package="tensorrt",
         version=VERSION,
         target=Target(GPU, (CAPABILITY,)),
-        profiles=profiles,
+        profiles=Options(batch=batch, window=window).profiles(config),
     )
     record = replace(record, **changes)
     place = folder / FOLDER / "double"
@@ -376,7 +369,7 @@ def build_double(
                         name: (least, shapes(config, source, Sizes(p.batch[2], p.branches, p.window[2]))[name])
                         for name, least in shapes(config, source, Sizes(p.batch[0], p.branches, p.window[0])).items()
                     }
-                    for p in profiles[kind]
+                    for p in record.profiles[kind]
                 ],
             }
             name = f"block_{block:02d}.{kind}.engine"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from tarflow.runtime.opening import Opening
 from tarflow.runtime.request import UNGUIDED
 
 from .backends import ALL, STEPS, Cancelled, Drawer, double_device, open_drawer, open_flow
-from .conftest import Golden, largest
+from .conftest import Exported, Goldens, largest
 from .device_double import build_double
 from .test_golden import FORWARD, RUNS, SAMPLES, guidance_of
 
 GUIDED = Guidance(1.5)
-Folder = Callable[..., Path]
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def device(kind: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(kind: str, bundle: Folder, tmp_path: Path) -> Folder:
+def folder(kind: str, bundle: Exported, tmp_path: Path) -> Exported:
     """folder("cond", **engines): a bundle that this kind runs."""
 
     def find(case: str = "cond", **engines: Any) -> Path:
@@ -53,13 +52,13 @@ def folder(kind: str, bundle: Folder, tmp_path: Path) -> Folder:
 
 every = pytest.mark.parametrize("kind", ALL)
 stepped = pytest.mark.parametrize("kind", STEPS)
-windowed = pytest.mark.parametrize("kind", [kind for kind in STEPS if kind != "twin"])  # the oracle only walks
+of_graphs = pytest.mark.parametrize("kind", [kind for kind in STEPS if kind != "twin"])  # it only walks, and judges
 
 
 @every
 @pytest.mark.parametrize(("name", "run"), RUNS)
 def test_samples_denoised_and_certificates_are_the_references(
-    device: None, kind: str, folder: Folder, golden: Callable[[str], Golden], name: str, run: int
+    device: None, kind: str, folder: Exported, golden: Goldens, name: str, run: int
 ) -> None:
     case, drawer = golden(name), open_drawer(kind, folder(name))
     how: dict[str, Any] = {
@@ -77,9 +76,7 @@ def test_samples_denoised_and_certificates_are_the_references(
 
 @every
 @pytest.mark.parametrize("name", ["cond", "uncond", "vp"])
-def test_latents_are_the_references(
-    device: None, kind: str, folder: Folder, golden: Callable[[str], Golden], name: str
-) -> None:
+def test_latents_are_the_references(device: None, kind: str, folder: Exported, golden: Goldens, name: str) -> None:
     case, drawer = golden(name), open_drawer(kind, folder(name))
     z, log_det = drawer.encode(case.vectors["images"], case.labels)
     assert largest(z, case.vectors["forward.z"]) < FORWARD
@@ -92,20 +89,20 @@ def test_latents_are_the_references(
 
 @every
 def test_samples_agree_across_batch_sizes_and_with_the_plainest_way(
-    device: None, kind: str, folder: Folder, bundle: Folder
+    device: None, kind: str, folder: Exported, bundle: Exported
 ) -> None:
     drawer = open_drawer(kind, folder())
-    labels = np.arange(21) % 5
-    expected = Flow.open(bundle("cond")).sample(21, labels=labels, guidance=GUIDED)
+    how: dict[str, Any] = {"labels": np.arange(21) % 5, "guidance": GUIDED, "seed": 2**63 + 5, "first_sample": 2**40}
+    expected = Flow.open(bundle("cond")).sample(21, **how)
     for size in (None, 1, 4, 16):
-        found = drawer.sample(21, labels=labels, guidance=GUIDED, batch_size=size)
+        found = drawer.sample(21, **how, batch_size=size)
         assert largest(found.images, expected) < 1e-5
 
 
 @every
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_reproducible_sample_is_bitwise_the_same_whatever_n_batch_size_and_threads(
-    device: None, kind: str, folder: Folder, threads: int
+    device: None, kind: str, folder: Exported, threads: int
 ) -> None:
     labels = np.arange(40) % 5
     how: dict[str, Any] = {"guidance": GUIDED, "reproducible": True}
@@ -117,7 +114,7 @@ def test_a_reproducible_sample_is_bitwise_the_same_whatever_n_batch_size_and_thr
 
 
 @every
-def test_a_sample_that_overflows_leaves_no_trace_in_the_next_batch(device: None, kind: str, folder: Folder) -> None:
+def test_a_sample_that_overflows_leaves_no_trace_in_the_next_batch(device: None, kind: str, folder: Exported) -> None:
     drawer = open_drawer(kind, folder())
     noise = np.random.default_rng(0).normal(size=(3, 16, 12)).astype(np.float32)
     expected = drawer.sample(noise=noise, labels=0, denoise=False).images
@@ -130,7 +127,7 @@ def test_a_sample_that_overflows_leaves_no_trace_in_the_next_batch(device: None,
 
 
 @every
-def test_what_overflows_is_drawn_again_and_nothing_else(device: None, kind: str, folder: Folder) -> None:
+def test_what_overflows_is_drawn_again_and_nothing_else(device: None, kind: str, folder: Exported) -> None:
     drawer, labels = open_drawer(kind, folder("demo")), np.arange(24) % 10
     how: dict[str, Any] = {"labels": labels, "guidance": Guidance(40.0), "denoise": False}
     plain = drawer.sample(24, **how).images
@@ -142,7 +139,7 @@ def test_what_overflows_is_drawn_again_and_nothing_else(device: None, kind: str,
 
 
 @every
-def test_one_block_in_memory_gives_the_same_samples(device: None, kind: str, folder: Folder) -> None:
+def test_one_block_in_memory_gives_the_same_samples(device: None, kind: str, folder: Exported) -> None:
     drawer = open_drawer(kind, folder())
     small = open_drawer(kind, folder(), Opening("tensorrt" if kind == "tensorrt" else "cpu", memory="least"))
     for _ in range(2):  # the second finds what the first left
@@ -151,7 +148,7 @@ def test_one_block_in_memory_gives_the_same_samples(device: None, kind: str, fol
 
 
 @every
-def test_several_threads_draw_what_one_draws(device: None, kind: str, folder: Folder) -> None:
+def test_several_threads_draw_what_one_draws(device: None, kind: str, folder: Exported) -> None:
     """Of one Flow, or of a handle a thread, which share what they opened."""
     drawer = open_drawer(kind, folder())
 
@@ -173,7 +170,7 @@ def test_several_threads_draw_what_one_draws(device: None, kind: str, folder: Fo
 
 
 @every
-def test_a_run_is_cancelled_at_a_step_and_the_next_one_is_right(device: None, kind: str, folder: Folder) -> None:
+def test_a_run_is_cancelled_at_a_step_and_the_next_one_is_right(device: None, kind: str, folder: Exported) -> None:
     drawer = open_drawer(kind, folder())
     expected = drawer.sample(3, labels=1).images
     steps: list[Any] = []
@@ -193,12 +190,15 @@ def test_a_run_is_cancelled_at_a_step_and_the_next_one_is_right(device: None, ki
 
 
 @stepped
-@pytest.mark.parametrize("windows", [[15], [4, 1, 7, 3], [8, 7]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "windows"), [("cond", [15]), ("cond", [4, 1, 7, 3]), ("uncond", [8, 7]), ("vp", [2, 1])]
+)
 def test_any_windows_over_the_true_patches_give_them_back(
-    device: None, kind: str, folder: Folder, bundle: Folder, windows: list[int]
+    device: None, kind: str, folder: Exported, bundle: Exported, name: str, windows: list[int]
 ) -> None:
-    flow, plainest = open_flow(kind, folder(window=(1, 8, 15))), Flow.open(bundle("cond"))
-    tokens, plain = flow.config.tokens, Branches.plain(np.array([0, 1, -1]), flow.config.tokens)
+    flow, plainest = open_flow(kind, folder(name, window=(1, 8, 15))), Flow.open(bundle(name))
+    labels = np.array([0, 1, -1]) if flow.config.classes else np.full(3, -1)
+    tokens, plain = flow.config.tokens, Branches.plain(labels, flow.config.tokens)
     for block in range(flow.config.blocks):
         z = flow.noise(block, range(3))
         expected = serial(plainest.backend.decoding(block, z, plain), tokens)
@@ -212,9 +212,11 @@ def test_any_windows_over_the_true_patches_give_them_back(
         decoding.close()
 
 
-@windowed
+@of_graphs
 @pytest.mark.parametrize("guidance", [UNGUIDED, Guidance(1.0, "a", annealed=True)])
-def test_decoding_in_parallel_is_decoding_serially(device: None, kind: str, folder: Folder, guidance: Guidance) -> None:
+def test_decoding_in_parallel_is_decoding_serially(
+    device: None, kind: str, folder: Exported, guidance: Guidance
+) -> None:
     flow = open_flow(kind, folder("demo", window=(1, 8, 15)))
     how: dict[str, Any] = {"labels": np.array([3, 7, -1, 0, 9]), "guidance": guidance, "denoise": False}
     expected = flow.sample(5, **how)
@@ -224,12 +226,31 @@ def test_decoding_in_parallel_is_decoding_serially(device: None, kind: str, fold
         assert largest(flow.sample(n, **how, decode="fast"), expected[:n]) < 0.02
 
 
-@windowed
+@of_graphs
 @pytest.mark.parametrize(("position", "window"), [(-1, 1), (15, 1), (16, 1), (8, 8), (0, 16), (3, 0)])
 def test_a_window_out_of_bounds_is_refused_by_the_host(
-    device: None, kind: str, folder: Folder, position: int, window: int
+    device: None, kind: str, folder: Exported, position: int, window: int
 ) -> None:
     flow = open_flow(kind, folder(window=(1, 8, 16)))
     decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.array([0, 1]), 16))
     with pytest.raises(IndexError, match="has no next patch in 16"):
         decoding.step(position, window)
+
+
+@of_graphs
+@pytest.mark.parametrize("name", ["cond", "uncond", "vp"])
+def test_every_block_forward_and_backward_is_the_models(
+    device: None, kind: str, folder: Exported, bundle: Exported, name: str
+) -> None:
+    """Whose gradient is autograd's, and whose guided forward pass inverts guided decoding step by step."""
+    flow, model = open_flow(kind, folder(name)), open_flow("twin", bundle(name))
+    rng, tokens = np.random.default_rng(0), flow.config.tokens
+    x, grad_z = (rng.normal(size=(3, tokens, flow.config.patch_dim)).astype(np.float32) for _ in range(2))
+    labels = np.array([0, -1, 2]) if flow.config.classes else np.full(3, -1)
+    guided = Guidance(0.8, "ab", True, 0.7).branches(tokens, labels)
+    for block in range(flow.config.blocks):
+        for branches in (Branches.plain(labels, tokens), guided):
+            for found, expected in zip(*(by.backend.forward(block, x, branches) for by in (flow, model)), strict=True):
+                assert largest(found, expected) < 1e-5
+        found, expected = (by.backend.gradient(block, x, labels, grad_z, x[:, 0, 0]) for by in (flow, model))
+        assert largest(found, expected) < 1e-5

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +14,7 @@ from tarflow.export.bisect import bisect_bundle
 from tarflow.export.comparison import Comparison
 from tarflow.export.repro import write_repro
 
-from .conftest import Cli
-
-
-@pytest.fixture
-def copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[[str, str], Path]:
-    def make(case: str, engine: str = "fp32") -> Path:
-        return Path(shutil.copytree(bundle(case, engine), tmp_path / f"{case}-{engine}"))
-
-    return make
-
-
-def rehash(folder: Path, name: str) -> None:
-    """What a careless editor would do: make the manifest agree with the changed file."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    content = (folder / name).read_bytes()
-    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+from .conftest import Cli, Exported, amend
 
 
 def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
@@ -42,18 +23,16 @@ def plant(folder: Path, name: str, op: str, other: str, which: int) -> str:
     node = [n for n in model.graph.node if n.op_type == op][which]
     node.op_type = other
     onnx.save(model, folder / name)
-    rehash(folder, name)
+    amend(folder, name)
     return str(node.name)
 
 
-def test_a_sound_bundle_has_nothing_to_find(bundle: Callable[..., Path]) -> None:
+def test_a_sound_bundle_has_nothing_to_find(bundle: Exported) -> None:
     assert bisect_bundle(Comparison(bundle("cond"))) is None
     assert bisect_bundle(Comparison(bundle("uncond", "bf16"))) is None
 
 
-def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(
-    copy: Callable[..., Path], cli: Cli, tmp_path: Path
-) -> None:
+def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(copy: Exported, cli: Cli, tmp_path: Path) -> None:
     folder = copy("cond")
     planted = plant(folder, "block_02.step.onnx", "Exp", "Tanh", 0)
     done = cli("bisect", folder, "--json", "-o", tmp_path / "repro")
@@ -72,9 +51,7 @@ def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(
 
 
 @pytest.mark.parametrize(("kind", "op", "other"), [("forward", "Exp", "Tanh"), ("gradient", "Neg", "Abs")])
-def test_a_wrong_node_in_the_parallel_graphs_is_named(
-    copy: Callable[..., Path], kind: str, op: str, other: str
-) -> None:
+def test_a_wrong_node_in_the_parallel_graphs_is_named(copy: Exported, kind: str, op: str, other: str) -> None:
     folder = copy("cond")
     planted = plant(folder, f"block_01.{kind}.onnx", op, other, 0)
     found = bisect_bundle(Comparison(folder))
@@ -82,7 +59,7 @@ def test_a_wrong_node_in_the_parallel_graphs_is_named(
     assert (found.suspect.block, found.suspect.kind, found.to_json()["node"]) == (1, kind, planted)
 
 
-def test_a_wrong_node_is_named_in_emulated_bfloat16_too(copy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_wrong_node_is_named_in_emulated_bfloat16_too(copy: Exported, tmp_path: Path) -> None:
     folder = copy("uncond", "bf16")
     planted = plant(folder, "block_01.step.onnx", "Add", "Sub", 2)  # past and own values mixed: in bfloat16
     found = bisect_bundle(Comparison(folder), tolerance=0.02)
@@ -95,17 +72,14 @@ def test_a_wrong_node_is_named_in_emulated_bfloat16_too(copy: Callable[..., Path
     assert np.abs(output - wrong).max() < 0.02  # the graph rounds it to bfloat16
 
 
-def test_a_wrong_weight_is_named(copy: Callable[..., Path], tmp_path: Path, bundle: Callable[..., Path]) -> None:
+def test_a_wrong_weight_is_named(copy: Exported, tmp_path: Path, bundle: Exported) -> None:
     folder = copy("cond")
-    header_length = int.from_bytes((folder / "weights.safetensors").read_bytes()[:8], "little")
     content = bytearray((folder / "weights.safetensors").read_bytes())
-    header = json.loads(content[8 : 8 + header_length])
-    name = "blocks.1.attn_blocks.1.mlp.main.0.bias"
-    start, end = header[name]["data_offsets"]
-    changed = np.frombuffer(content[8 + header_length + start : 8 + header_length + end], np.float32) + 0.5
-    content[8 + header_length + start : 8 + header_length + end] = changed.astype(np.float32).tobytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    start, end = json.loads(content[8:begin])["blocks.1.attn_blocks.1.mlp.main.0.bias"]["data_offsets"]
+    np.frombuffer(memoryview(content)[begin + start : begin + end], np.float32)[:] += 0.5
     (folder / "weights.safetensors").write_bytes(content)
-    rehash(folder, "weights.safetensors")
+    amend(folder, "weights.safetensors")
     found = bisect_bundle(Comparison(folder, bundle("cond")))
     assert found is not None
     assert found.suspect.block == 1

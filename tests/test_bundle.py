@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,37 +33,20 @@ from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS
 
-Exported = Callable[..., Path]
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+from .conftest import DEMO, Cli, Exported, amend
+
 STEP = "block_00.step.onnx"
 HASH = "0" * 64
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def a_manifest() -> dict[str, Any]:
-    """A small valid manifest, as a document to spoil."""
-    graphs = {kind: f"block_00.{kind}.onnx" for kind in KINDS}
-    return {
-        "format": "tarflow-bundle",
-        "schema": 1,
-        "name": "digits",
-        "precision": "fp32",
-        "config": {
-            "image_size": 8,
-            "channels": 1,
-            "patch_size": 2,
-            "width": 64,
-            "blocks": 1,
-            "layers": 1,
-            "classes": 10,
-            "nvp": True,
-            "noise_std": 0.1,
-            "head_dim": 64,
-        },
+    """The demo's manifest, of one block with the graphs that every bundle has: a document to spoil."""
+    document: dict[str, Any] = json.loads((DEMO / MANIFEST).read_bytes())
+    document["config"]["blocks"], graphs = 1, {kind: f"block_00.{kind}.onnx" for kind in KINDS}
+    return document | {
         "blocks": [{"reversed": False, "graphs": graphs}],
         "files": {name: {"sha256": HASH, "size": 1} for name in (*graphs.values(), WEIGHTS, GOLDEN)},
-        "opset": 20,
-        "exporter": {"tarflow": "1.0"},
         "parity": {"samples": 4, "blocks": [{"block": 0, "rms": 1e-7}]},
     }
 
@@ -297,22 +279,14 @@ def test_a_file_name_that_could_lead_outside_is_refused(name: str) -> None:
 
 
 @pytest.fixture
-def folder(bundle: Exported, tmp_path: Path) -> Path:
-    """A bundle of one's own, to be damaged."""
-    return shutil.copytree(bundle("cond", "fp32"), tmp_path / "bundle")
+def folder(copy: Exported) -> Path:
+    return copy("cond")
 
 
 @pytest.fixture(scope="module")
 def workshop(bundle: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that tests damage and mend."""
     return shutil.copytree(bundle("cond", "fp32"), tmp_path_factory.mktemp("workshop") / "bundle")
-
-
-def amend(folder: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed."""
-    document = json.loads((folder / MANIFEST).read_bytes())
-    document["files"][name] = {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size}
-    (folder / MANIFEST).write_text(json.dumps(document))
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:
@@ -323,16 +297,12 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
         file.write(bytes([value ^ 1 << bit]))
 
 
-def test_an_intact_bundle_opens_and_checks(folder: Path) -> None:
+def test_an_intact_bundle_opens_and_checks_by_a_link_and_by_a_relative_path_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = Bundle.open(folder)
     bundle.check()
     assert bundle.hash == sha256(folder / MANIFEST)
-    assert Flow.open(folder).sample(1).shape == (1, *bundle.manifest.config.image)
-
-
-def test_a_bundle_opens_by_a_link_and_by_a_relative_path(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "link").symlink_to(folder)
     Bundle.open(tmp_path / "link").check()
     monkeypatch.chdir(folder)
@@ -387,8 +357,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, GOLDEN, STEP])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in (WEIGHTS, GOLDEN, STEP) for damage in DAMAGES),
+        *((MANIFEST, damage) for damage in ("missing", "a link out")),
+    ],
+)
 def test_a_file_that_is_not_what_the_manifest_says_is_refused_and_named(name: str, damage: str, folder: Path) -> None:
     damaged, words = DAMAGES[damage]
     damaged(folder / name)
@@ -396,20 +371,11 @@ def test_a_file_that_is_not_what_the_manifest_says_is_refused_and_named(name: st
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("damage", ["missing", "a link out"])
-def test_a_manifest_that_is_not_there_is_named(damage: str, folder: Path) -> None:
-    DAMAGES[damage][0](folder / MANIFEST)
-    with refusal(MANIFEST, DAMAGES[damage][1]):
-        Bundle.open(folder)
-
-
 def test_a_linked_folder_that_leads_out_of_the_bundle_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     shutil.copy(folder / GOLDEN, tmp_path / "outside" / "file")
     (folder / "inside").symlink_to(tmp_path / "outside")
-    document = json.loads((folder / MANIFEST).read_bytes())
-    document["files"]["inside/file"] = document["files"][GOLDEN]
-    (folder / MANIFEST).write_text(json.dumps(document))
+    amend(folder, "inside/file")
     with refusal("inside/file"):
         Bundle.open(folder)
 
@@ -481,8 +447,8 @@ def test_tensors_that_are_none_are_refused_though_their_hash_is_right(name: str,
         Bundle.open(folder).tensors(name)
 
 
-def test_a_prior_variance_that_does_not_fit_is_refused(bundle: Exported, tmp_path: Path) -> None:
-    folder = shutil.copytree(bundle("vp", "fp32"), tmp_path / "bundle")
+def test_a_prior_variance_that_does_not_fit_is_refused(copy: Exported) -> None:
+    folder = copy("vp")
     tensors = load_file(folder / WEIGHTS)
     shape = tensors.pop("var").shape
     assert Bundle.open(folder).prior_variance().shape == shape
@@ -497,9 +463,10 @@ def test_a_prior_variance_that_does_not_fit_is_refused(bundle: Exported, tmp_pat
             Bundle.open(folder).prior_variance()
 
 
-@pytest.fixture
-def sessions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files handed to ONNX Runtime."""
+@pytest.mark.parametrize("name", [WEIGHTS, STEP, "block_03.gradient.onnx", "block_01.forward.onnx"])
+def test_hashes_are_checked_before_onnx_runtime_sees_a_file(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
     handed: list[str] = []
@@ -510,37 +477,28 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return session(path, *rest, **options)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", record)
-    return handed
-
-
-def test_an_intact_graph_is_handed_to_onnx_runtime(folder: Path, sessions: list[str]) -> None:
     Flow.open(folder).sample(1)
-    assert str(folder / STEP) in sessions
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, STEP, "block_03.gradient.onnx", "block_01.forward.onnx"])
-def test_hashes_are_checked_before_onnx_runtime_sees_a_file(name: str, folder: Path, sessions: list[str]) -> None:
+    assert str(folder / STEP) in handed
+    handed.clear()
     flip(folder / name, (folder / name).stat().st_size // 2)
     with refusal(name, "SHA-256"):
         Flow.open(folder).sample(1)
-    assert sessions == []
+    assert handed == []
 
 
 # --- graphs that lie, with hashes that agree ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\x08\x09" * 50, b"not a graph"])
-def test_a_graph_that_is_none_is_refused_though_its_hash_is_right(content: bytes, folder: Path) -> None:
-    (folder / STEP).write_bytes(content)
-    amend(folder, STEP)
-    with refusal(STEP):
-        Flow.open(folder).sample(1)
-
-
-def test_weights_cut_short_are_refused_though_their_hash_is_right(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100_000])
-    amend(folder, WEIGHTS)
-    with refusal(WEIGHTS):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [*((STEP, content) for content in (b"", b"\0" * 100, b"\x08\x09" * 50, b"not a graph")), (WEIGHTS, None)],
+)
+def test_a_graph_that_is_none_and_weights_cut_short_are_refused_though_their_hash_is_right(
+    name: str, content: bytes | None, folder: Path
+) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:100_000] if content is None else content)
+    amend(folder, name)
+    with refusal(name):
         Flow.open(folder).sample(1)
 
 
@@ -559,13 +517,6 @@ def relocate(graph: Path, location: str) -> int:
     return moved
 
 
-def name_in_manifest(folder: Path, name: str) -> None:
-    """Make the manifest own one more file."""
-    document = json.loads((folder / MANIFEST).read_bytes())
-    document["files"][name] = document["files"][WEIGHTS]
-    (folder / MANIFEST).write_text(json.dumps(document))
-
-
 def test_a_graph_may_take_its_weights_from_another_file_the_manifest_names_and_from_no_other(folder: Path) -> None:
     """Shows that :func:`relocate` makes graphs that work, so that the refusals below are about the place."""
     before = Flow.open(folder).sample(1)
@@ -573,7 +524,7 @@ def test_a_graph_may_take_its_weights_from_another_file_the_manifest_names_and_f
     assert relocate(folder / STEP, "copy.safetensors") > 3
     with refusal("copy.safetensors"):
         Flow.open(folder)
-    name_in_manifest(folder, "copy.safetensors")
+    amend(folder, "copy.safetensors")
     np.testing.assert_array_equal(Flow.open(folder).sample(1), before)
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,7 @@ from tarflow.runtime.bundle import MANIFEST, Bundle
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.precision import PRECISIONS
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, Cli, Exported
 
 
 @pytest.fixture
@@ -73,10 +70,8 @@ def test_a_card_of_another_version_is_refused(changes: dict[str, Any], words: st
         Card.from_json(document | changes, "here")
 
 
-def test_a_card_that_is_not_ours_does_not_stop_inspection(
-    bundle: Callable[..., Path], cli: Cli, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(bundle("uncond"), tmp_path / "bundle"))
+def test_a_card_that_is_not_ours_does_not_stop_inspection(copy: Exported, cli: Cli) -> None:
+    folder = copy("uncond")
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {"later": 1}}))
     done = cli("inspect", folder)

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +23,11 @@ from PIL import Image
 
 from tarflow.runtime.flow import Flow, Guidance
 
-from .conftest import DEMO, largest
+from .conftest import DEMO, largest, until
 from .cpp_library import LIBRARY, onnxruntime_library
 
 PROGRAM = LIBRARY.parent / "examples" / "service"
+ENVIRONMENT = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,15 @@ class Service:
         lines = self.ask("/metrics")[2].decode().splitlines()
         return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
 
-    def send(self, body: object) -> socket.socket:
-        """A request whose answer nobody has read yet."""
+    def send(self, **body: Any) -> socket.socket:
+        """A request that the service has begun to read; nobody has read its answer yet."""
         content = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port))
-        connection.sendall(
-            b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-        )
+        head = f"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(content)
         return connection
-
-    def wait_for_queue(self, requests: int) -> None:
-        """Until so many wait behind the first that was sent."""
-        while (metrics := self.metrics())["tarflow_queue_requests"] != requests:
-            assert metrics["tarflow_samples_total"] == 0, "the first was drawn before the others came"
-            time.sleep(0.01)
 
     def memory(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
@@ -79,9 +74,8 @@ def start() -> Iterator[Callable[..., Service]]:
     running: list[subprocess.Popen[str]] = []
 
     def run(*arguments: object) -> Service:
-        command = [str(x) for x in (PROGRAM, DEMO, "--port", 0, "--timeout-ms", 1_000_000, *arguments)]
-        environment = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        command = [str(x) for x in (PROGRAM, DEMO, "--port", 0, *arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         running.append(process)
         assert process.stdout is not None
         return Service(process, int(process.stdout.readline().split()[2].split(":")[1]))
@@ -93,7 +87,7 @@ def start() -> Iterator[Callable[..., Service]]:
 
 
 def test_two_hundred_concurrent_requests_are_all_right_and_memory_stays_flat(start: Callable[..., Service]) -> None:
-    service, flow = start("--queue", 256), Flow.open(DEMO)
+    service, flow = start("--queue", 256, "--timeout-ms", 1_000_000), Flow.open(DEMO)
     requests: list[dict[str, Any]] = [
         {"labels": [i % 10] * (1 + i % 3), "seed": i // 7, "index": i, "guidance": float(i % 2)} for i in range(200)
     ]
@@ -150,9 +144,9 @@ def test_a_timeout_cancels_the_work(start: Callable[..., Service]) -> None:
 
 
 def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) -> None:
-    service = start("--batch", 100_000)
-    connections = [service.send({"n": 100_000, "seed": seed}) for seed in range(3)]  # too many to share a batch
-    service.wait_for_queue(2)  # the first that arrived is computed
+    service = start("--batch", 100_000, "--timeout-ms", 1_000_000)
+    connections = [service.send(n=100_000, seed=seed) for seed in range(3)]  # too many to share a batch
+    until(lambda: service.metrics()["tarflow_queue_requests"] == 2)  # the first that arrived is computed
     for connection in connections:
         connection.close()
     service.draw(n=1)
@@ -163,7 +157,7 @@ def test_a_client_that_hangs_up_cancels_its_work(start: Callable[..., Service]) 
 
 def test_a_client_that_hangs_up_takes_nothing_from_who_shares_its_batch(start: Callable[..., Service]) -> None:
     service = start("--batch", 256)
-    connections = [service.send({"n": 16, "seed": 1}) for _ in range(4)]
+    connections = [service.send(n=16, seed=1) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         drawing = [pool.submit(service.draw, n=16, seed=1) for _ in range(4)]
         for connection in connections:
@@ -192,12 +186,10 @@ def test_samples_that_are_not_finite_are_named(start: Callable[..., Service]) ->
 
 
 def test_sigterm_drains_and_stops(start: Callable[..., Service]) -> None:
-    service = start("--batch", 128)
-    with ThreadPoolExecutor(3) as pool:  # each a batch of its own
-        asking = [pool.submit(service.ask, "/v1/samples", {"n": 128}) for _ in range(3)]
-        service.wait_for_queue(2)
+    service = start("--batch", 512)
+    with service.send(n=512) as asked, asked.makefile("rb") as answer:
         service.process.send_signal(signal.SIGTERM)
-        assert [answer.result()[0] for answer in asking] == [200] * 3
+        assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
     assert service.process.wait(60) == 0
     with pytest.raises(ConnectionError):
         service.ask("/healthz")
@@ -252,7 +244,6 @@ def test_pictures_health_and_bad_requests(start: Callable[..., Service]) -> None
     ],
 )
 def test_wrong_arguments_are_said_in_one_sentence(arguments: tuple[object, ...], code: int, words: str) -> None:
-    environment = os.environ | {"TARFLOW_ONNXRUNTIME": onnxruntime_library()}
     command = [str(x) for x in (PROGRAM, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr

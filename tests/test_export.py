@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,10 +26,26 @@ from tarflow.runtime.errors import BundleError, CheckFailed, InputError, Machine
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS, Tolerance
 
-from .conftest import Golden, largest
+from .conftest import Exported, Goldens, amend, largest
 from .interrupting import interrupted
+from .test_files import contents
 
+Spoil = Callable[[str, str, Callable[[torch.Tensor], object]], Path]
 WIDE_OPS = {"LayerNormalization", "Softmax", "Gelu", "Exp", "Erf", "ReduceMean", "Sqrt"}
+
+
+@pytest.fixture
+def spoil(golden: Goldens, tmp_path: Path) -> Spoil:
+    """spoil("vp", "var", lambda weight: weight.mul_(4)): the case's checkpoint with one weight changed in place."""
+
+    def make(case: str, name: str, change: Callable[[torch.Tensor], object]) -> Path:
+        path = golden(case).checkpoint
+        state = torch.load(path, weights_only=True)
+        change(state[name])
+        torch.save(state, tmp_path / path.name)
+        return tmp_path / path.name
+
+    return make
 
 
 def typed_nodes(path: Path) -> list[tuple[onnx.NodeProto, int]]:
@@ -44,7 +58,7 @@ def typed_nodes(path: Path) -> list[tuple[onnx.NodeProto, int]]:
 
 
 @pytest.mark.parametrize(("case", "engine"), [("cond", "fp32"), ("demo", "fp16"), ("uncond", "bf16")])
-def test_precision_is_typed_into_the_graphs(bundle: Callable[..., Path], case: str, engine: str) -> None:
+def test_precision_is_typed_into_the_graphs(bundle: Exported, case: str, engine: str) -> None:
     opened = Bundle.open(bundle(case, engine))
     for block in opened.manifest.blocks:
         for kind, name in block.graphs.items():
@@ -58,9 +72,7 @@ def test_precision_is_typed_into_the_graphs(bundle: Callable[..., Path], case: s
             assert products > 4, f"{name} has {products} matrix products: {kind} lost its network"
 
 
-def test_every_weight_lies_once_in_the_weights_file_under_its_reference_name(
-    golden: Callable[[str], Golden], bundle: Callable[..., Path]
-) -> None:
+def test_every_weight_lies_once_in_the_weights_file_under_its_reference_name(golden: Goldens, bundle: Exported) -> None:
     opened = Bundle.open(bundle("cond"))
     stored = load_file(opened.path(WEIGHTS))
     theirs = torch.load(golden("cond").checkpoint, weights_only=True)
@@ -87,7 +99,7 @@ def test_every_weight_lies_once_in_the_weights_file_under_its_reference_name(
     assert total < 1 << 20
 
 
-def test_a_bundle_is_a_checkpoint(golden: Callable[[str], Golden], bundle: Callable[..., Path]) -> None:
+def test_a_bundle_is_a_checkpoint(golden: Goldens, bundle: Exported) -> None:
     original, again = load(golden("vp").checkpoint), load(bundle("vp"))
     assert again.config == original.config
     assert all(
@@ -98,7 +110,7 @@ def test_a_bundle_is_a_checkpoint(golden: Callable[[str], Golden], bundle: Calla
     assert half["blocks.0.pos_embed"].dtype == torch.float32
 
 
-def test_fp16_of_the_demo_is_close_to_fp32(bundle: Callable[..., Path], demo: Path) -> None:
+def test_fp16_of_the_demo_is_close_to_fp32(bundle: Exported, demo: Path) -> None:
     single, half = Flow.open(demo), Flow.open(bundle("demo", "fp16"))
     labels = np.arange(64) % 10
     a, b = single.sample(64, labels=labels), half.sample(64, labels=labels)
@@ -106,7 +118,7 @@ def test_fp16_of_the_demo_is_close_to_fp32(bundle: Callable[..., Path], demo: Pa
     assert largest(single.bits_per_dim(a, labels), half.bits_per_dim(a, labels)) < 2e-3
 
 
-def test_golden_pairs_are_pytorchs(bundle: Callable[..., Path]) -> None:
+def test_golden_pairs_are_pytorchs(bundle: Exported) -> None:
     tensors = load_file(bundle("vp") / GOLDEN)
     model = load(bundle("vp"))
     labels = torch.from_numpy(tensors["labels"])
@@ -117,7 +129,7 @@ def test_golden_pairs_are_pytorchs(bundle: Callable[..., Path]) -> None:
 
 
 def test_an_export_out_of_tolerance_leaves_no_bundle(
-    golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    golden: Goldens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PRECISIONS, "fp16", replace(PRECISIONS["fp16"], tolerance=Tolerance(1e-9, 1.0, 1.0)))
     with pytest.raises(CheckFailed, match="rms"):
@@ -125,27 +137,7 @@ def test_an_export_out_of_tolerance_leaves_no_bundle(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_leaves_the_bundle_that_was_there(
-    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
-    before = Bundle.open(tmp_path / "bundle").hash
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "_finish", interrupted)
-    with pytest.raises(InputError, match="exists"):
-        export(golden("uncond").checkpoint, tmp_path / "bundle")
-    with pytest.raises(KeyboardInterrupt):
-        export(golden("uncond").checkpoint, tmp_path / "bundle", force=True, check=False)
-    assert Bundle.open(tmp_path / "bundle").hash == before
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_an_estimate_tells_the_files_and_sizes_of_the_export(
-    golden: Callable[[str], Golden], bundle: Callable[..., Path]
-) -> None:
+def test_an_estimate_tells_the_files_and_sizes_of_the_export(golden: Goldens, bundle: Exported) -> None:
     guessed, opened = estimate(golden("cond").checkpoint), Bundle.open(bundle("cond"))
     made = {name: entry.size for name, entry in opened.manifest.files.items()}
     made[MANIFEST] = (opened.folder / MANIFEST).stat().st_size
@@ -154,49 +146,37 @@ def test_an_estimate_tells_the_files_and_sizes_of_the_export(
         assert 0.4 < guessed.files[name] / size < 2.5, f"{name}: estimated {guessed.files[name]}, made {size}"
 
 
-def test_verify_compares_with_the_checkpoint_and_catches_another(
-    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path
+def test_verify_compares_with_the_checkpoint_and_catches_another_and_its_prior(
+    bundle: Exported, golden: Goldens, spoil: Spoil
 ) -> None:
     card = verify_bundle(Comparison(bundle("vp"), golden("vp").checkpoint))
     assert card.failures() == []
     assert card.golden is not None
     assert card.golden.rms < 1e-5
-    state = torch.load(golden("vp").checkpoint, weights_only=True)
-    state["blocks.1.proj_out.bias"] += 0.01
-    torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    wrong = verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
+    other = spoil("vp", "blocks.1.proj_out.bias", lambda bias: bias.add_(0.01))
+    wrong = verify_bundle(Comparison(bundle("vp"), other)).failures()
     assert any("block 1" in sentence for sentence in wrong)
     assert not any("block 0" in sentence for sentence in wrong)
+    prior = spoil("vp", "var", lambda variance: variance.mul_(4))
+    assert verify_bundle(Comparison(bundle("vp"), prior)).failures()
     with pytest.raises(InputError, match="classes 5 against 3"):
         verify_bundle(Comparison(bundle("vp"), golden("cond").checkpoint))
 
 
-def test_verify_catches_another_prior(
-    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path
-) -> None:
-    state = torch.load(golden("vp").checkpoint, weights_only=True)
-    state["var"] *= 4
-    torch.save(state, tmp_path / golden("vp").checkpoint.name)
-    assert verify_bundle(Comparison(bundle("vp"), tmp_path / golden("vp").checkpoint.name)).failures()
-
-
-def test_verify_catches_a_graph_that_is_wrong_only_when_guided(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle("cond"), tmp_path / "copy"))
+def test_verify_catches_a_graph_that_is_wrong_only_when_guided(copy: Exported) -> None:
+    folder = copy("cond")
     model = onnx.load(folder / "block_01.step.onnx", load_external_data=False)
     (node,) = [n for n in model.graph.node if n.op_type == "ReduceSum"]  # over the branches
     node.op_type = "ReduceMax"
     onnx.save(model, folder / "block_01.step.onnx")
-    content = (folder / "block_01.step.onnx").read_bytes()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["block_01.step.onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    amend(folder, "block_01.step.onnx")
     wrong = verify_bundle(Comparison(folder)).failures()
     assert wrong
     assert all("guided" in sentence for sentence in wrong)
 
 
 def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
-    bundle: Callable[..., Path], golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Exported, golden: Goldens, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "_SERIAL_LIMIT", 0.0)
     monkeypatch.setattr(parity, "_SERIAL_STEPS", 3)
@@ -204,19 +184,11 @@ def test_a_large_model_is_verified_by_sweeps_that_catch_what_a_decode_would(
     card = verify_bundle(Comparison(bundle("cond"), golden("cond").checkpoint))
     assert "sweep" in card.method
     assert card.failures() == []
-    state = torch.load(golden("cond").checkpoint, weights_only=True)
-    state["blocks.2.attn_blocks.1.mlp.main.2.bias"] += 0.05
-    torch.save(state, tmp_path / golden("cond").checkpoint.name)
-    wrong = verify_bundle(Comparison(bundle("cond"), tmp_path / golden("cond").checkpoint.name)).failures()
-    assert any("block 2" in sentence for sentence in wrong)
+    other = spoil("cond", "blocks.2.attn_blocks.1.mlp.main.2.bias", lambda bias: bias.add_(0.05))
+    assert any("block 2" in sentence for sentence in verify_bundle(Comparison(bundle("cond"), other)).failures())
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, and what files hold."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,9 +234,7 @@ def test_a_folder_in_use_is_never_replaced(place: str, force: bool, monkeypatch:
 
 
 @pytest.mark.parametrize("place", ["file/bundle", "file/a/b", "/sys/bundle", "/proc/bundle", "x" * 300])
-def test_a_place_that_takes_no_folder_is_the_machines_fault(
-    place: str, golden: Callable[[str], Golden], tmp_path: Path
-) -> None:
+def test_a_place_that_takes_no_folder_is_the_machines_fault(place: str, golden: Goldens, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(MachineError, match="cannot be written"):
         export(golden("uncond").checkpoint, tmp_path / place)
@@ -280,18 +250,16 @@ def test_a_place_that_takes_no_folder_is_the_machines_fault(
     ],
 )
 def test_a_weight_that_cannot_be_stored_is_named(
-    number: float, engine: str, error: type[Exception], words: str, golden: Callable[[str], Golden], tmp_path: Path
+    number: float, engine: str, error: type[Exception], words: str, spoil: Spoil, tmp_path: Path
 ) -> None:
-    state = torch.load(golden("vp").checkpoint, weights_only=True)
-    state["blocks.1.attn_blocks.0.attention.qkv.weight"][0, 0] = number
-    torch.save(state, tmp_path / golden("vp").checkpoint.name)
+    checkpoint = spoil("vp", "blocks.1.attn_blocks.0.attention.qkv.weight", lambda weight: weight[0, 0].fill_(number))
     with pytest.raises(error, match=words):
-        export(tmp_path / golden("vp").checkpoint.name, tmp_path / "a" / "b" / "bundle", engine)
-    assert [path.name for path in tmp_path.iterdir()] == [golden("vp").checkpoint.name], "new folders were left"
+        export(checkpoint, tmp_path / "a" / "b" / "bundle", engine)
+    assert list(tmp_path.iterdir()) == [checkpoint], "new folders were left"
 
 
-def test_a_damaged_bundle_is_not_exported_again(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle("uncond"), tmp_path / "bundle"))
+def test_a_damaged_bundle_is_not_exported_again(copy: Exported, tmp_path: Path) -> None:
+    folder = copy("uncond")
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (folder / WEIGHTS).write_bytes(content)
@@ -301,11 +269,13 @@ def test_a_damaged_bundle_is_not_exported_again(bundle: Callable[..., Path], tmp
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_export_leaves_the_bundle_that_was_there(
-    number: int, code: int, golden: Callable[[str], Golden], bundle: Callable[..., Path], tmp_path: Path
+    number: int, code: int, golden: Goldens, copy: Exported, tmp_path: Path
 ) -> None:
-    shutil.copytree(bundle("uncond"), tmp_path / "bundle")
+    bundle, checkpoint = copy("uncond"), golden("uncond").checkpoint
     before = contents(tmp_path)
-    args = ["export", golden("uncond").checkpoint, "-o", "bundle", "--force"]
+    with pytest.raises(InputError, match="exists"):
+        export(checkpoint, bundle)
+    args: list[object] = ["export", checkpoint, "-o", bundle, "--force"]
     done = interrupted(args, tmp_path, "trace", number)
     assert (done.returncode, done.stdout) == (code, "")
     assert contents(tmp_path) == before

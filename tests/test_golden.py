@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tarflow.checkpoint import load
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import patchify
 
-from .conftest import Cli, Golden, largest
+from .conftest import Cli, Exported, Golden, Goldens, largest
 
 FORWARD, SAMPLES = 2e-5, 1e-4
 RUNS = [("cond", i) for i in range(6)] + [("uncond", i) for i in range(3)] + [("vp", i) for i in range(2)]
@@ -28,7 +27,7 @@ def guidance_of(case: Golden, run: int) -> Guidance:
 
 
 @pytest.mark.parametrize("name", ["cond", "uncond", "vp"])
-def test_pytorch_encodes_as_the_reference_block_by_block(golden: Callable[[str], Golden], name: str) -> None:
+def test_pytorch_encodes_as_the_reference_block_by_block(golden: Goldens, name: str) -> None:
     case = golden(name)
     model = load(case.checkpoint)
     x = model.patchify(torch.from_numpy(case.vectors["images"]))
@@ -43,7 +42,7 @@ def test_pytorch_encodes_as_the_reference_block_by_block(golden: Callable[[str],
 
 
 @pytest.mark.parametrize(("name", "run"), RUNS)
-def test_pytorch_decodes_and_denoises_as_the_reference(golden: Callable[[str], Golden], name: str, run: int) -> None:
+def test_pytorch_decodes_and_denoises_as_the_reference(golden: Goldens, name: str, run: int) -> None:
     case = golden(name)
     model = load(case.checkpoint)
     labels = None if case.labels is None else torch.from_numpy(case.labels)
@@ -56,19 +55,7 @@ def test_pytorch_decodes_and_denoises_as_the_reference(golden: Callable[[str], G
     assert largest(denoised.numpy(), case.vectors[f"sample{run}.denoised"]) < SAMPLES
 
 
-def test_a_dropped_label_is_the_null_class(golden: Callable[[str], Golden]) -> None:
-    case = golden("cond")
-    images, labels = case.vectors["images"], case.vectors["forward_dropped.labels"]
-    assert (labels < 0).any()
-    with torch.no_grad():
-        z, log_det = load(case.checkpoint).encode(torch.from_numpy(images), torch.from_numpy(labels))
-    assert largest(z.numpy(), case.vectors["forward_dropped.z"]) < FORWARD
-    assert largest(log_det.numpy(), case.vectors["forward_dropped.logdet"]) < FORWARD
-
-
-def test_every_block_of_the_inverse_passes_through_the_reference_images(
-    golden: Callable[[str], Golden], bundle: Callable[..., Path]
-) -> None:
+def test_every_block_of_the_inverse_passes_through_the_reference_images(golden: Goldens, bundle: Exported) -> None:
     from tarflow.runtime.backend import Branches
     from tarflow.runtime.decode import serial
 
@@ -81,7 +68,7 @@ def test_every_block_of_the_inverse_passes_through_the_reference_images(
 
 
 def test_the_command_line_gives_the_reference_numbers(
-    golden: Callable[[str], Golden], bundle: Callable[..., Path], cli: Cli, tmp_path: Path
+    golden: Goldens, bundle: Exported, cli: Cli, tmp_path: Path
 ) -> None:
     case, folder = golden("cond"), bundle("cond")
     assert case.labels is not None

@@ -59,12 +59,3 @@ def test_a_picture_carries_text_and_replaces_the_old_one_whole(tmp_path: Path) -
         assert picture.size == (6, 4)
         assert picture.text["seed"] == "7"  # type: ignore[attr-defined]  # of PNG images only
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_failed_picture_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"old")
-    with pytest.raises(TypeError):
-        write_png(path, np.zeros((2, 3, 3), np.float64), {})
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

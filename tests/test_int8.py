@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +28,11 @@ from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
 
-from .conftest import DEMO
+from .conftest import DEMO, Exported, report_of
 
 
 @pytest.fixture(scope="module")
-def int8(bundle: Callable[[str, str], Path]) -> Path:
+def int8(bundle: Exported) -> Path:
     return bundle("demo", "int8")
 
 
@@ -114,18 +113,17 @@ def test_classes_are_recognised_as_with_float32(int8: Path) -> None:
 
 def test_the_certificate_sees_what_int8_steps_do(int8: Path) -> None:
     samples = Flow.open(int8).sample(8, labels=np.arange(8), certify=True)
-    assert samples.report is not None
-    assert samples.report.certificate is not None
-    assert 1e-3 < samples.report.certificate.max() < 1.0  # the judge's products are float32
+    certificate = report_of(samples).certificate
+    assert certificate is not None
+    assert 1e-3 < certificate.max() < 1.0  # the judge's products are float32
 
 
 def test_tensorrt_takes_the_graphs_but_no_engine_is_kept(int8: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(int8, tmp_path / "bundle")
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(shutil.copytree(int8, tmp_path / "bundle"))
     blueprint = Blueprint.of(bundle, Options(batch=(1, 2, 4)))
     graph = bundle.manifest.blocks[1].graphs["resident"]
     found = apart(partial(verdict, blueprint, "resident", graph))
     assert (found.built, found.reason, found.refused) == (True, "", [])
     with pytest.raises(InputError, match="cannot be attested yet"):
         build(bundle)
-    assert not (folder / "engines").exists()
+    assert not (bundle.folder / "engines").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tarflow.runtime.flow import Flow
 from tarflow.runtime.memory import peak, spend
 from tarflow.runtime.opening import parse_memory
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, Cli, report_of
 
 MIB = 1 << 20
 
@@ -47,7 +46,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_memory(text)
 
 
-def test_a_limit_shrinks_batches_then_keeps_one_block_and_at_last_refuses(bundle: Callable[..., Path]) -> None:
+def test_a_limit_shrinks_batches_then_keeps_one_block_and_at_last_refuses() -> None:
     opened = Bundle.open(DEMO)
     usual, tight = spend(opened, None), spend(opened, 290 * MIB)
     assert tight.cache < usual.cache
@@ -63,8 +62,7 @@ def test_samples_do_not_depend_on_the_limit() -> None:
     free, tight = Flow.open(DEMO), Flow.open(DEMO, memory=280 * MIB)
     expected, found = (flow.sample(40, labels=3, certify=True) for flow in (free, tight))
     assert np.abs(expected - found).max() < 1e-5
-    assert found.report is not None
-    assert 0 < found.report.peak_memory <= peak()
+    assert 0 < report_of(found).peak_memory <= peak()
 
 
 def test_the_gradient_of_long_sequences_stays_below_the_limit(tmp_path: Path, cli: Cli) -> None:

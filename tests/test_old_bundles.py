@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError
-from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.manifest import read_manifest
 
-from .conftest import DEMO
+from .conftest import DEMO, Exported, amend
 from .cpp_library import BUNDLE, CppError, CppFlow
 
 # The demo's manifest as it was, with one file more a block: graphs for TensorRT before 10.15.
@@ -24,53 +24,40 @@ OLD = (Path(__file__).parent / "data" / "manifest-with-pingpong.json").read_text
 GONE = tuple(f"block_{k:02}.pingpong.onnx" for k in range(4))
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(DEMO, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def old(copy: Path) -> Path:
-    """A bundle whose manifest names files as the old one does. They hold anything: nothing here ever ran them."""
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["blocks"] = json.loads(OLD)["blocks"]
-    for name in GONE:
-        (copy / name).write_bytes(name.encode() * 99)
-        manifest["files"][name] = {"sha256": sha256(copy / name), "size": (copy / name).stat().st_size}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return copy
-
-
-@pytest.fixture
-def older(copy: Path) -> Path:
-    """A bundle without graphs for devices."""
-    manifest = json.loads((copy / "manifest.json").read_text())
+def without_graphs_for_devices(folder: Path) -> Path:
+    manifest = json.loads((folder / "manifest.json").read_text())
     for block in manifest["blocks"]:
         name = block["graphs"].pop("resident")
         del manifest["files"][name]
-        (copy / name).unlink()
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return copy
+        (folder / name).unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["old", "older"])
+def with_graphs_that_are_gone(folder: Path) -> Path:
+    """Its manifest names files as the old one does. They hold anything: nothing here ever ran them."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"blocks": json.loads(OLD)["blocks"]}))
+    for name in GONE:
+        (folder / name).write_bytes(name.encode() * 99)
+    amend(folder, *GONE)
+    return folder
+
+
+@pytest.mark.parametrize("made_old", [with_graphs_that_are_gone, without_graphs_for_devices])
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_old_bundles_draw_the_demos_bits_in_both_languages(
-    request: pytest.FixtureRequest, kind: str, guidance: float
+    copy: Exported, made_old: Callable[[Path], Path], guidance: float
 ) -> None:
-    folder, labels = request.getfixturevalue(kind), np.arange(5)
+    folder, labels = made_old(copy("demo")), np.arange(5)
     drawn, demo = (
         Flow.open(at).sample(5, labels=labels, seed=3, guidance=Guidance(guidance), reproducible=True)
         for at in (folder, DEMO)
     )
     assert np.array_equal(drawn, demo)
-    here, there = CppFlow(folder), CppFlow(DEMO)
-    found, expected = (
-        flow.sample(5, labels=labels, seed=3, guidance=guidance, reproducible=1) for flow in (here, there)
-    )
+    how: dict[str, Any] = {"labels": labels, "seed": 3, "guidance": guidance, "reproducible": 1}
+    found, expected = (CppFlow(at).sample(5, **how) for at in (folder, DEMO))
     assert np.array_equal(found, expected)
-    here.close()
-    there.close()
 
 
 def test_the_manifest_of_an_older_demo_says_what_todays_says(demo: Path) -> None:
@@ -81,8 +68,9 @@ def test_the_manifest_of_an_older_demo_says_what_todays_says(demo: Path) -> None
     assert replace(manifest, files=files) == Bundle.open(demo).manifest
 
 
-def test_such_a_graph_is_still_a_file_of_the_bundle(old: Path) -> None:
+def test_such_a_graph_is_still_a_file_of_the_bundle(copy: Exported) -> None:
     """Damaged or missing, it is named in both languages."""
+    old = with_graphs_that_are_gone(copy("demo"))
     path = old / GONE[2]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"?")
@@ -95,7 +83,8 @@ def test_such_a_graph_is_still_a_file_of_the_bundle(old: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def test_a_bundle_without_graphs_for_devices_is_refused_on_a_gpu(older: Path) -> None:
+def test_a_bundle_without_graphs_for_devices_is_refused_on_a_gpu(copy: Exported) -> None:
+    older = without_graphs_for_devices(copy("demo"))
     with pytest.raises(BundleError, match="exported before there were graphs for devices"):
         Flow.open(older, provider="cuda")
     with pytest.raises(CppError, match="exported before there were graphs for devices") as refused:

@@ -10,9 +10,7 @@ import json
 import re
 import shutil
 import socket
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +30,6 @@ from tarflow.runtime.request import Resolved
 from tarflow.runtime.samples import Preview, Samples, Watch
 from tarflow.serve.app import create_app
 from tarflow.serve.batcher import Waiting
-from tarflow.serve.picture import open_picture
 from tarflow.serve.service import Service
 from tarflow.serve.settings import Settings
 
@@ -537,13 +534,11 @@ def test_a_narrow_window_is_enough(browser: Browser, server: Server) -> None:
 # --- what the page asks for, without a page -------------------------------------------------------------------------
 
 
-def test_the_page_allows_nothing_from_elsewhere_and_serves_only_its_files(server: Server) -> None:
+def test_the_page_allows_nothing_from_elsewhere(server: Server) -> None:
     index = httpx.get(server.url)
     assert "default-src 'self'" in index.headers["content-security-policy"]
     assert "//" not in re.sub(r"<!doctype.*?>", "", index.text).replace("http-equiv", "")
     assert httpx.get(server.url, headers={"If-None-Match": index.headers["etag"]}).status_code == 304
-    for path in ("page/../app.py", "page/%2e%2e/app.py", "page/..%2fapp.py", "page/nothing.js", "page/"):
-        assert httpx.get(server.url + path).status_code == 404
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -592,56 +587,29 @@ def test_class_probabilities_are_bayes_rule_over_the_flows_likelihoods(server: S
     assert np.argmax(found["probabilities"]) == 7
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of side x side pixels in a few hundred bytes: its header is all that may be read."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
-    rows = zlib.compress(bytes(1 << 16))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
 
 
-def test_what_is_no_picture_is_refused(server: Server) -> None:
-    def post(content: bytes, kind: str = "image/png") -> tuple[int, str]:
-        answer = httpx.post(f"{server.url}v1/likelihood", content=content, headers={"Content-Type": kind}, timeout=30)
-        return answer.status_code, answer.json()["error"]
-
-    deep = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep, format="PNG")
-    gif = io.BytesIO()
-    Image.new("L", (8, 8)).save(gif, format="GIF")
-    for content, message in (
-        (b"", "cannot be read"), (b"not a picture", "cannot be read"), (picture()[:60], "cannot be read"),
-        (gif.getvalue(), "cannot be read"), (bomb(5000), "16,777,216 at most"), (bomb(60000), "cannot be read"),
-        (deep.getvalue(), "more than 8 bits"),
-    ):  # fmt: skip
-        status, said = post(content)
-        assert status == 400, said
-        assert message in said
-    assert post(b"{}", "application/json")[0] == 415
-    assert post(bytes((8 << 20) + 1))[0] == 413
+def test_a_picture_is_refused_by_its_type_its_size_and_what_it_holds(server: Server) -> None:
+    gif, large = encoded(Image.new("L", (8, 8)), "GIF"), encoded(Image.new("1", (4097, 4096)))
+    for content, kind, status, message in (
+        (gif, "image/gif", 415, "expected image/png or image/jpeg"),
+        (gif, "image/png", 400, "expected a whole PNG or JPEG file"),
+        (large, "image/png", 400, "expected 16,777,216 at most"),
+        (bytes((8 << 20) + 1), "image/png", 413, "larger than 8192 KiB"),
+    ):
+        answer = httpx.post(f"{server.url}v1/likelihood", content=content, headers={"Content-Type": kind})
+        assert answer.status_code == status
+        assert message in answer.json()["error"]
 
 
 def test_what_is_done_to_a_picture_is_said(server: Server) -> None:
-    photo = Image.new("RGB", (40, 30), (200, 30, 90))
-    odd, usual, exif = io.BytesIO(), io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6
-    photo.save(usual, format="JPEG", exif=exif)
-    text = b"Exif\0\0MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, 2, 2, b"6", 0)  # as good as none: it is no number
-    photo.save(odd, format="JPEG", exif=text)
-    assert "turned" not in " ".join(open_picture(odd.getvalue(), 1, 8).notes)
-    answer = httpx.post(
-        f"{server.url}v1/likelihood", content=usual.getvalue(), headers={"Content-Type": "image/jpeg; q=1"}
-    ).json()
-    assert answer["notes"] == [
-        "turned upright, as its EXIF data says",
+    content, headers = encoded(Image.new("RGB", (40, 30), "red"), "JPEG"), {"Content-Type": "image/jpeg; q=1"}
+    answer = httpx.post(f"{server.url}v1/likelihood", content=content, headers=headers)
+    assert answer.json()["notes"] == [
         "colours became shades of gray",
-        "the picture is 30x40 pixels: cropped to its middle 30x30, resized to 8x8",
+        "the picture is 40x30 pixels: cropped to its middle 30x30, resized to 8x8",
     ]
-    clear = io.BytesIO()
-    Image.new("LA", (8, 8), (0, 128)).save(clear, format="PNG")
-    headers = {"Content-Type": "image/png"}
-    answer = httpx.post(f"{server.url}v1/likelihood", content=clear.getvalue(), headers=headers).json()
-    assert answer["notes"] == ["transparent parts were put on white"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_a_picture_is_turned_cropped_and_resized_as_pillow_does_it(channels: int
     ]
     lying = PictureReader(channels, 8, upright=False).read(data)
     assert np.array_equal(lying.pixels, found.pixels) == (turned != 6)
+
+
+def test_an_orientation_that_is_no_number_turns_nothing() -> None:
+    file = io.BytesIO()
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, 2, 2, b"6", 0)
+    Image.fromarray(NOISE[:8, :8, :3]).save(file, "JPEG", exif=exif)
+    assert READER.read(file.getvalue()).notes == ()
 
 
 def test_transparent_parts_are_put_on_white_or_their_colour_shows() -> None:

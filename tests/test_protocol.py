@@ -17,7 +17,7 @@ from tarflow.serve.protocol import HEADER, LARGEST_JSON, TYPES, read_asked, writ
 from tarflow.serve.service import Refusal
 
 from .conftest import DEMO
-from .serving import alone, calling
+from .serving import calling
 
 
 def request(**inputs: Any) -> dict[str, Any]:
@@ -171,33 +171,5 @@ def test_what_a_model_cannot_do_is_refused_by_name() -> None:
             for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):
                 assert (await client.get(path)).status_code == 404
             assert b"tarflow_batches_total 0.0" in service.metrics.page(), "nothing was computed for any of them"
-
-    asyncio.run(scenario())
-
-
-def test_json_and_binary_answers_hold_the_same_and_parameters_are_as_good_as_tensors() -> None:
-    flow = Flow.open(DEMO, threads=1)
-
-    async def scenario() -> None:
-        async with calling(flow) as (client, _):
-            said = {"seed": 3, "first_sample": 5, "guidance": 1.0, "n": 2}
-            labels = {"name": "labels", "datatype": "INT64", "shape": [1], "data": [4]}
-            plain = (
-                await client.post("/v2/models/sample/infer", json={"id": "a", "inputs": [labels], "parameters": said})
-            ).json()
-            tensors = [
-                {"name": name, "datatype": kind, "shape": [1], "data": [said[name]]}
-                for name, kind in (("seed", "UINT64"), ("first_sample", "UINT64"), ("guidance", "FP32"), ("n", "INT64"))
-            ]
-            wanted = {"inputs": [labels, *tensors], "parameters": {"binary_data_output": True}}
-            answer = await client.post("/v2/models/sample/versions/1/infer", json=wanted)
-            split = int(answer.headers[HEADER])
-            first = json.loads(answer.content[:split])["outputs"][0]
-            assert plain["id"] == "a"
-            assert [output["name"] for output in plain["outputs"]] == ["images", "finite"]
-            size = first["parameters"]["binary_data_size"]
-            images = np.frombuffer(answer.content[split : split + size], np.float32).reshape(first["shape"])
-            assert np.array_equal(images, np.array(plain["outputs"][0]["data"], np.float32).reshape(images.shape))
-            assert np.array_equal(images, alone(flow, said | {"labels": 4}))
 
     asyncio.run(scenario())

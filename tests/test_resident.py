@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 
-from tarflow.export.graphs import Resident
-from tarflow.model import TarFlow
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.flow import Flow
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.ports import inputs, is_state, outputs
 
-from .conftest import DEMO
-from .test_graphs import CONFIGS, random_model
-
-
-def resident_flow(folder: Path) -> Flow:
-    bundle = Bundle.open(folder)
-    return Flow(bundle, OrtBackend(bundle, resident=True))
+from .backends import open_flow
+from .conftest import DEMO, Exported
 
 
 @pytest.mark.parametrize("graph", ["forward", "resident"])
@@ -82,7 +71,7 @@ for _ in range(3):
 
 
 @pytest.mark.parametrize("engine", ["fp32", "fp16"])
-def test_nothing_is_copied_when_outputs_share_the_inputs_memory(bundle: Callable[..., Path], engine: str) -> None:
+def test_nothing_is_copied_when_outputs_share_the_inputs_memory(bundle: Exported, engine: str) -> None:
     def warnings(memory: str) -> str:
         command = [sys.executable, "-c", SHARED, str(bundle("cond", engine)), memory]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -93,8 +82,8 @@ def test_nothing_is_copied_when_outputs_share_the_inputs_memory(bundle: Callable
     assert warnings("shared") == ""
 
 
-def test_a_step_writes_one_slot_of_the_cache_and_one_patch(bundle: Callable[..., Path]) -> None:
-    flow = resident_flow(bundle("cond"))
+def test_a_step_writes_one_slot_of_the_cache_and_one_patch(bundle: Exported) -> None:
+    flow = open_flow("resident", bundle("cond"))
     config, labels = flow.config, np.array([0, 2, -1])
     z = flow.noise(3, range(3))
     decoding: Any = flow.backend.decoding(1, z, Branches.plain(labels, config.tokens))
@@ -109,8 +98,8 @@ def test_a_step_writes_one_slot_of_the_cache_and_one_patch(bundle: Callable[...,
         assert steps.read("position") == [position + 1]
 
 
-def test_memory_serves_block_after_block_until_something_in_it_is_not_finite(bundle: Callable[..., Path]) -> None:
-    flow = resident_flow(bundle("cond"))
+def test_memory_serves_block_after_block_until_something_in_it_is_not_finite(bundle: Exported) -> None:
+    flow = open_flow("resident", bundle("cond"))
     backend: Any = flow.backend
     flow.sample(3, labels=0)
     (kept,) = backend._idle
@@ -121,31 +110,7 @@ def test_memory_serves_block_after_block_until_something_in_it_is_not_finite(bun
     assert kept not in backend._idle
 
 
-@pytest.mark.parametrize("case", range(len(CONFIGS)))
-@pytest.mark.parametrize("k", [0, 1])
-def test_the_module_that_is_traced_inverts_the_model(case: int, k: int) -> None:
-    model: TarFlow = random_model(CONFIGS[case])
-    block, config = model.blocks[k], model.config
-    labels = torch.tensor([0, -1, 3]) if config.classes else torch.full((3,), -1)
-    x = torch.randn(3, config.tokens, config.patch_dim)
-    with torch.no_grad():
-        z = block.order(block.encode(x, labels)[0])
-        expected = block.order(x)
-        state = [torch.zeros(3, 1, config.tokens, config.patch_dim), torch.zeros(1, dtype=torch.int64)]
-        state[0][:, 0, 0] = expected[:, 0]
-        cache = (3, config.heads, config.tokens, config.head_dim)
-        state += [torch.zeros(cache) for _ in range(2 * config.layers)]
-        classes = torch.where(labels < 0, config.classes, labels)[None]
-        for _ in range(config.tokens - 1):
-            mix = torch.ones(2, 1, config.tokens)
-            state = list(
-                Resident(block)(state[0], state[1], z, torch.arange(1), classes, mix, torch.ones(1), state[2:])
-            )
-    torch.testing.assert_close(state[0][:, 0], expected, atol=2e-5, rtol=1e-4)
-    assert state[1].item() == config.tokens - 1
-
-
-def test_graphs_for_devices_keep_the_rules_of_the_parsers(bundle: Callable[..., Path]) -> None:
+def test_graphs_for_devices_keep_the_rules_of_the_parsers(bundle: Exported) -> None:
     opened = Bundle.open(bundle("cond"))
     config = opened.manifest.config
     for entry in opened.manifest.blocks:

@@ -31,7 +31,7 @@ from tarflow.serve.packing import ranges
 from tarflow.serve.samples import accepted
 from tarflow.serve.service import Refusal
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, Cli, report_of
 from .serving import Running, alone, array, calling, running
 
 CHECKS = [
@@ -87,26 +87,33 @@ def test_triton_s_client_finds_the_service_alive_ready_and_described(client: tri
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_s_client_draws_the_flow_s_samples(
+def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_parameters(
     client: triton.InferenceServerClient, flow: Flow, binary: bool
 ) -> None:
     labels = np.array([3, 7, -1])
+    numbers: dict[str, Any] = {"first_sample": np.array([14], np.uint64), "guidance": np.array([1.5], np.float32)}
     inputs = [
         tensor("labels", labels, "INT64", binary),
         tensor("seed", np.array([2**64 - 1], np.uint64), "UINT64", binary),
-        tensor("first_sample", np.array([14], np.uint64), "UINT64", binary),
     ]
+    if binary:
+        inputs += [tensor(name, one, "UINT64" if one.dtype == np.uint64 else "FP32") for name, one in numbers.items()]
+    said = {} if binary else {name: one.item() for name, one in numbers.items()}
     outputs = [triton.InferRequestedOutput(name, binary) for name in ("images", "finite", "certificate")]
-    answer = client.infer("sample", inputs, outputs=outputs, parameters={"guidance": 1.5}, request_id="r1")
+    answer = client.infer("sample", inputs, "1", outputs, "r1", parameters=said)
     expected = flow.sample(
         3, labels=labels, seed=2**64 - 1, first_sample=14, guidance=Guidance(1.5), certify=True, reproducible=True
     )
     assert answer.get_response()["id"] == "r1"
     assert np.array_equal(answer.as_numpy("images"), np.asarray(expected))
     assert answer.as_numpy("finite").all()
-    assert expected.report is not None
-    assert expected.report.certificate is not None
-    assert np.array_equal(answer.as_numpy("certificate"), expected.report.certificate)
+    certificate = report_of(expected).certificate
+    assert certificate is not None
+    assert np.array_equal(answer.as_numpy("certificate"), certificate)
+    one_label = [tensor("labels", np.array([4]), "INT64", binary), tensor("n", np.array([2]), "INT64", binary)]
+    unasked = client.infer("sample", one_label)
+    assert [output["name"] for output in unasked.get_response()["outputs"]] == ["images", "finite"]
+    assert np.array_equal(unasked.as_numpy("images"), alone(flow, {"n": 2, "labels": 4}))
 
 
 def test_triton_s_client_encodes_and_denoises(client: triton.InferenceServerClient, flow: Flow) -> None:
@@ -252,9 +259,7 @@ def test_metrics_show_samples_batches_blocks_sweeps_and_certificates(service: Ru
 
 
 def test_an_error_that_is_not_finite_does_not_spoil_the_sum(flow: Flow) -> None:
-    report = flow.sample(2, certify=True).report
-    assert report is not None
-    metrics = Metrics()
+    report, metrics = report_of(flow.sample(2, certify=True)), Metrics()
     metrics.drawn(replace(report, certificate=np.array([np.nan, 0.5], np.float32)), [2], 1.0)
     assert b"tarflow_certificate_sum 0.5" in metrics.page()
     assert b"tarflow_certificate_count 1.0" in metrics.page()

@@ -514,6 +514,7 @@ def test_no_path_leads_to_a_file(service: Running) -> None:
         "/manifest.json",
         "/weights.safetensors",
         "/page/",
+        "/page/nothing.js",
         "/%ff",
     ]
     for path in paths:

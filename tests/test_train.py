@@ -148,32 +148,30 @@ def test_what_a_resumed_run_has_in_common_is_named_as_ever(tmp_path: Path) -> No
     assert [*a_trainer(tmp_path).identity()] == [*recipe.split(), *config.split(), "data"]
 
 
+def refuses(words: str, out: Path, recipe: Recipe = RECIPE, config: Config = TINY, **options: Any) -> None:
+    with pytest.raises(InputError, match=words):
+        finish(out, recipe, config, **options)
+
+
 def test_runs_are_not_lost_or_mixed_up(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leave out `resume`"):
-        finish(tmp_path, resume=True)
+    refuses("leave out `resume`", tmp_path, resume=True)
     finish(tmp_path)
-    with pytest.raises(InputError, match="already holds a run"):
-        finish(tmp_path)
-    with pytest.raises(InputError, match="choose one"):
-        finish(tmp_path, resume=True, force=True)
-    with pytest.raises(InputError, match=r"(?s)another run.*layers was 1, now 2.*lr was 0.002, now 0.1"):
-        finish(tmp_path, dataclasses.replace(RECIPE, lr=0.1), dataclasses.replace(TINY, layers=2), resume=True)
+    refuses("already holds a run", tmp_path)
+    refuses("choose one", tmp_path, resume=True, force=True)
+    faster, deeper = dataclasses.replace(RECIPE, lr=0.1), dataclasses.replace(TINY, layers=2)
+    refuses(r"(?s)another run.*layers was 1, now 2.*lr was 0.002, now 0.1", tmp_path, faster, deeper, resume=True)
     finish(tmp_path, dataclasses.replace(RECIPE, steps=4), force=True)
     assert steps_logged(tmp_path) == [4]
     (tmp_path / "state.pt").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="damaged"):
-        finish(tmp_path, resume=True)
-    with pytest.raises(InputError, match="is a file"):
-        finish(tmp_path / "state.pt")
+    refuses("damaged", tmp_path, resume=True)
+    refuses("is a file", tmp_path / "state.pt")
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has 1498 images"):
-        finish(tmp_path, dataclasses.replace(RECIPE, batch_size=1499))
-    with pytest.raises(InputError, match=r"\(16, 1, 10\); 'digits' has \(8, 1, 10\)"):
-        finish(tmp_path, config=dataclasses.replace(TINY, image_size=16))
-    with pytest.raises(InputError, match="two decimals"):
-        finish(tmp_path, config=dataclasses.replace(TINY, noise_std=0.125))
+    refuses("has 1498 images", tmp_path, dataclasses.replace(RECIPE, batch_size=1499))
+    larger, finer = dataclasses.replace(TINY, image_size=16), dataclasses.replace(TINY, noise_std=0.125)
+    refuses(r"\(16, 1, 10\); 'digits' has \(8, 1, 10\)", tmp_path, config=larger)
+    refuses("two decimals", tmp_path, config=finer)
     with pytest.raises(InputError, match="`device` is 'tpu'"):
         pick_device("tpu")
 

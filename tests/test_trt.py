@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from .conftest import largest
 from .device_double import DoubleCuda, DoubleTensorRT, build_double
 
 Device = tuple[DoubleCuda, DoubleTensorRT]
+Built = Callable[..., Path]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def device() -> Iterator[Device]:
 
 
 @pytest.fixture
-def built(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def built(device: Device, bundle: Callable[..., Path], tmp_path: Path) -> Built:
     """built("cond", "fp32", **options of build_double): a bundle with engines for the double."""
 
     def build(case: str = "cond", engine: str = "fp32", **options: Any) -> Path:
@@ -57,7 +57,7 @@ def trt_backend(flow: Flow) -> TrtBackend:
     return flow.backend
 
 
-def test_half_precision_engines_compute_what_onnx_runtime_does(device: Device, built: Callable[..., Path]) -> None:
+def test_half_precision_engines_compute_what_onnx_runtime_does(built: Built) -> None:
     folder = built("cond", "fp16")
     options: dict[str, Any] = {"labels": 2, "guidance": Guidance(1.0), "certify": True}
     found, expected = (
@@ -68,7 +68,7 @@ def test_half_precision_engines_compute_what_onnx_runtime_does(device: Device, b
 
 
 def test_a_captured_graph_gives_the_same_bits_and_nothing_crosses_the_bus_in_the_loop(
-    device: Device, built: Callable[..., Path]
+    device: Device, built: Built
 ) -> None:
     cuda, _ = device
     bundle = Bundle.open(built())
@@ -84,44 +84,31 @@ def test_a_captured_graph_gives_the_same_bits_and_nothing_crosses_the_bus_in_the
     # Per block: z, x, labels, mix, temperature and the first position go up, the patches come down. No step adds any.
     assert cuda.calls.count("copy HostToDevice") == 6 * bundle.manifest.config.blocks
     assert cuda.calls.count("copy DeviceToHost") == bundle.manifest.config.blocks
+    cuda.calls.clear()
     assert np.array_equal(plain.sample(3, labels=1), first)
     assert np.array_equal(plain.sample(3, labels=1, denoise=False), second)
+    assert not {"capture", "replay"} & set(cuda.calls)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
-def test_any_number_of_samples_fits_a_batch_range(device: Device, built: Callable[..., Path], n: int) -> None:
+def test_any_number_of_samples_and_images_fits_a_batch_range(built: Built, n: int) -> None:
     folder = built(batch=(2, 3, 4))  # at least 2: single rows are padded; at most 4: more go in turns
-    found = Flow.open(folder, provider="tensorrt").sample(n, labels=np.arange(n) % 5, guidance=Guidance(0.5))
-    expected = Flow.open(folder).sample(n, labels=np.arange(n) % 5, guidance=Guidance(0.5))
-    assert largest(found, expected) < 1e-5
+    flow, cpu, labels = Flow.open(folder, provider="tensorrt"), Flow.open(folder), np.arange(n) % 5
+    samples = cpu.sample(n, labels=labels, guidance=Guidance(0.5))
+    assert largest(flow.sample(n, labels=labels, guidance=Guidance(0.5)), samples) < 1e-5
+    images = np.tanh(samples)
+    assert largest(flow.bits_per_dim(images, labels - 1), cpu.bits_per_dim(images, labels - 1)) < 1e-5
+    assert largest(flow.denoise(images, labels - 1), cpu.denoise(images, labels - 1)) < 1e-5
 
 
-def test_images_and_gradients_go_through_engines_too(device: Device, built: Callable[..., Path]) -> None:
-    folder = built(batch=(1, 2, 3))
-    flow, cpu = Flow.open(folder, provider="tensorrt"), Flow.open(folder)
-    images = np.tanh(np.random.default_rng(0).normal(size=(7, *cpu.config.image))).astype(np.float32)
-    labels = np.arange(7) % 5 - 1
-    assert largest(flow.bits_per_dim(images, labels), cpu.bits_per_dim(images, labels)) < 1e-5
-    assert largest(flow.denoise(images, labels), cpu.denoise(images, labels)) < 1e-5
-
-
-def test_a_position_out_of_bounds_never_reaches_the_device(device: Device, built: Callable[..., Path]) -> None:
-    _, trt = device
-    flow = Flow.open(built(window=(1, 8, 16)), provider="tensorrt")
-    decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.array([0, 1]), 16))
-    with pytest.raises(IndexError):
-        decoding.step(8, 8)
-    assert trt.executed == 0
-
-
-def test_with_the_least_memory_one_block_is_loaded_at_a_time(device: Device, built: Callable[..., Path]) -> None:
+def test_with_the_least_memory_one_block_is_loaded_at_a_time(built: Built) -> None:
     flow = Flow.open(built(), provider="tensorrt", memory="least")
     flow.sample(2, labels=1)
     assert len({block for block, _ in trt_backend(flow).engines._loaded}) == 1
 
 
 def test_a_captured_graph_does_not_outlive_the_engine_that_the_least_memory_lets_go(
-    device: Device, built: Callable[..., Path]
+    device: Device, built: Built
 ) -> None:
     """What two threads do: each decodes a block, and each step loads its engine in place of the other's."""
     folder = built()
@@ -138,7 +125,7 @@ def test_a_captured_graph_does_not_outlive_the_engine_that_the_least_memory_lets
     assert device[0].calls.count("replay") > 20
 
 
-def test_scratch_that_moves_takes_captured_graphs_along(device: Device, built: Callable[..., Path]) -> None:
+def test_scratch_that_moves_takes_captured_graphs_along(device: Device, built: Built) -> None:
     flow = Flow.open(built(), provider="tensorrt")
     expected = flow.sample(2, labels=1, denoise=False)
     backend = trt_backend(flow)
@@ -147,7 +134,7 @@ def test_scratch_that_moves_takes_captured_graphs_along(device: Device, built: C
     assert np.array_equal(flow.sample(2, labels=1, denoise=False), expected)
 
 
-def test_the_doctors_self_test_runs_engines_too(device: Device, built: Callable[..., Path]) -> None:
+def test_the_doctors_self_test_runs_engines_too(built: Built) -> None:
     result = _self_test(open_tensorrt, built("cond"))
     assert result["ok"], result
     assert result["error"] < 1e-4
@@ -159,139 +146,11 @@ def test_the_doctors_self_test_runs_engines_too(device: Device, built: Callable[
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
-def test_no_driver_is_one_sentence_and_no_runtime_is_made(device: Device, built: Callable[..., Path]) -> None:
-    cuda, trt = device
-    folder = built()
-    for devices in (0, -1):
-        cuda.devices = devices
-        with pytest.raises(MachineError, match="no NVIDIA GPU can be used here") as refusal:
-            Flow.open(folder, provider="tensorrt")
-        assert "\n" not in str(refusal.value)
-    assert trt.runtimes == 0
-    description = Flow.open(folder, provider="auto").backend.description
-    assert "CPU; not tensorrt: no NVIDIA GPU" in description
-    assert "not cuda: " in description
-
-
-def test_auto_takes_engines_where_there_are_any(device: Device, built: Callable[..., Path]) -> None:
-    assert Flow.open(built(), provider="auto").backend.description == "tensorrt 11.4.0.106 fp32, NVIDIA Double"
-
-
-def test_an_engine_that_was_changed_is_never_deserialised(device: Device, built: Callable[..., Path]) -> None:
-    _, trt = device
-    folder = built()
-    flow = Flow.open(folder, provider="tensorrt")
-    path = folder / "engines" / "double" / "block_03.step.engine"
-    path.write_bytes(path.read_bytes().replace(b"resident", b"RESIDENT"))
-    with pytest.raises(BundleError, match=r"block_03\.step\.engine' was changed after it was built"):
-        flow.sample(1)
-    assert trt.deserialised == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"version": "11.3.0.99"}, "need tensorrt 11.3.0.99 exactly, here is 11.4.0.106"),
-        ({"package": "tensorrt_rtx"}, "tensorrt_rtx"),
-        ({"gpu": "NVIDIA A100"}, "tuned for NVIDIA A100, here is NVIDIA Double"),
-        ({"capabilities": ("8.0",)}, "compute capability 8.0.*here is NVIDIA Double \\(9.0\\)"),
-        ({"bundle": "0" * 64}, "built from another bundle"),
-        ({"engines": {}}, "not finished"),
-    ],
-)
-def test_engines_that_do_not_fit_are_refused_with_the_command_that_rebuilds_them(
-    device: Device, built: Callable[..., Path], changes: dict[str, Any], message: str
-) -> None:
-    _, trt = device
-    folder = built()
-    place = folder / "engines" / "double"
-    record = read_record(place)
-    target = replace(record.target, **{k: changes.pop(k) for k in ("gpu", "capabilities") if k in changes})
-    replace(record, target=target, **changes).write(place)
+def refusal_of(folder: Path, message: str) -> str:
+    """What the command line says when it opens these engines."""
     with pytest.raises(BundleError, match=message) as refusal:
         Flow.open(folder, provider="tensorrt")
-    assert spell(refusal.value).endswith(f": tarflow build {folder} --engine fp32 --batch 1,8,32")
-    assert trt.deserialised == 0
-
-
-def test_the_command_that_rebuilds_names_every_flag_they_were_built_with(
-    device: Device, built: Callable[..., Path]
-) -> None:
-    options: dict[str, Any] = {"version": "11.2.0.1", "level": 3}
-    folder = built("cond", "fp16", window=(1, 4, 8), batch=(1, 2, 4), target=Target(None, ("8.6",)), **options)
-    with pytest.raises(BundleError) as refusal:
-        Flow.open(folder, provider="tensorrt")
-    assert spell(refusal.value).endswith(
-        f"tarflow build {folder} --engine fp16 --batch 1,2,4 --window 1,4,8 --device 9.0 --level 3"
-    )
-    record = read_record(folder / "engines" / "double")
-    assert "--device 8.6 " in command(rebuild(folder, record))
-    here = Here("tensorrt_rtx", "1.7", "NVIDIA Double", "9.0")
-    assert "--device 8.6,9.0 " in command(rebuild(folder, record, here))
-    assert "--batch 1,9,9 --window 1,3,3 " in command(rebuild(folder, record, here, (1, 9, 9), (1, 3, 3)))
-
-
-def test_auto_says_in_one_line_why_it_did_not_take_the_engines(device: Device, built: Callable[..., Path]) -> None:
-    folder = built(version="11.3.0.99")
-    description = Flow.open(folder, provider="auto").backend.description
-    assert (
-        "CPU; not tensorrt: double: they need tensorrt 11.3.0.99 exactly, here is 11.4.0.106; not cuda" in description
-    )
-    assert "\n" not in description
-    shutil.rmtree(folder / "engines")
-    assert "has no TensorRT engines; not cuda" in Flow.open(folder, provider="auto").backend.description
-
-
-def test_cuda_graphs_can_be_turned_off_when_opening(device: Device, built: Callable[..., Path]) -> None:
-    folder = built()
-    plain = Flow.open(folder, provider="tensorrt", cuda_graph=False).sample(2, labels=1)
-    assert device[0].calls.count("capture") == 0
-    assert np.array_equal(Flow.open(folder, provider="auto").sample(2, labels=1), plain)
-    assert device[0].calls.count("capture") > 0
-
-
-def test_a_batch_out_of_range_is_refused_before_anything_runs(device: Device, built: Callable[..., Path]) -> None:
-    _, trt = device
-    folder = built(batch=(1, 2, 4))
-    flow = Flow.open(folder, provider="tensorrt")
-    for options in ({"batch_size": 5}, {"reproducible": True}):
-        with pytest.raises(InputError, match=r"4 at most, which is what these engines take") as refusal:
-            flow.sample(8, **options)
-        assert re.search(r"or build others: tarflow build .* --batch 1,", spell(refusal.value))
-    with pytest.raises(InputError, match=r"`batch_size` is 6; expected 4 at most"):
-        flow.backend.decoding(0, flow.noise(0, range(6)), Branches.plain(np.zeros(6, np.int64), 16))
-    decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.zeros(2, np.int64), 16))
-    with pytest.raises(InputError, match=r"windows of 1 to 1 ") as refusal:
-        decoding.step(0, 3)
-    assert spell(refusal.value).endswith("--batch 1,2,4 --window 1,3,3")
-    assert trt.executed == 0
-
-
-def test_what_tensorrt_says_comes_back_as_one_error_with_the_block(device: Device, built: Callable[..., Path]) -> None:
-    _, trt = device
-    flow = Flow.open(built(), provider="tensorrt")
-    trt.fail = "Error Code 1: Cask (Cask convolution execution)"
-    with pytest.raises(BundleError, match=r"block 3's step engine refused to run; TensorRT says: Error Code 1: Cask"):
-        flow.sample(1)
-    trt.fail = "Requested amount of GPU memory (7 bytes) could not be allocated"
-    with pytest.raises(MachineError, match=r"out of GPU memory in block 3's step engine; use a smaller `batch_size`"):
-        flow.sample(1)
-    trt.fail = None
-    flow.sample(1)
-
-
-def test_too_little_device_memory_is_said(device: Device, built: Callable[..., Path]) -> None:
-    cuda, _ = device
-    flow = Flow.open(built(), provider="tensorrt")
-    cuda.memory = 100_000
-    with pytest.raises(MachineError, match=r"the GPU has no .* GiB of free memory left .* smaller `batch_size`"):
-        flow.sample(8)
-
-
-def test_a_record_that_lies_about_the_precision_is_found_out(device: Device, built: Callable[..., Path]) -> None:
-    folder = built("cond", "fp32", precision="fp16")
-    with pytest.raises(BundleError, match=r"keeps its cache as .*FLOAT.*record says fp16"):
-        Flow.open(folder, provider="tensorrt").sample(1)
+    return spell(refusal.value)
 
 
 def damage(folder: Path, path: str, value: Any) -> None:
@@ -305,16 +164,131 @@ def damage(folder: Path, path: str, value: Any) -> None:
     place.write_text(json.dumps(document))
 
 
+def test_no_driver_is_one_sentence_and_no_runtime_is_made(device: Device, built: Built) -> None:
+    cuda, trt = device
+    folder = built()
+    for devices in (0, -1):
+        cuda.devices = devices
+        with pytest.raises(MachineError, match="no NVIDIA GPU can be used here") as refusal:
+            Flow.open(folder, provider="tensorrt")
+        assert "\n" not in str(refusal.value)
+    assert trt.runtimes == 0
+    description = Flow.open(folder, provider="auto").backend.description
+    assert "CPU; not tensorrt: no NVIDIA GPU" in description
+    assert "not cuda: " in description
+
+
+def test_auto_takes_engines_where_there_are_any(built: Built) -> None:
+    assert Flow.open(built(), provider="auto").backend.description == "tensorrt 11.4.0.106 fp32, NVIDIA Double"
+
+
+def test_an_engine_that_was_changed_is_never_deserialised(device: Device, built: Built) -> None:
+    _, trt = device
+    folder = built()
+    flow = Flow.open(folder, provider="tensorrt")
+    path = folder / "engines" / "double" / "block_03.step.engine"
+    path.write_bytes(path.read_bytes().replace(b"resident", b"RESIDENT"))
+    with pytest.raises(BundleError, match=r"block_03\.step\.engine' was changed after it was built"):
+        flow.sample(1)
+    assert trt.deserialised == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("version", "11.3.0.99", "need tensorrt 11.3.0.99 exactly, here is 11.4.0.106"),
+        ("package", "tensorrt_rtx", "tensorrt_rtx"),
+        ("target.gpu", "NVIDIA A100", "tuned for NVIDIA A100, here is NVIDIA Double"),
+        ("target.capabilities", ["8.0"], r"compute capability 8.0.*here is NVIDIA Double \(9.0\)"),
+        ("bundle", "0" * 64, "built from another bundle"),
+        ("engines", {}, "not finished"),
+    ],
+)
+def test_engines_that_do_not_fit_are_refused_with_the_command_that_rebuilds_them(
+    device: Device, built: Built, path: str, value: Any, message: str
+) -> None:
+    folder = built()
+    damage(folder, path, value)
+    assert refusal_of(folder, message).endswith(f": tarflow build {folder} --engine fp32 --batch 1,8,32")
+    assert device[1].deserialised == 0
+
+
+def test_the_command_that_rebuilds_names_every_flag_they_were_built_with(device: Device, built: Built) -> None:
+    options: dict[str, Any] = {"version": "11.2.0.1", "level": 3}
+    folder = built("cond", "fp16", window=(1, 4, 8), batch=(1, 2, 4), target=Target(None, ("8.6",)), **options)
+    rebuilding = f"tarflow build {folder} --engine fp16 --batch 1,2,4 --window 1,4,8 --device 9.0 --level 3"
+    assert refusal_of(folder, "need tensorrt").endswith(rebuilding)
+    record = read_record(folder / "engines" / "double")
+    assert "--device 8.6 " in command(rebuild(folder, record))
+    here = Here("tensorrt_rtx", "1.7", "NVIDIA Double", "9.0")
+    assert "--device 8.6,9.0 " in command(rebuild(folder, record, here))
+    assert "--batch 1,9,9 --window 1,3,3 " in command(rebuild(folder, record, here, (1, 9, 9), (1, 3, 3)))
+
+
+def test_auto_says_in_one_line_why_it_did_not_take_the_engines(built: Built) -> None:
+    folder = built(version="11.3.0.99")
+    description = Flow.open(folder, provider="auto").backend.description
+    assert (
+        "CPU; not tensorrt: double: they need tensorrt 11.3.0.99 exactly, here is 11.4.0.106; not cuda" in description
+    )
+    assert "\n" not in description
+    shutil.rmtree(folder / "engines")
+    assert "has no TensorRT engines; not cuda" in Flow.open(folder, provider="auto").backend.description
+
+
+def test_a_batch_out_of_range_is_refused_before_anything_runs(device: Device, built: Built) -> None:
+    _, trt = device
+    folder = built(batch=(1, 2, 4))
+    flow = Flow.open(folder, provider="tensorrt")
+    for options in ({"batch_size": 5}, {"reproducible": True}):
+        with pytest.raises(InputError, match=r"4 at most, which is what these engines take") as refusal:
+            flow.sample(8, **options)
+        assert re.search(r"or build others: tarflow build .* --batch 1,", spell(refusal.value))
+    with pytest.raises(InputError, match=r"`batch_size` is 6; expected 4 at most"):
+        flow.backend.decoding(0, flow.noise(0, range(6)), Branches.plain(np.zeros(6, np.int64), 16))
+    decoding = flow.backend.decoding(0, flow.noise(0, range(2)), Branches.plain(np.zeros(2, np.int64), 16))
+    with pytest.raises(IndexError):
+        decoding.step(15)
+    with pytest.raises(InputError, match=r"windows of 1 to 1 ") as refusal:
+        decoding.step(0, 3)
+    assert spell(refusal.value).endswith("--batch 1,2,4 --window 1,3,3")
+    assert trt.executed == 0
+
+
+def test_what_tensorrt_says_comes_back_as_one_error_with_the_block(device: Device, built: Built) -> None:
+    trt, flow = device[1], Flow.open(built(), provider="tensorrt")
+    trt.fail = "Error Code 1: Cask (Cask convolution execution)"
+    with pytest.raises(BundleError, match=r"block 3's step engine refused to run; TensorRT says: Error Code 1: Cask"):
+        flow.sample(1)
+    trt.fail = "Requested amount of GPU memory (7 bytes) could not be allocated"
+    with pytest.raises(MachineError, match=r"out of GPU memory in block 3's step engine; use a smaller `batch_size`"):
+        flow.sample(1)
+    trt.fail = None
+    flow.sample(1)
+
+
+def test_too_little_device_memory_is_said(device: Device, built: Built) -> None:
+    flow = Flow.open(built(), provider="tensorrt")
+    device[0].memory = 100_000
+    with pytest.raises(MachineError, match=r"the GPU has no .* GiB of free memory left .* smaller `batch_size`"):
+        flow.sample(8)
+
+
+def test_a_record_that_lies_about_the_precision_is_found_out(built: Built) -> None:
+    folder = built("cond", "fp32", precision="fp16")
+    with pytest.raises(BundleError, match=r"keeps its cache as .*FLOAT.*record says fp16"):
+        Flow.open(folder, provider="tensorrt").sample(1)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"\xff\xfe", b'{"format": "tarflow-engines", "schema": 2}', b"[" * 100_000],
     ids=["empty", "object", "list", "binary", "schema", "deep"],
 )
-def test_a_damaged_record_is_an_error_of_the_bundle(device: Device, built: Callable[..., Path], content: bytes) -> None:
+def test_a_damaged_record_is_an_error_of_the_bundle(built: Built, content: bytes) -> None:
     folder = built()
     (folder / "engines" / "double" / "engines.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"engines\.json'( is damaged|: ).*remove '.*' and build the engines again"):
-        Flow.open(folder, provider="tensorrt")
+    refusal_of(folder, r"engines\.json'( is damaged|: ).*remove '.*' and build the engines again")
 
 
 @pytest.mark.parametrize(
@@ -352,60 +326,51 @@ def test_a_damaged_record_is_an_error_of_the_bundle(device: Device, built: Calla
     ],
 )
 def test_every_field_of_a_record_is_checked_before_it_is_used(
-    device: Device, built: Callable[..., Path], path: str, value: Any, message: str
+    built: Built, path: str, value: Any, message: str
 ) -> None:
     folder = built()
     damage(folder, path, value)
     with pytest.raises(BundleError, match=message) as refusal:
         read_record(folder / "engines" / "double")
     assert "double/engines.json" in str(refusal.value)
-    with pytest.raises(BundleError, match=message) as refusal:
-        Flow.open(folder, provider="tensorrt")
-    assert spell(refusal.value).endswith(f"tarflow build {folder}")
+    assert refusal_of(folder, message).endswith(f"tarflow build {folder}")
     assert "ONNX Runtime" in Flow.open(folder, provider="auto").backend.description
 
 
-def test_a_record_never_names_what_is_imported(
-    device: Device, built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_never_names_what_is_imported(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     folder = built()
     damage(folder, "package", "planted")
-    with pytest.raises(BundleError, match="'package' is 'planted'"):
-        Flow.open(folder, provider="tensorrt")
+    refusal_of(folder, "'package' is 'planted'")
     with pytest.raises(InputError, match="'planted' is no TensorRT"):
         import_tensorrt("planted")
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_damaged_folder_does_not_keep_good_engines_from_running(device: Device, built: Callable[..., Path]) -> None:
+def test_a_damaged_folder_does_not_keep_good_engines_from_running(built: Built) -> None:
     folder = built()
     damaged, good = folder / "engines" / "a damaged one", folder / "engines" / "double"
     shutil.copytree(good, damaged)
     (damaged / "engines.json").write_bytes(b"{")
     assert largest(Flow.open(folder, provider="tensorrt").sample(1), Flow.open(folder).sample(1)) < 1e-5
     damage(folder, "version", "11.3.0.99")
-    with pytest.raises(BundleError) as refusal:
-        Flow.open(folder, provider="tensorrt")
-    assert "a damaged one: " in str(refusal.value)
-    assert "double: they need tensorrt 11.3.0.99 exactly" in str(refusal.value)
+    said = refusal_of(folder, "a damaged one: ")
+    assert "double: they need tensorrt 11.3.0.99 exactly" in said
 
 
-def test_an_engine_of_a_graph_the_bundle_does_not_have_is_refused(device: Device, built: Callable[..., Path]) -> None:
+def test_an_engine_of_a_graph_the_bundle_does_not_have_is_refused(built: Built) -> None:
     folder = built()
     damage(folder, "engines.*.graph", "engines/double/planted.onnx")
-    with pytest.raises(BundleError, match="they name graphs that this bundle does not have"):
-        Flow.open(folder, provider="tensorrt")
+    refusal_of(folder, "they name graphs that this bundle does not have")
 
 
-def test_an_engine_outside_its_folder_is_not_opened(device: Device, built: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_engine_outside_its_folder_is_not_opened(built: Built, tmp_path: Path) -> None:
     folder = built()
     place = folder / "engines" / "double"
     record = (place / "engines.json").read_text()
     (place / "engines.json").write_text(record.replace('"block_00.step.engine"', '"../../evil.engine"'))
-    with pytest.raises(BundleError, match=r"is no engine's name"):
-        Flow.open(folder, provider="tensorrt")
+    refusal_of(folder, r"is no engine's name")
     (place / "engines.json").write_text(record)
     shutil.move(place / "block_03.step.engine", tmp_path / "elsewhere.engine")
     (place / "block_03.step.engine").symlink_to(tmp_path / "elsewhere.engine")

@@ -57,7 +57,7 @@ def planned(work: Path) -> Found:
     """A copy of the demo that follows a plan: not the one that calibration measures, which is never the same."""
     shutil.copytree(work / "demo", work / "demo-planned")
     said = command(work, "calibrate", "demo-planned", "--batch", "1,8", "--samples", 1)
-    yield "keys", keys(said)
+    yield from under("keys of calibrate", keys(said))
     times = {"seconds": [1.0] * 4, "serial_seconds": [2.0] * 4, "errors": [0.0] * 4}
     windows = {"windows": [1, 4, 8, 15], "passes": [15, 8, 6, 4], **times}
     rows = [{"rows": 4, **windows}, {"rows": 8, **windows, "branches": 2}, {"rows": 64, **windows, "lanes": 2}]

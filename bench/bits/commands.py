@@ -62,4 +62,4 @@ def commands(work: Path) -> Found:
             yield from under(f"{name}, said", keys_and_values(command(work, *words)))
             yield from under(name, files(work / name))
     for name, words in MEASURING.items():
-        yield f"keys of {name}", keys(command(work, *words))
+        yield from under(f"keys of {name}", keys(command(work, *words)))

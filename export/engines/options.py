@@ -42,21 +42,17 @@ class Options:
         shape, precision = bundle.manifest.config, bundle.manifest.precision
         most, widest, last = self.batch[2], self.window[2], max(1, shape.tokens - 1)
         if widest > last:
-            raise InputError(
-                f"`window` is {_comma(self.window)}; this model has {shape.tokens} patches, and a window ends before "
-                f"the last one: expected {last} at most, as in 1,{max(1, shape.tokens // 4)},{last}",
-                field="window",
-            )
+            expected = f"{last} at most, as in 1,{max(1, shape.tokens // 4)},{last}"
+            why = f"this model has {shape.tokens} patches, and a window ends before the last one"
+            raise InputError.of("window", _comma(self.window), expected, why)
         cache = 2 * cache_row(shape, precision)  # bytes of a guided image
         numbers = 2 * max(shape.width * shape.tokens, widest * max(4 * shape.width, shape.heads * shape.tokens))
         limit = max(1, min(_LARGEST_GPU // cache, _LARGEST_TENSOR // numbers))
         if most > limit:
-            raise InputError(
-                f"`batch` is {_comma(self.batch)}; for {most} guided images the cache takes {size_text(most * cache)} "
-                f"and the largest tensor has {most * numbers} numbers, where TensorRT counts to {_LARGEST_TENSOR}: "
-                f"expected {limit} at most for this model, as in 1,{min(8, limit)},{min(32, limit)}",
-                field="batch",
-            )
+            expected = f"{limit} at most for this model, as in 1,{min(8, limit)},{min(32, limit)}"
+            why = f"for {most} guided images the cache takes {size_text(most * cache)} and the largest tensor has "
+            why += f"{most * numbers} numbers, where TensorRT counts to {_LARGEST_TENSOR}"
+            raise InputError.of("batch", _comma(self.batch), expected, why)
 
     def profiles(self, config: ModelShape) -> dict[str, tuple[Profile, ...]]:
         """What each kind of engine is built for: plain and guided, single steps and windows, batches that fit."""

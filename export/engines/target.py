@@ -39,12 +39,9 @@ def target_of(trt: Any, package: str, device: tuple[str, ...] | None) -> Target:
     if package == "tensorrt_rtx":
         return _any_of(trt, device)
     cuda = Cuda()  # TensorRT tunes on the GPU it builds for
-    if device not in (None, (cuda.capability,)):
-        raise InputError(
-            f"`device` is {', '.join(device or ())}; TensorRT builds on the GPU at hand, which is {cuda.name} "
-            f"({cuda.capability}): build on that machine, or leave it out",
-            field="device",
-        )
+    if device is not None and device != (cuda.capability,):
+        why = f"TensorRT builds on the GPU at hand, {cuda.name}; build on the machine of the other, or leave it out"
+        raise InputError.of("device", ",".join(device), cuda.capability, why)
     return Target(cuda.name if device is None else None, (cuda.capability,))
 
 
@@ -58,13 +55,9 @@ def _any_of(trt: Any, device: tuple[str, ...] | None) -> Target:
             if cuda.capability in known:
                 return Target(None, (cuda.capability,))
     asked = device or tuple(name for name in known if float(name) >= _LEAST_CAPABILITY)
-    unknown = [capability for capability in asked if capability not in known]
-    if unknown:
-        raise InputError(
-            f"`device` is {', '.join(asked)}; TensorRT-RTX {trt.__version__} builds no engines for compute capability "
-            f"{', '.join(unknown)}, but for {', '.join(known)}. Data-centre GPUs take tensorrt instead",
-            field="device",
-        )
+    if not set(asked) <= set(known):
+        why = f"TensorRT-RTX {trt.__version__} builds no engines for others; data-centre GPUs take tensorrt instead"
+        raise InputError.of("device", ",".join(asked), f"some of {', '.join(known)}", why)
     return Target(None, asked)
 
 
@@ -78,7 +71,7 @@ def runs_here(target: Target) -> bool:
 
 
 def capability_name(capability: str) -> str:
-    """ "8.9" as TensorRT-RTX spells it: SM89."""
+    """A compute capability as TensorRT-RTX spells it: SM89 for "8.9"."""
     return "SM" + capability.replace(".", "")
 
 

@@ -99,7 +99,7 @@ class OrtSteps:
 
     def _type(self, port: Port) -> Any:
         """As numpy holds it."""
-        return {"index": np.int64, "cache": self._precision.storage, "number": np.float32}[port.holds]
+        return {"index": np.int64, "cache": np.dtype(self._precision.storage).type, "number": np.float32}[port.holds]
 
     def _element(self, port: Port) -> Any:
         """The element type as bindings take it."""

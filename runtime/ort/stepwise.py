@@ -61,7 +61,7 @@ class StepwiseDecoding:
         self._mix_varies = bool((self._mix != self._mix[:1]).any())
         scale = branches.inverse_temperature / np.float32(np.sqrt(config.head_dim))
         self._query_scale = np.repeat(scale, len(z)).reshape(-1, 1, 1, 1)
-        self._cache_type = PRECISIONS[manifest.precision].storage
+        self._cache_type = np.dtype(PRECISIONS[manifest.precision].storage)
         rows = branches.labels.size
         self._cache = np.zeros((2 * config.layers, rows, config.heads, 0, config.head_dim), self._cache_type)
         whole = 2 * config.layers * rows * config.width * config.tokens

@@ -100,7 +100,7 @@ int serve(tarflow::Flow& flow, const Settings& settings, const sigset_t& ends) {
   // Requests that wait, those that are computed, and others.
   server.new_task_queue = [&] { return new httplib::ThreadPool(2 * settings.queue + 8); };
   server.set_payload_max_length(64 << 10);
-  server.set_keep_alive_timeout(1);  // seconds: how long draining waits for idle connections
+  server.set_keep_alive_timeout(10);  // seconds of silence, on a busy machine too; draining waits as long
   int listening = -1;
   server.set_socket_options([&](socket_t socket) {
     const int yes = 1;
