@@ -16,9 +16,9 @@ struct Opening {
 
   bool on_cpu() const { return provider == "cpu"; }
 
-  const std::string provider,
-      onnxruntime;    // the library's file; empty: $TARFLOW_ONNXRUNTIME, else as the loader finds it
-  const int threads;  // 0: one a core
+  const std::string provider;
+  const std::string onnxruntime;  // the library's file; empty: $TARFLOW_ONNXRUNTIME, else as the loader finds it
+  const int threads;              // 0: one a core
   const bool spinning, one_block, cuda_graph;
   const tarflow_log log;
   void* const user;
