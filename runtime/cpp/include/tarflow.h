@@ -144,7 +144,7 @@ TARFLOW_API int tarflow_get_shape(tarflow_flow *flow, tarflow_shape *shape);
 TARFLOW_API int tarflow_sample(tarflow_flow *flow, int64_t n, const int64_t *labels,
                                const tarflow_sample_options *options, float *images);
 
-/* The same from given noise; seed and redraw_nonfinite are not used, first_sample only aligns tiles. */
+/* The same from given noise; seed is not used, redraw_nonfinite is refused, first_sample only aligns tiles. */
 TARFLOW_API int tarflow_decode(tarflow_flow *flow, int64_t n, const float *noise, const int64_t *labels,
                                const tarflow_sample_options *options, float *images);
 
