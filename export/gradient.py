@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from tarflow.model import Layer
 
-from .graphs import MASKED, Forward, product, softmax
+from ..runtime.ports import MASKED
+from .graphs import Forward, product, softmax
 
 
 class Gradient(Forward):

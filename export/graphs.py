@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tarflow.model import Attention, Block, Layer
 
-MASKED = -1e30  # exp() of it is exactly 0, and unlike -inf it survives every backend's arithmetic
+from ..runtime.ports import MASKED
 
 
 def product(h: Tensor, linear: nn.Linear) -> Tensor:

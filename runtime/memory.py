@@ -35,9 +35,9 @@ class Budget:
         """Images whose caches fit, of ``row`` bytes each (:func:`cache_row`); at least one."""
         return max(1, self.cache // (_CACHE_COPIES * row))
 
-    def rows(self, config: ModelShape, attention: int, hidden: int) -> int:
-        """Images that fit if so many (H, T, T) and (T, C) arrays of each live at once; at least one."""
-        return max(1, self.activations // activations_row(config, attention, hidden))
+    def rows(self, row: int) -> int:
+        """Images whose arrays fit, of ``row`` bytes each (:func:`forward_row`, :func:`gradient_row`); at least one."""
+        return max(1, self.activations // row)
 
 
 USUAL = Budget()
@@ -54,7 +54,7 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
     config = bundle.manifest.config
     weights = 2 * bundle.manifest.files[WEIGHTS].size  # mapped from the file, and as the kernels of steps want them
     cache = 2 * _CACHE_COPIES * cache_row(config, bundle.manifest.precision)  # of a guided image
-    activations = activations_row(config, config.layers + 4, 12 * (config.layers + 1))
+    activations = gradient_row(config)
     for one_block in (False, True):
         held = _PROGRAM + (weights // config.blocks if one_block else weights)
         rest = limit - held
@@ -75,7 +75,17 @@ def cache_row(config: ModelShape, precision: str) -> int:
     return 2 * config.layers * config.width * config.tokens * PRECISIONS[precision].cache_bytes
 
 
-def activations_row(config: ModelShape, attention: int, hidden: int) -> int:
+def forward_row(config: ModelShape, branches: int) -> int:
+    """Bytes of what a forward pass holds at once of one image in so many guidance branches."""
+    return _arrays(config, 3 * branches, 12 * branches)
+
+
+def gradient_row(config: ModelShape) -> int:
+    """Bytes of what a gradient holds at once of one image: some of every layer, until the way back is over."""
+    return _arrays(config, config.layers + 4, 12 * (config.layers + 1))
+
+
+def _arrays(config: ModelShape, attention: int, hidden: int) -> int:
     """Bytes of so many (H, T, T) and (T, C) float32 arrays."""
     return 4 * config.tokens * (attention * config.heads * config.tokens + hidden * config.width)
 

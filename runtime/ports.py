@@ -12,6 +12,7 @@ from typing import Literal
 from .bundle import ModelShape
 
 POSITION = "position"  # never written in place: engines may write it before the last operator that reads it
+MASKED = -1e30  # score of what is not seen: exp() of it is exactly 0, and unlike -inf no backend stumbles over it
 _NEXT = "_next"
 Axis = str | int  # the name of a size that varies, or what the model fixes
 Contents = Literal["number", "index", "cache"]  # float32, int64, or in the bundle's precision

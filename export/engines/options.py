@@ -8,7 +8,7 @@ from pathlib import Path
 from ...runtime.bundle import Bundle, ModelShape
 from ...runtime.errors import InputError
 from ...runtime.files import size_text
-from ...runtime.memory import USUAL, cache_row
+from ...runtime.memory import USUAL, cache_row, forward_row, gradient_row
 from ...runtime.tensorrt.record import Profile, Range
 
 _LARGEST_GPU = 288 << 30  # bytes of the memory of any GPU there is
@@ -59,12 +59,13 @@ class Options:
         single = [Profile(branches, self.batch) for branches in (1, 2)]
         if self.window[2] > 1:
             single += [Profile(branches, self.batch, self.window) for branches in (1, 2)]
-        forward = [Profile(n, self._at_most(USUAL.rows(config, 3 * n, 12 * n))) for n in (1, 2)]
-        rows = USUAL.rows(config, config.layers + 4, 12 * (config.layers + 1))
-        return {"step": tuple(single), "forward": tuple(forward), "gradient": (Profile(1, self._at_most(rows)),)}
+        forward = tuple(Profile(branches, self._fitting(forward_row(config, branches))) for branches in (1, 2))
+        gradient = (Profile(1, self._fitting(gradient_row(config))),)
+        return {"step": tuple(single), "forward": forward, "gradient": gradient}
 
-    def _at_most(self, rows: int) -> Range:
-        least, best, most = (min(size, rows) for size in self.batch)
+    def _fitting(self, row: int) -> Range:
+        """Batches of which so many bytes an image fit."""
+        least, best, most = (min(size, USUAL.rows(row)) for size in self.batch)
         return least, best, most
 
 

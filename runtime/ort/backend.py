@@ -18,7 +18,7 @@ from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, Remedy
 from ..files import size_text
 from ..machine import cores, gpu, processor
-from ..memory import USUAL, Budget, spend
+from ..memory import USUAL, Budget, forward_row, gradient_row, spend
 from ..opening import Opening
 from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
 from ..resident import ResidentDecoding
@@ -79,14 +79,13 @@ class OrtBackend:
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         passes = len(branches.inverse_temperature)
-        rows = self.budget.rows(self.config, 3 * passes, 12 * passes)
-        z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches), rows)
+        most = self.budget.rows(forward_row(self.config, passes))
+        z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches), most)
         return z, log_det
 
     def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
         feeds = gradient_feeds(self.config, x, labels, grad_z, grad_log_det)
-        rows = self.budget.rows(self.config, self.config.layers + 4, 12 * (self.config.layers + 1))
-        return self._run(block, "gradient", feeds, rows)[0]
+        return self._run(block, "gradient", feeds, self.budget.rows(gradient_row(self.config)))[0]
 
     def give(self, steps: OrtSteps) -> None:
         """Take memory back for another block."""
@@ -104,15 +103,10 @@ class OrtBackend:
         steps.block = block
         return steps
 
-    def _rows(self, budget: Budget, passes: int | None) -> int:
-        """Images whose arrays fit at once: those of so many forward passes, or of the gradient."""
-        if passes is None:
-            return budget.rows(self.config, self.config.layers + 4, 12 * (self.config.layers + 1))
-        return budget.rows(self.config, 3 * passes, 12 * passes)
-
     def _of_a_tile(self, budget: Budget) -> list[int]:
         """How many images of a reproducible tile are computed at once: plain, guided, and in the gradient."""
-        return [min(self._rows(budget, passes), REPRODUCIBLE_TILE) for passes in (1, 2, None)]
+        rows = forward_row(self.config, 1), forward_row(self.config, 2), gradient_row(self.config)
+        return [min(budget.rows(row), REPRODUCIBLE_TILE) for row in rows]
 
     def _run(self, block: int, kind: str, feeds: Feeds, most: int) -> list[Array]:
         return in_parts(self.config, kind, feeds, (1, most), partial(self.sessions.run, block, kind))

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from ..backend import Array, Branches, block_order, check_window
 from ..parts import Feeds
+from ..ports import MASKED
 from ..precision import PRECISIONS
 from .sessions import Sessions
-
-MASKED = -1e30  # exp() of it is exactly 0
 
 
 class Buffers:
