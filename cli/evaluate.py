@@ -160,7 +160,7 @@ def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
     """8-bit images of the model's shape from a folder or .npy; floats are taken to be in [-1, 1] units."""
     from ..runtime.image import to_uint8
 
-    stored, _ = read_images(path, bundle.manifest.config)
+    stored = read_images(path, bundle.manifest.config).pixels
     return stored if stored.dtype.kind == "u" else to_uint8(_finite(stored))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,23 +12,51 @@ import typer
 from ..runtime.bundle import Bundle, ModelShape
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
-from .console import read_array
+from .console import parse_labels, read_array, say
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ..runtime.flow import Flow
+    from ..runtime.picture_folder import PictureFolder
 
 
 Save = Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
 
 
-def read_images(path: Path, config: ModelShape) -> tuple[NDArray[Any], list[str] | None]:
-    """Images (N, channels, size, size) of a model, uint8 or floats, and the names of pictures. Raises InputError."""
-    if path.is_dir():
-        from ..runtime.picture_folder import read_folder
+@dataclass(frozen=True, slots=True)
+class GivenImages:
+    """Images (N, channels, size, size) of a model's shape, uint8 or floats; and the folder, where they are pictures."""
 
-        return read_folder(path, config.channels, config.image_size)
+    pixels: NDArray[Any]
+    folder: PictureFolder | None = None
+
+    def classes(self, labels: str | None, config: ModelShape) -> NDArray[np.int64] | None:
+        """The labels that were given for them; else, for a model with classes, their sub-folders. Raises InputError."""
+        if labels is not None:
+            return parse_labels(labels, 0, len(self.pixels))
+        if self.folder is None or not self.folder.classes or not config.classes:
+            return None
+        if len(self.folder.classes) != config.classes:
+            raise InputError(
+                f"'{self.folder.root}' has {len(self.folder.classes)} sub-folders, which are classes, and this model "
+                f"has {config.classes} classes: say which are whose with --labels (-1 for none)"
+            )
+        return self.folder.labels
+
+
+def read_images(path: Path, config: ModelShape) -> GivenImages:
+    """The images of a folder or an array. Raises InputError for what is not of the model's shape."""
+    if path.is_dir():
+        from ..runtime.picture import PictureReader
+        from ..runtime.picture_folder import list_pictures
+
+        found = list_pictures(path)
+        for note in found.notes():
+            say(note)
+        pixels = found.read(PictureReader(config.channels, config.image_size, fit=False))
+        return GivenImages(pixels, found)
     if not path.exists():
         raise InputError(f"no images at '{path}'; expected a folder of pictures, or an array saved with numpy.save")
     stored = read_array(path, "images")
@@ -35,7 +64,7 @@ def read_images(path: Path, config: ModelShape) -> tuple[NDArray[Any], list[str]
     if stored.ndim != 4 or stored.shape[1:] != config.image or not len(stored) or not known:
         expected = f"(N, {', '.join(map(str, config.image))}), uint8 or floats in [-1, 1]"
         raise InputError(f"'{path}' holds {stored.dtype} of shape {stored.shape}; expected {expected}")
-    return stored, None
+    return GivenImages(stored)
 
 
 def as_trained_on(flow: Flow, images: NDArray[Any], seed: int) -> NDArray[Any]:

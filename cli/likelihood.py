@@ -9,7 +9,7 @@ import typer
 
 from ..runtime.files import replacing
 from ..runtime.opening import Opening
-from .console import emit, parse_labels
+from .console import emit
 from .images import Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
@@ -36,9 +36,10 @@ def likelihood(
     from ..runtime.flow import Flow
 
     flow = Flow.open(bundle, opening)
-    stored, names = read_images(images, flow.config)
-    x = as_trained_on(flow, stored, seed)
-    z, log_det = flow.encode(x, parse_labels(labels, 0, len(x)))
+    given = read_images(images, flow.config)
+    x = as_trained_on(flow, given.pixels, seed)
+    names = given.folder.names if given.folder else None
+    z, log_det = flow.encode(x, given.classes(labels, flow.config))
     bits = flow.bits_of(z, log_det)
     if save is not None:
         with replacing(save) as file:
@@ -51,7 +52,7 @@ def likelihood(
             mean_bits_per_dim=float(bits.mean()),
             bits_per_dim=bits.tolist(),
             log_det=log_det.tolist(),
-            dequantised=stored.dtype == np.uint8,
+            dequantised=given.pixels.dtype == np.uint8,
             **({"names": names} if names else {}),
             **({"latent": save} if save else {}),
         )
@@ -85,9 +86,10 @@ def denoise(
 
     files = files_asked(save, output, "denoised.png")
     flow = Flow.open(bundle, opening)
-    stored, _ = read_images(images, flow.config)
+    given = read_images(images, flow.config)
+    stored = given.pixels
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
-    result = flow.denoise(x, parse_labels(labels, 0, len(x)), strength)
+    result = flow.denoise(x, given.classes(labels, flow.config), strength)
     write_images(result, files, flow.bundle, {})
     change = float(np.sqrt(np.mean((result - x) ** 2)))
     if json:

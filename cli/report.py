@@ -14,7 +14,7 @@ import typer
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
 from ..runtime.opening import Opening
-from .console import emit, parse_labels, say
+from .console import emit, say
 from .doctor import versions_of
 from .evaluate import request_of
 from .images import as_trained_on, read_images
@@ -36,7 +36,7 @@ def report(
     data: Annotated[
         Path | None, typer.Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
     ] = None,
-    data_labels: Annotated[str | None, typer.Option(help="Their labels, as in --labels. Default: none.")] = None,
+    data_labels: Annotated[str | None, typer.Option(help="Their labels, as in --labels. Default: sub-folders.")] = None,
     opening: Opening,
     json: Json = False,
 ) -> None:
@@ -57,8 +57,8 @@ def report(
     flow = Flow.open(bundle, opening)
     images = None
     if data is not None:
-        stored, _ = read_images(data, flow.config)
-        images = as_trained_on(flow, stored, request.seed), parse_labels(data_labels, 0, len(stored))
+        given = read_images(data, flow.config)
+        images = as_trained_on(flow, given.pixels, request.seed), given.classes(data_labels, flow.config)
     with status_line() as line:
         line(f"drawing and examining {n} samples")
         found = examine(flow, request, images)

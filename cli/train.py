@@ -82,6 +82,9 @@ def train(
     if data != "digits" and not Path(data).is_dir():
         raise InputError(f"no folder at '{data}'; expected 'digits' or a folder of images", field="data")
     dataset = digits() if data == "digits" else folder(data, image_size, channels, hold_out)
+    for note in dataset.notes:
+        if leads():
+            say(note)
     shape = (dataset.image_size, dataset.channels, patch_size, width, blocks, layers)
     config = Config(*shape, len(dataset.classes), nvp=not volume_preserving, noise_std=parse_noise(noise_std))
     try:

@@ -1,9 +1,9 @@
-"""What a folder of pictures holds: files in the order of their names, and classes where sub-folders are ones."""
+"""What a folder of pictures holds: files in the order of their names, classes where it has sub-folders."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +14,34 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .picture import PictureReader
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (  # of picture.FORMATS
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+_NOT_OURS = ("__MACOSX", "lost+found", "@eaDir")  # what archivers, file systems and network drives add
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFolder:
-    """Pictures below ``root``. With ``classes``, names in order, ``labels`` (N,) int64 says which is whose."""
+    """Pictures below ``root``. With ``classes``, names in order, ``labels`` (N,) int64 says which is whose.
+
+    ``left_out`` counts, by what it is, all else that was found.
+    """
 
     root: Path
     files: tuple[Path, ...]
-    classes: tuple[str, ...] = ()
-    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64] | None
+    left_out: Counter[str]
 
     @property
     def names(self) -> list[str]:
         """The files, relative to the folder."""
         return [str(path.relative_to(self.root)) for path in self.files]
+
+    def notes(self) -> list[str]:
+        """What was left out, as a sentence, if anything was."""
+        return [f"left out of '{self.root}': {_counted(self.left_out)}"] if self.left_out else []
 
     def read(self, reader: PictureReader) -> NDArray[np.uint8]:
         """All of them, (N, channels, size, size). Raises InputError for the first that cannot be read."""
@@ -41,53 +53,89 @@ class PictureFolder:
 
 
 def list_pictures(folder: str | os.PathLike[str]) -> PictureFolder:
-    """Every picture at any depth, hidden ones too. Raises InputError if there is none."""
-    root = Path(folder)
-    return PictureFolder(root, _some(root, _pictures(root.rglob("*"))))
-
-
-def list_classes(folder: str | os.PathLike[str]) -> PictureFolder:
     """Pictures by class: a sub-folder each, its pictures at any depth; or without sub-folders, of no class.
 
-    Files and classes hidden by a dot before their names are left out. Raises InputError for a class without pictures,
-    and for pictures beside the sub-folders, whose class nobody knows.
+    Links are followed, a folder once in a class. Left out and counted are hidden files and folders, those that tools
+    leave behind, and files of other suffixes. Raises InputError for a class without pictures, for pictures beside the
+    sub-folders, whose class nobody knows, and for a folder that cannot be listed.
     """
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"no folder at '{root}'; expected a folder of images")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    loose = _pictures(root.iterdir(), hidden=False)
-    if not classes:
-        return PictureFolder(root, _some(root, loose))
+    left_out: Counter[str] = Counter()
+    loose, inside = _listed(root, left_out)
+    if not inside:
+        if not loose:
+            raise InputError(_nothing_in(f"'{root}'", left_out))
+        return PictureFolder(root, tuple(loose), (), None, left_out)
     if loose:
         raise InputError(
             f"'{root}' has images beside its class folders, such as '{loose[0].name}'; expected either images or "
-            f"one folder per class ('{classes[0]}', ...)"
+            f"one folder per class ('{inside[0].name}', ...)"
         )
-    files = [_some(root / name, _pictures((root / name).rglob("*"), hidden=False)) for name in classes]
-    labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
-    return PictureFolder(root, tuple(path for found in files for path in found), tuple(classes), labels)
+    found = [_below(sub, root, left_out) for sub in inside]
+    if empty := [f"'{sub.name}'" for sub, files in zip(inside, found, strict=True) if not files]:
+        raise InputError(_nothing_in(f"{', '.join(empty)} of '{root}'", left_out))
+    labels = np.repeat(np.arange(len(inside)), [len(files) for files in found])
+    files = tuple(path for files in found for path in files)
+    return PictureFolder(root, files, tuple(sub.name for sub in inside), labels, left_out)
 
 
 def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """Every picture below a folder, as it is stored -> (N, channels, size, size) uint8, and their relative names.
+    """Every picture below a folder -> (N, channels, size, size) uint8, and their relative names.
 
     Raises InputError for an unreadable image, one of another size, a channel count that is not 1 or 3, or no image.
     """
     found = list_pictures(folder)
-    return found.read(PictureReader(channels, size, upright=False, on_white=False, fit=False)), found.names
+    return found.read(PictureReader(channels, size, fit=False)), found.names
 
 
-def _pictures(paths: Iterable[Path], hidden: bool = True) -> tuple[Path, ...]:
-    """The pictures among some paths, in order."""
-    return tuple(
-        path
-        for path in sorted(paths)
-        if path.suffix.lower() in SUFFIXES and (hidden or not path.name.startswith(".")) and path.is_file()
-    )
+def _below(folder: Path, root: Path, left_out: Counter[str]) -> list[Path]:
+    """The pictures at any depth, in order. A link may lead anywhere, also to where the walk has been."""
+    seen, ahead, found = {_identity(root)}, [folder], []
+    while ahead:
+        here = ahead.pop()
+        if (identity := _identity(here)) in seen:
+            left_out["folders reached a second time by a link"] += 1
+            continue
+        seen.add(identity)
+        files, inside = _listed(here, left_out)
+        found += files
+        ahead += inside
+    return sorted(found)
 
 
-def _some(folder: Path, found: tuple[Path, ...]) -> tuple[Path, ...]:
-    if not found:
-        raise InputError(f"no images in '{folder}'; expected files ending in {', '.join(SUFFIXES)}")
-    return found
+def _listed(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list[Path]]:
+    """The pictures and the folders in a folder itself, in order; counts what is neither."""
+    files, inside = [], []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be listed ({error.strerror}); expected a folder of images") from None
+    for entry in entries:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith(".") or entry.name in _NOT_OURS:
+            left_out["hidden or left by tools"] += 1
+        elif os.path.isdir(entry):  # also False for a link to itself, where DirEntry.is_dir() raises
+            inside.append(folder / entry.name)
+        elif suffix not in SUFFIXES:
+            left_out[suffix or "without a suffix"] += 1
+        elif os.path.isfile(entry):
+            files.append(folder / entry.name)
+        else:
+            left_out["links to nothing, or no files"] += 1
+    return files, inside
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _counted(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
+
+
+def _nothing_in(where: str, left_out: Counter[str]) -> str:
+    what = f"; left out: {_counted(left_out)}" if left_out else ""
+    return f"no images in {where}{what}; expected files ending in {', '.join(SUFFIXES)}"

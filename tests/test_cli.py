@@ -5,6 +5,7 @@ can get wrong: one message that says what to do, the documented exit code, and n
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,25 @@ def test_denoise_and_likelihood_read_folders_and_arrays(cli: Cli, tmp_path: Path
     assert done.returncode == 0, done.stderr
     expected = Flow.open(DEMO).denoise(pixels[:, None].astype(np.float32) / 127.5 - 1)
     assert largest(np.load(tmp_path / "out.npy"), expected) < 1e-5
+
+
+def test_sub_folders_are_classes_where_they_are_as_many(cli: Cli, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8)).astype(np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / "in" / f"{i}").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "in" / f"{i}" / "x.png")
+    np.save(tmp_path / "in.npy", pixels[:, None])
+    by_folder = cli("likelihood", DEMO, "in", "--json", cwd=tmp_path)
+    by_label = cli("likelihood", DEMO, "in.npy", "--labels", "0-9", "--json", cwd=tmp_path)
+    assert by_folder.returncode == by_label.returncode == 0, by_folder.stderr
+    assert json.loads(by_folder.stdout)["bits_per_dim"] == json.loads(by_label.stdout)["bits_per_dim"]
+    shutil.rmtree(tmp_path / "in" / "9")
+    (tmp_path / "in" / "0" / "x.heic").touch()
+    done = cli("likelihood", DEMO, "in", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has 9 sub-folders, which are classes, and this model has 10 classes" in done.stderr
+    assert "left out of 'in': 1 .heic" in done.stderr
+    assert cli("likelihood", DEMO, "in", "--labels", "-1", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(

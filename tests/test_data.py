@@ -80,16 +80,19 @@ def test_a_folder_is_refused_where_it_would_make_a_wrong_training_set(tmp_path: 
             folder(tmp_path, **{"size": 8} | wrong)
 
 
-def test_alpha_is_dropped_and_pictures_are_turned_upright(tmp_path: Path) -> None:
-    """As ever: the fingerprint of a training set, by which a run is resumed, stays what it was."""
+def test_pictures_are_put_on_white_and_turned_upright(tmp_path: Path) -> None:
     pixels, exif = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8), Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    upright = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270).convert("RGB")
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "b.heic").touch()
+    white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    upright = white.transpose(Image.Transpose.ROTATE_270).convert("RGB")
     expected = np.asarray(ImageOps.fit(upright, (8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     data = folder(tmp_path, 8)
     assert np.array_equal(data.train.images[0], expected)
     assert data.fingerprint() == f"{tmp_path.name}: 1 images, crc32 {zlib.crc32(expected.tobytes()):08x}"
+    assert data.notes == (f"left out of '{tmp_path}': 1 .heic",)
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

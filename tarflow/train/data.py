@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..runtime.errors import InputError, MachineError
 from ..runtime.picture import PictureReader
-from ..runtime.picture_folder import list_classes
+from ..runtime.picture_folder import list_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,15 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """What to train on, and what is held out to measure it. ``classes`` are the names behind the labels."""
+    """What to train on, and what is held out to measure it. ``classes`` are the names behind the labels, ``notes`` say
+    what of a folder is not in it.
+    """
 
     name: str
     train: Split
     held_out: Split
     classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -86,12 +89,14 @@ def folder(path: str | os.PathLike[str], size: int, channels: int = 3, hold_out:
     ``hold_out``-th image is kept for measuring (0: none). Raises InputError for anything that would make a silently
     wrong training set.
     """
-    found = list_classes(path)
+    found = list_pictures(path)
     if size < 1:
         raise InputError.of("image_size", size, "1 pixel or more")
     if channels not in (1, 3):
         raise InputError.of("channels", channels, "3 for colour or 1 for grey")
     if hold_out < 0 or hold_out == 1:
         raise InputError.of("hold_out", hold_out, "0 for none, or 2 or more to keep every n-th image")
-    images = found.read(PictureReader(channels, size, on_white=False))
-    return split_every(Path(path).resolve().name, Split(images, found.labels), hold_out, found.classes)
+    images = found.read(PictureReader(channels, size))
+    everything = Split(images, found.labels)
+    data = split_every(Path(path).resolve().name, everything, hold_out, found.classes)
+    return replace(data, notes=tuple(found.notes()))
