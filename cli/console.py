@@ -44,6 +44,11 @@ def tell_of_classes(bundle: Bundle, labels: Sequence[int] | None) -> None:
         say(f"no labels given: drawing from the null class; --labels 0-{classes - 1} deals out all classes")
 
 
+def few(indices: Sequence[int]) -> str:
+    """The first of some indices, and how many more there are."""
+    return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")
+
+
 def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
     """A two-column list on stdout."""
     if title:

@@ -13,8 +13,8 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import check_writable
 from ..runtime.opening import Opening
-from .console import emit, say
-from .images import read_images
+from .console import emit, few, say
+from .images import Range, read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line, step_bar
 
@@ -51,6 +51,7 @@ def evaluate(
     samples: Annotated[
         Path | None, typer.Option(help="Evaluate these images (a folder or .npy) instead of drawing.")
     ] = None,
+    range: Range = None,
     labels: Labels = None,
     *,
     drawing: Drawing,
@@ -83,12 +84,12 @@ def evaluate(
         check_writable(save_stats)
     with status_line() as line:
         line("features of the images to compare with")
-        reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle)
+        reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle, range)
     if save_stats is not None:
         write_statistics(save_stats, reference, network.identity)
     if request is None:
         assert samples is not None
-        found = network(_pictures(samples, bundle))
+        found = network(_pictures(samples, bundle, range))
     else:
         found = _draw(Flow.open(bundle, opening), network, request)
     with status_line() as line:
@@ -139,12 +140,12 @@ def _own_network(bundle: Bundle) -> Path:
     return DIGITS
 
 
-def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statistics:
+def _reference(against: Path, network: FeatureNetwork, bundle: Bundle, range: str | None) -> Statistics:
     """The statistics of the images to compare with: read, or computed. Raises InputError if they do not fit."""
     from ..quality.frechet import Statistics, read_statistics
 
     if against.suffix != ".npz":
-        return Statistics.of(network(_pictures(against, bundle)))
+        return Statistics.of(network(_pictures(against, bundle, range)))
     statistics, made_with = read_statistics(against)
     if made_with is None:
         say(f"'{against}' does not say which network made it; it must be the one of --features, prepared alike")
@@ -156,11 +157,11 @@ def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statis
     return statistics
 
 
-def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
+def _pictures(path: Path, bundle: Bundle, range: str | None) -> NDArray[np.uint8]:
     """8-bit images of the model's shape from a folder or .npy; floats are taken to be in [-1, 1] units."""
     from ..runtime.image import to_uint8
 
-    stored = read_images(path, bundle.manifest.config).pixels
+    stored = read_images(path, bundle.manifest.config, range).pixels
     return stored if stored.dtype.kind == "u" else to_uint8(_finite(stored))
 
 
@@ -197,9 +198,10 @@ def _scaled(bar: Callable[[Progress], None] | None, before: float, share: float)
 
 def _finite(images: NDArray[Any]) -> NDArray[Any]:
     """The images, if all are finite; else CheckFailed: a black picture would be judged in a sample's place."""
-    import numpy as np
+    from ..runtime.samples import nonfinite
 
-    broken = int((~np.isfinite(images).all((1, 2, 3))).sum())
-    if broken:
-        raise CheckFailed(f"{broken} of {len(images)} samples are not finite, so they have no features: guide less")
+    if broken := nonfinite(images):
+        raise CheckFailed(
+            f"{len(broken)} of {len(images)} samples are not finite, and have no features: {few(broken)}. Guide less"
+        )
     return images

@@ -11,7 +11,7 @@ import typer
 from ..runtime.bundle import Bundle
 from ..runtime.files import size_text
 from ..runtime.opening import Opening
-from .console import emit, read_array, say, tell_of_classes
+from .console import emit, few, read_array, say, tell_of_classes
 from .images import Save, files_asked, write_images
 from .options import BundleArgument, Drawing, Json, Labels, Ray, draws, opens
 from .progress import step_bar
@@ -103,8 +103,8 @@ def generate(
         cure = "They stayed so when drawn again: lower the guidance"
         if not request.redraw_nonfinite:
             cure = "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
-        few = _few(report.nonfinite)
-        say(f"tarflow: check failed: {len(report.nonfinite)} of {n} samples are not finite: {few}. {cure}")
+        listed = few(report.nonfinite)
+        say(f"tarflow: check failed: {len(report.nonfinite)} of {n} samples are not finite: {listed}. {cure}")
         raise typer.Exit(1)
 
 
@@ -120,9 +120,5 @@ def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], openin
     if report.decoding != "serial":
         print(f"decoded {report.decoding}: {sum(report.passes)} dependent passes")
     if report.redrawn:
-        print(f"redrawn because not finite: samples {_few(report.redrawn)}")
+        print(f"redrawn because not finite: samples {few(report.redrawn)}")
     print(report.level)
-
-
-def _few(indices: tuple[int, ...]) -> str:
-    return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")

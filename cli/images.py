@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..runtime.picture_folder import PictureFolder
 
 
+Range = Annotated[
+    str | None, typer.Option("--range", help="Values of float images: -1,1, 0,1 or 0,255. Default: -1,1, if clear.")
+]
 Save = Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
 
 
@@ -46,8 +49,15 @@ class GivenImages:
         return self.folder.labels
 
 
-def read_images(path: Path, config: ModelShape) -> GivenImages:
-    """The images of a folder or an array. Raises InputError for what is not of the model's shape."""
+def read_images(path: Path, config: ModelShape, values: str | None) -> GivenImages:
+    """The images of a folder or an array, floats in [-1, 1] units, whose ``values`` are of a range in SPANS.
+
+    Raises InputError for what is not of the model's shape, and for floats that may be of several ranges.
+    """
+    from ..runtime.inputs import SPANS
+
+    if values is not None and values not in SPANS:
+        raise InputError.of("range", f"'{values}'", ", ".join(SPANS))
     if path.is_dir():
         from ..runtime.picture import PictureReader
         from ..runtime.picture_folder import list_pictures
@@ -64,7 +74,21 @@ def read_images(path: Path, config: ModelShape) -> GivenImages:
     if stored.ndim != 4 or stored.shape[1:] != config.image or not len(stored) or not known:
         expected = f"(N, {', '.join(map(str, config.image))}), uint8 or floats in [-1, 1]"
         raise InputError(f"'{path}' holds {stored.dtype} of shape {stored.shape}; expected {expected}")
-    return GivenImages(stored)
+    return GivenImages(stored if stored.dtype == "uint8" else _in_units(stored, values, path))
+
+
+def _in_units(stored: NDArray[Any], values: str | None, path: Path) -> NDArray[Any]:
+    from ..runtime.inputs import SPANS, check_bounded, in_units, is_ambiguous
+
+    if values is None and is_ambiguous(stored):
+        raise InputError(
+            f"'{path}' holds floats of which none is negative and none above 1: pictures in [0, 1], or a part of "
+            "[-1, 1]? Say which: --range 0,1 or --range -1,1"
+        )
+    try:
+        return check_bounded(in_units(stored, SPANS[values or "-1,1"]))
+    except InputError as error:
+        raise InputError(f"'{path}': {error}, or say what range they have: --range {' or '.join(SPANS)}") from None
 
 
 def as_trained_on(flow: Flow, images: NDArray[Any], seed: int) -> NDArray[Any]:

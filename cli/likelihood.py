@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,8 @@ import typer
 
 from ..runtime.files import replacing
 from ..runtime.opening import Opening
-from .console import emit
-from .images import Save, as_trained_on, files_asked, read_images, write_images
+from .console import emit, few, say
+from .images import Range, Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
 Images = Annotated[Path, typer.Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
@@ -23,6 +24,7 @@ def likelihood(
     labels: Labels = None,
     save: Annotated[Path | None, typer.Option(help="Write latents z and logdet as .npz.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
+    range: Range = None,
     *,
     opening: Opening,
     json: Json = False,
@@ -34,13 +36,16 @@ def likelihood(
     import numpy as np
 
     from ..runtime.flow import Flow
+    from ..runtime.inputs import AS_THEY_ARE
+    from ..runtime.samples import nonfinite
 
     flow = Flow.open(bundle, opening)
-    given = read_images(images, flow.config)
+    given = read_images(images, flow.config, range)
     x = as_trained_on(flow, given.pixels, seed)
     names = given.folder.names if given.folder else None
-    z, log_det = flow.encode(x, given.classes(labels, flow.config))
+    z, log_det = flow.encode(x, given.classes(labels, flow.config), AS_THEY_ARE)
     bits = flow.bits_of(z, log_det)
+    broken = nonfinite(z, log_det, bits)
     if save is not None:
         with replacing(save) as file:
             np.savez(file, z=z, logdet=log_det)
@@ -52,14 +57,16 @@ def likelihood(
             mean_bits_per_dim=float(bits.mean()),
             bits_per_dim=bits.tolist(),
             log_det=log_det.tolist(),
+            nonfinite=broken,
             dequantised=given.pixels.dtype == np.uint8,
             **({"names": names} if names else {}),
             **({"latent": save} if save else {}),
         )
-        return
-    for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
-        print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
-    print(f"mean {bits.mean():.4f} bits/dim over {len(x)} images")
+    else:
+        for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
+            print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
+        print(f"mean {bits.mean():.4f} bits/dim over {len(x)} images")
+    _judge(broken, len(x), "have no finite likelihood")
 
 
 @opens
@@ -67,6 +74,7 @@ def denoise(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
+    range: Range = None,
     strength: Annotated[float, typer.Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
     save: Save = None,
     output: Annotated[
@@ -83,16 +91,30 @@ def denoise(
     import numpy as np
 
     from ..runtime.flow import Flow
+    from ..runtime.inputs import AS_THEY_ARE
+    from ..runtime.samples import nonfinite
 
     files = files_asked(save, output, "denoised.png")
     flow = Flow.open(bundle, opening)
-    given = read_images(images, flow.config)
+    given = read_images(images, flow.config, range)
     stored = given.pixels
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
-    result = flow.denoise(x, given.classes(labels, flow.config), strength)
+    result = flow.denoise(x, given.classes(labels, flow.config), strength, AS_THEY_ARE)
     write_images(result, files, flow.bundle, {})
-    change = float(np.sqrt(np.mean((result - x) ** 2)))
+    change, broken = float(np.sqrt(np.mean((result - x) ** 2))), nonfinite(result)
     if json:
-        emit(bundle=bundle, bundle_hash=flow.bundle.hash, images=len(x), files=files, rms_change=change)
+        known = {"rms_change": change, "nonfinite": broken}
+        emit(bundle=bundle, bundle_hash=flow.bundle.hash, images=len(x), files=files, **known)
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")
+    _judge(broken, len(x), "are not finite once denoised")
+
+
+def _judge(broken: Sequence[int], count: int, what: str) -> None:
+    """End with 1 if any of some images came to nothing."""
+    if broken:
+        say(
+            f"tarflow: check failed: {len(broken)} of {count} images {what}: {few(broken)}. They are nothing like the "
+            "images of this model"
+        )
+        raise typer.Exit(1)

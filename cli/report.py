@@ -17,7 +17,7 @@ from ..runtime.opening import Opening
 from .console import emit, say
 from .doctor import versions_of
 from .evaluate import request_of
-from .images import as_trained_on, read_images
+from .images import Range, as_trained_on, read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line
 
@@ -36,6 +36,7 @@ def report(
     data: Annotated[
         Path | None, typer.Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
     ] = None,
+    range: Range = None,
     data_labels: Annotated[str | None, typer.Option(help="Their labels, as in --labels. Default: sub-folders.")] = None,
     opening: Opening,
     json: Json = False,
@@ -57,7 +58,7 @@ def report(
     flow = Flow.open(bundle, opening)
     images = None
     if data is not None:
-        given = read_images(data, flow.config)
+        given = read_images(data, flow.config, range)
         images = as_trained_on(flow, given.pixels, request.seed), given.classes(data_labels, flow.config)
     with status_line() as line:
         line(f"drawing and examining {n} samples")

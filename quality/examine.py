@@ -13,8 +13,9 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed
 from ..runtime.flow import Flow
 from ..runtime.image import unpatchify
+from ..runtime.inputs import AS_THEY_ARE
 from ..runtime.request import Resolved
-from ..runtime.samples import Preview, Report, Watch
+from ..runtime.samples import Preview, Report, Watch, nonfinite
 
 SHOWN = 10  # samples followed from block to block
 _ENCODED = 256  # images encoded at a time: their states after every block are held
@@ -78,7 +79,7 @@ def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] 
 
     images, started = raw.copy(), time.perf_counter()
     if flow.config.noise_std:
-        images[finite] = flow.denoise(raw[finite], labels[finite])
+        images[finite] = flow.denoise(raw[finite], labels[finite], range=AS_THEY_ARE)
     denoise_seconds = time.perf_counter() - started if flow.config.noise_std else 0.0
     z = noise[:SHOWN] * flow.deviation
     stages = [("noise", unpatchify(z, flow.config.patch_size, flow.config.channels)), *seen.stages()]
@@ -88,7 +89,7 @@ def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] 
         report=drawn.report,
         images=images,
         stages=(*stages, ("denoised", images[:SHOWN])) if flow.config.noise_std else tuple(stages),
-        nonfinite=tuple(np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()),
+        nonfinite=nonfinite(images),
         certificate=np.nan_to_num(np.concatenate(errors), nan=np.inf),
         block_seconds=tuple(seen.seconds),
         encode_seconds=encode_seconds,
@@ -114,10 +115,10 @@ class _Seen:
 
 
 def _population(flow: Flow, name: str, images: Array, labels: NDArray[np.int64] | None) -> Population:
-    parts = [
-        flow.encode(images[start : start + _ENCODED], None if labels is None else labels[start : start + _ENCODED])
-        for start in range(0, len(images), _ENCODED)
-    ]
+    parts = []
+    for start in range(0, len(images), _ENCODED):
+        rows = slice(start, start + _ENCODED)
+        parts.append(flow.encode(images[rows], None if labels is None else labels[rows], AS_THEY_ARE))
     latent, log_det = (np.concatenate(column) for column in zip(*parts, strict=True))
     bits = flow.bits_of(latent, log_det)
     sound = np.isfinite(bits) & np.isfinite(latent).all((1, 2))

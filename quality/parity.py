@@ -15,6 +15,7 @@ from ..runtime.bundle import GOLDEN
 from ..runtime.decode import serial
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
+from ..runtime.inputs import AS_THEY_ARE
 from ..runtime.precision import PRECISIONS
 from .card import Card, Difference
 
@@ -99,14 +100,14 @@ def verify(
         watch("verify resident steps")
         on_device = _worst(resident, pairs.inverses(), Branches.plain(pairs.labels, flow.config.tokens))
     watch("verify likelihood")
-    bits = flow.bits_per_dim(pairs.images, pairs.labels).astype(np.float64)
+    bits = flow.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
     sample = None
     if pairs.serial:
         watch("verify samples")
         sample, certificate = _drawn(flow, pairs.noise, pairs.labels, pairs.images)
     else:  # no sample was drawn: the certificate is that the oracle's images encode to the oracle's latents
-        latent, _ = flow.encode(pairs.images, pairs.labels)
+        latent, _ = flow.encode(pairs.images, pairs.labels, AS_THEY_ARE)
         certificate = float(np.abs(latent - pairs.states[0]).max())
     if pairs.denoised is not None:
         watch("verify denoising")
@@ -176,7 +177,7 @@ def _drawn(flow: Flow, noise: Array, labels: NDArray[np.int64], images: Array) -
 
 
 def _denoised(flow: Flow, images: Array, labels: NDArray[np.int64], expected: Array | None) -> Difference | None:
-    return None if expected is None else Difference.between(flow.denoise(images, labels), expected)
+    return None if expected is None else Difference.between(flow.denoise(images, labels, range=AS_THEY_ARE), expected)
 
 
 def _sweep(decoding: Decoding, x: Array) -> Array:

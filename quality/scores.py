@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..runtime.errors import InputError
 from ..runtime.flow import Flow, Progress
+from ..runtime.inputs import AS_THEY_ARE
 
 DRAWS = 4  # of the dequantisation noise: enough to see how much an answer depends on it
 _ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits
@@ -38,7 +39,7 @@ def score(flow: Flow, pixels: NDArray[np.uint8], seed: int, progress: Callable[[
         progress(Progress(start, len(nats), -1, 0))  # of no block: all of them run at once
         rows = np.arange(start, min(start + _ROWS, len(nats)))
         labels = rows % classes if flow.config.classes else None
-        nats[rows] = flow.log_likelihood(images[rows // classes], labels)
+        nats[rows] = flow.log_likelihood(images[rows // classes], labels, AS_THEY_ARE)
     if not np.isfinite(nats).all():
         raise InputError("the likelihood of this picture is not finite: it is nothing like the model's images")
     by_class = nats.reshape(DRAWS, classes)

@@ -32,7 +32,7 @@ from .drawing import Drawing, tiles
 from .errors import InputError, Remedy
 from .guidance import Guidance as Guidance
 from .image import unpatchify
-from .inputs import check_images, check_labels, check_noise, check_strength
+from .inputs import Span, check_images, check_labels, check_noise, check_strength, in_units
 from .lanes import Lanes
 from .memory import USUAL, Budget, cache_row, peak, spend
 from .opening import Keywords as OpeningKeywords
@@ -45,7 +45,7 @@ from .samples import Preview as Preview
 from .samples import Progress as Progress
 from .samples import Report as Report
 from .samples import Samples as Samples
-from .samples import Watch
+from .samples import Watch, nonfinite
 
 _LARGEST_BATCH = 64
 _UNWATCHED = Watch()
@@ -148,43 +148,65 @@ class Flow:
         states, _ = self.chain.encode(x, (guidance or UNGUIDED).branches(self.config.tokens, classes))
         return self.chain.round_trip(states[-1], z)
 
-    def encode(self, images: ArrayLike, labels: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form."""
-        x, classes = check_images(self.config, images, labels)
+    def encode(
+        self, images: ArrayLike, labels: ArrayLike | None = None, range: Span | None = None
+    ) -> tuple[Array, Array]:
+        """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form.
+
+        ``range`` is the floats' own: (-1, 1) takes them as they are, (0, 1) and (0, 255) are scaled to that. Without
+        one, values beyond [-8, 8] are refused, and those that may be in [0, 1] warned of. Results of images nothing
+        like the model's may be infinite or nan. Raises InputError for what cannot be such images.
+        """
+        x, classes = check_images(self.config, in_units(images, range), labels)
         latents, log_det = np.empty_like(x), np.empty(len(x), np.float32)
         for rows in _batches(len(x)):
             (*_, latents[rows]), log_det[rows] = self.chain.encode(x[rows], Branches.plain(classes[rows], x.shape[1]))
         return latents, (log_det / latents[0].size).astype(np.float32)
 
-    def denoise(self, images: ArrayLike, labels: ArrayLike | None = None, strength: float = 1.0) -> Array:
+    def denoise(
+        self,
+        images: ArrayLike,
+        labels: ArrayLike | None = None,
+        strength: float = 1.0,
+        range: Span | None = None,
+    ) -> Array:
         """One step along the score (Tweedie): x + strength * sigma^2 * grad log p(x | labels).
 
-        Raises InputError for a model trained with uniform dequantisation, which has no Gaussian noise to remove.
+        ``range`` is as in :meth:`encode`. Raises InputError for a model trained with uniform dequantisation, which has
+        no Gaussian noise to remove.
         """
         checked = check_strength(self.config, float(strength), "strength")
-        x, classes = check_images(self.config, images, labels)
+        x, classes = check_images(self.config, in_units(images, range), labels)
         assert checked is not None
         found = np.concatenate([self.chain.denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])
         return unpatchify(found, self.config.patch_size, self.config.channels)
 
-    def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
-        """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training."""
-        return self.nats_of(self.bits_per_dim(images, labels))
+    def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None, range: Span | None = None) -> Array:
+        """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training.
 
-    def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None) -> Array:
-        """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`."""
-        return self.bits_of(*self.encode(images, labels))
+        ``range`` is as in :meth:`encode`.
+        """
+        return self.nats_of(self.bits_per_dim(images, labels, range))
+
+    def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None, range: Span | None = None) -> Array:
+        """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`.
+
+        ``range`` is as in :meth:`encode`.
+        """
+        return self.bits_of(*self.encode(images, labels, range))
 
     def bits_of(self, latent: Array, log_det: Array) -> Array:
         """Bits per dimension, (N,), from what :meth:`encode` returned."""
         energy = 0.5 * np.square(latent, dtype=np.float64).mean((1, 2)) + 0.5 * math.log(2 * math.pi) + math.log(128)
-        bits: Array = ((energy - log_det) / math.log(2)).astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and whoever asks must see that
+            bits: Array = ((energy - log_det) / math.log(2)).astype(np.float32)
         return bits
 
     def nats_of(self, bits: Array) -> Array:
         """Log-likelihoods in nats, (N,), from bits per dimension; see :meth:`log_likelihood`."""
         dimensions = math.prod(self.config.image)
-        return ((math.log(128) - bits.astype(np.float64) * math.log(2)) * dimensions).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return ((math.log(128) - bits.astype(np.float64) * math.log(2)) * dimensions).astype(np.float32)
 
     def dequantise(self, images: ArrayLike, seed: int = 0, first_sample: int = 0) -> Array:
         """8-bit images (N, channels, size, size) -> the continuous images the model was trained on, in [-1, 1] units.
@@ -246,7 +268,6 @@ class Flow:
 
     def _reported(self, drawing: Drawing, seed: int | None, seconds: float) -> Samples:
         samples, first = drawing.images.view(Samples), drawing.request.first_sample
-        broken = np.flatnonzero(~np.isfinite(drawing.images).all((1, 2, 3)))
         samples.report = Report(
             seed=seed,
             first_sample=first,
@@ -254,7 +275,7 @@ class Flow:
             backend=self.backend.description,
             decoding=drawing.ways.words,
             passes=tuple(drawing.passes.tolist()),
-            nonfinite=tuple(int(i) + first for i in broken),
+            nonfinite=tuple(row + first for row in nonfinite(drawing.images)),
             redrawn=tuple(drawing.redrawn),
             certificate=drawing.certificate,
             seconds=seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,12 @@ from .bundle import ModelShape
 from .errors import InputError
 from .image import patchify
 
+Span = tuple[float, float]
+SPANS: dict[str, Span] = {"-1,1": (-1.0, 1.0), "0,1": (0.0, 1.0), "0,255": (0.0, 255.0)}
+AS_THEY_ARE = SPANS["-1,1"]
+AMBIGUOUS = "no value is negative and none above 1: taken as images in [-1, 1], not in [0, 1]"
+
+_LARGEST_VALUE = 8.0  # of a picture in [-1, 1] units: noise and guidance leave the interval, but not as far
 _LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
 
 
@@ -71,6 +78,39 @@ def check_images(config: ModelShape, images: ArrayLike, labels: ArrayLike | None
         raise InputError.of("images", f"of type {array.dtype}", "floats in [-1, 1]", "dequantise 8-bit images first")
     patches = patchify(_finite(np.asarray, array, "images"), config.patch_size)
     return patches, check_labels(config, labels, len(array))
+
+
+def in_units(images: ArrayLike, span: Span | None) -> NDArray[Any]:
+    """Images in [-1, 1] units, of floats over a ``span``; integers are left as they are.
+
+    Of no span, they are taken to be in these units, with a warning if they may be in [0, 1]. Floats said to be in
+    [-1, 1] are taken as they are, however large. Raises InputError for those that cannot be pictures, and for a span
+    that is not in SPANS.
+    """
+    if span is not None and span not in SPANS.values():
+        raise InputError.of("range", span, "(-1, 1), (0, 1) or (0, 255)")
+    array = np.asarray(images)
+    if array.dtype.kind != "f" or span == AS_THEY_ARE:
+        return array
+    if span is None:
+        if is_ambiguous(array):
+            warnings.warn(AMBIGUOUS, stacklevel=3)
+        return check_bounded(array)
+    low, high = span
+    return check_bounded(((array - low) * (2 / (high - low)) - 1).astype(np.float32))
+
+
+def is_ambiguous(images: NDArray[Any]) -> bool:
+    """Whether floats may as well be in [0, 1] as in [-1, 1]."""
+    return bool(images.size) and bool(images.min() >= 0) and bool(images.max() <= 1)
+
+
+def check_bounded(images: NDArray[Any]) -> NDArray[Any]:
+    """The images; InputError if they cannot be pictures in [-1, 1] units."""
+    largest = float(np.abs(images).max(initial=0))
+    if _LARGEST_VALUE < largest <= float(np.finfo(np.float32).max):  # what is not finite is refused elsewhere
+        raise InputError.of("images", f"of values up to {largest:g}", "floats in [-1, 1]", "scale them to that")
+    return images
 
 
 def check_strength(config: ModelShape, denoise: bool | float | None, field: str = "denoise") -> float | None:

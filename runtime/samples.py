@@ -69,6 +69,12 @@ class Report:
     peak_memory: int
 
 
+def nonfinite(*results: Array) -> tuple[int, ...]:
+    """The rows, along the first axis, at which any of some results is not finite."""
+    sound = [np.isfinite(result).reshape(len(result), -1).all(1) for result in results]
+    return tuple(np.flatnonzero(~np.logical_and.reduce(sound)).tolist())
+
+
 class Samples(np.ndarray[Any, np.dtype[np.float32]]):
     """Images (N, channels, size, size) that remember in ``report`` how they were drawn; what is derived does not."""
 

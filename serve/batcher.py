@@ -26,7 +26,7 @@ from ..runtime.backend import REPRODUCIBLE_TILE, Array
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.request import UNGUIDED, Request, Resolved
-from ..runtime.samples import Progress, Watch
+from ..runtime.samples import Progress, Watch, nonfinite
 from .metrics import Metrics
 from .settings import Settings
 
@@ -225,10 +225,9 @@ class Batcher:
         for request, end in zip(requests, ends, strict=True):
             rows = slice(end - request.n, end)
             images = np.asarray(samples)[rows]
-            broken = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
             certificate = samples.report.certificate
             mine = certificate[rows] if certificate is not None and request.certify else None
-            parts.append(Drawn(request, images, tuple(request.first_sample + int(row) for row in broken), mine))
+            parts.append(Drawn(request, images, tuple(request.first_sample + row for row in nonfinite(images)), mine))
         return parts
 
     def _noise(self, requests: list[Resolved]) -> Array:

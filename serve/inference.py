@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from .models import VERSION, Model, Tensor, Tensors, denoising, drawn_tensors, encoding, models_of, wanted_of
+from .models import VERSION, Model, Tensor, Tensors, denoising, drawn_tensors, encoding, models_of, said_of, wanted_of
 from .protocol import HEADER, TYPES, Asked, read_asked, write_answer
 from .service import Refusal, Service, aside
 
@@ -147,7 +147,7 @@ async def _answer(service: Service, request: Request, model: Model, asked: Asked
     if model.name == "sample":
         return drawn_tensors(await service.draw(request, wanted_of(service, model, asked)))
     work = (encoding if model.name == "encode" else denoising)(service, asked)
-    return await service.compute(request, work), {}
+    return await service.compute(request, work), said_of(asked)
 
 
 def _metadata(service: Service, model: Model) -> ModelMetadata:

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from ..runtime import noise
 from ..runtime.errors import InputError
-from ..runtime.inputs import check_labels, check_strength
+from ..runtime.inputs import AMBIGUOUS, AS_THEY_ARE, check_bounded, check_labels, check_strength, is_ambiguous
 from ..runtime.request import Resolved
-from ..runtime.samples import Progress
+from ..runtime.samples import Progress, nonfinite
 from .batcher import Drawn, OnProgress
 from .drawing import Drawing, request_of
 from .packing import ranges
@@ -138,8 +138,7 @@ def wanted_of(service: Service, model: Model, asked: Asked) -> Resolved:
 
 def drawn_tensors(drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
     """Output tensors of ``sample``, and parameters of the answer."""
-    finite = np.asarray(np.isfinite(drawn.images).all((1, 2, 3)))
-    tensors: Tensors = {"images": drawn.images, "finite": finite}
+    tensors: Tensors = {"images": drawn.images, "finite": _finite(drawn.images)}
     if drawn.certificate is not None:
         tensors["certificate"] = drawn.certificate
     request = drawn.request
@@ -147,7 +146,7 @@ def drawn_tensors(drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
 
 
 def encoding(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:
-    """The work of ``encode``, inputs checked. Raises Refusal and InputError."""
+    """The work of ``encode``, inputs checked. Raises Refusal and InputError, the work too: for images that overflow."""
     flow, tensors = service.flow, asked.tensors
     if ("images" in tensors) == ("pixels" in tensors):
         raise Refusal(400, "expected either images, FP32 in [-1, 1], or pixels, UINT8, which are dequantised by seed")
@@ -163,9 +162,11 @@ def encoding(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:
             part = images[rows]
             if part.dtype == np.uint8:
                 part = flow.dequantise(part, seed, first + rows.start)
-            parts.append(flow.encode(part, labels[rows]))
+            parts.append(flow.encode(part, labels[rows], AS_THEY_ARE))
         latent, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
         bits = flow.bits_of(latent, log_det)
+        if broken := nonfinite(latent, log_det, bits):
+            raise InputError(f"images {ranges(broken)} have no finite likelihood: they are nothing like the model's")
         return {"latent": latent, "log_det": log_det, "bits_per_dim": bits, "log_likelihood": flow.nats_of(bits)}
 
     return work
@@ -179,11 +180,21 @@ def denoising(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]
     check_strength(flow.config, strength, "strength")
 
     def work(progress: OnProgress) -> Tensors:
-        parts = [flow.denoise(images[rows], labels[rows], strength) for rows in _parts(len(images), progress)]
-        denoised = np.concatenate(parts)
-        return {"images": denoised, "finite": np.asarray(np.isfinite(denoised).all((1, 2, 3)))}
+        parts = _parts(len(images), progress)
+        denoised = np.concatenate([flow.denoise(images[k], labels[k], strength, AS_THEY_ARE) for k in parts])
+        return {"images": denoised, "finite": _finite(denoised)}
 
     return work
+
+
+def said_of(asked: Asked) -> dict[str, Any]:
+    """Parameters of the answer to ``encode`` and ``denoise``: a warning, where it may not be what was meant."""
+    images = asked.tensors.get("images")
+    return {"warning": f"images: {AMBIGUOUS}"} if images is not None and is_ambiguous(images) else {}
+
+
+def _finite(images: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.isfinite(images).all((1, 2, 3)))
 
 
 def _parts(count: int, progress: OnProgress) -> Iterator[slice]:
@@ -193,13 +204,15 @@ def _parts(count: int, progress: OnProgress) -> Iterator[slice]:
 
 
 def _images(service: Service, tensors: Mapping[str, NDArray[Any]], name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Images, finite and not too many, and a label for each; one label stands for all."""
+    """Images, finite, of pictures' values and not too many, and a label for each; one label stands for all."""
     images, labels = tensors[name], tensors.get("labels")
     most = service.settings.largest_n
     if not 0 < len(images) <= most:
         raise Refusal(400, f"input '{name}' holds {len(images)} images; expected 1 to {most}")
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise Refusal(400, f"input '{name}' is not finite")
+    if images.dtype.kind == "f":
+        check_bounded(images)
     given = labels[0] if labels is not None and len(labels) == 1 else labels
     return images, check_labels(service.flow.config, given, len(images))
 

@@ -149,6 +149,36 @@ REQUESTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def infer(service: Running, model: str, images: Any) -> tuple[int, Any]:
+    """The status and the answer of a model that is given images as JSON."""
+    tensor = {"name": "images", "datatype": "FP32", "shape": list(images.shape), "data": images.ravel().tolist()}
+    status, _, answer = service.ask("POST", f"/v2/models/{model}/infer", {"inputs": [tensor]})
+    return status, json.loads(answer)
+
+
+def test_encoding_that_overflows_is_an_error_that_names_the_rows(service: Running, flow: Flow) -> None:
+    images = np.random.default_rng(0).choice([-8, 8], (16, 1, 8, 8)).astype(np.float32)
+    broken = np.flatnonzero(~np.isfinite(flow.bits_per_dim(images)))
+    assert 0 < len(broken) < 16, "some must overflow and some not, or this test shows nothing"
+    status, answer = infer(service, "encode", images)
+    assert (status, answer["error"].split(" have ")) == (
+        400,
+        [f"images {ranges(tuple(broken))}", "no finite likelihood: they are nothing like the model's"],
+    )
+    status, answer = infer(service, "denoise", images)
+    finite = {output["name"]: output["data"] for output in answer["outputs"]}["finite"]
+    assert (status, all(finite)) == (200, False)
+
+
+@pytest.mark.parametrize("model", ["encode", "denoise"])
+def test_floats_of_another_range_are_warned_of_or_refused(service: Running, model: str) -> None:
+    images = np.random.default_rng(0).random((1, 1, 8, 8))
+    status, answer = infer(service, model, images)
+    assert (status, "taken as images in [-1, 1]" in answer["parameters"]["warning"]) == (200, True)
+    status, answer = infer(service, model, images * 255)
+    assert (status, "expected floats in [-1, 1]" in answer["error"]) == (400, True)
+
+
 def test_a_request_s_bits_do_not_depend_on_who_shares_its_batch(flow: Flow) -> None:
     async def scenario() -> None:
         async with calling(flow, workers=2) as (client, service):
