@@ -38,8 +38,6 @@ class Sessions:
                 f"provider '{opening.provider}' needs {self._provider}; this ONNX Runtime {self.ort.__version__} has "
                 f"{', '.join(available)}. Install onnxruntime-gpu in place of onnxruntime, or use `provider` cpu",
                 field="provider",
-                found=opening.provider,
-                expected="cpu",
             )
         self.captures = opening.cuda_graph and opening.provider == "cuda"
         self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"
