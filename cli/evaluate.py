@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from ..quality.features import FeatureNetwork
     from ..quality.frechet import Statistics
-    from ..runtime.flow import Flow, Progress
+    from ..runtime.flow import Flow
     from ..runtime.request import Resolved
+    from ..runtime.samples import Progress
 
 DIGITS = Path(__file__).parent.parent / "features" / "digits.onnx"  # the demo's; its statistics lie beside it
 _PART = 1024  # samples drawn before their features are taken: memory stays bounded

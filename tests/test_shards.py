@@ -27,10 +27,11 @@ from tarflow.cli.options import Ray, RayCommand
 from tarflow.runtime.backend import Array
 from tarflow.runtime.chain import Chain
 from tarflow.runtime.errors import BundleError, InputError, MachineError
-from tarflow.runtime.flow import Flow, Guidance, Samples
+from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.request import Request, Resolved
+from tarflow.runtime.samples import Samples
 from tarflow.shards.draw import draw
 from tarflow.shards.folder import INDEX, JOB, claimed, write_index
 from tarflow.shards.job import Job, Shard

@@ -303,7 +303,7 @@ def test_a_damaged_record_is_an_error_of_the_bundle(built: Built, content: bytes
         ("version_compatible", True, "'version_compatible' is true, which this version neither builds nor runs"),
         ("strip_weights", "no", "'strip_weights' is str; expected bool"),
         ("strip_weights", True, "'strip_weights' is true"),
-        ("level", 9, "'level' is 9; expected null or an integer from 0 to 5"),
+        ("level", 9, "'level' is 9; expected an integer from 0 to 5"),
         ("target", [], "'target' is list; expected dict"),
         ("target.gpu", 5, "'target.gpu' is 5"),
         ("target.capabilities", "9.0", "'capabilities' is str; expected list"),

@@ -39,7 +39,9 @@ class Sessions:
                 f"{', '.join(available)}. Install onnxruntime-gpu in place of onnxruntime, or use `provider` cpu",
                 field="provider",
             )
-        self.captures = opening.cuda_graph and opening.provider == "cuda"
+        self.device = opening.provider  # by the name that tensors on it take
+        self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time
+        self.captures = opening.cuda_graph and self.device == "cuda"
         self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"
         self._open: dict[tuple[int, str, Axes], onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
@@ -97,7 +99,7 @@ class Sessions:
         return self.ort.InferenceSession(str(path), options, providers=self._providers())
 
     def _providers(self, **options: str) -> list[Any]:
-        if self._provider == PROVIDERS["cpu"]:
+        if self.device == "cpu":
             return [self._provider]
         return [(self._provider, _CUDA | options), PROVIDERS["cpu"]]
 
