@@ -110,13 +110,18 @@ def demo() -> Path:
     return DEMO
 
 
+def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """cli("generate", ...): the real command in a process of its own."""
 
     def run(*args: object, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tarflow.cli.main", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+        return python("-m", "tarflow.cli.main", *args, timeout=timeout, **options)
 
     return run
 
