@@ -199,11 +199,11 @@ def _output(session: onnxruntime.InferenceSession, path: Path, wanted: str | Non
     names = {output.name: output.shape for output in session.get_outputs()}
     if wanted is not None and wanted not in names:
         message = f"'{path}' has no output '{wanted}'; it has {', '.join(names)}"
-        raise InputError(message, field="feature_output")
+        raise InputError(message, field="feature_output", found=wanted, expected=", ".join(names))
     if wanted is None and len(names) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in names.items())
         message = f"'{path}' has {len(names)} outputs ({listed}); choose one with `feature_output`"
-        raise InputError(message, field="feature_output")
+        raise InputError(message, field="feature_output", expected=", ".join(names))
     return wanted or next(iter(names))
 
 

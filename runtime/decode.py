@@ -46,6 +46,7 @@ def tolerance_of(mode: str, tolerance: float | None) -> float:
         raise InputError(
             f"`decode` serial has no `tolerance` to set to {tolerance:g}: it is exact; drop one of the two",
             field="tolerance",
+            found=tolerance,
         )
     if not 0 <= tolerance < math.inf:
         raise InputError.of("tolerance", tolerance, "a number of 0 or more, such as 1e-3")

@@ -28,25 +28,35 @@ class Remedy:
 class TarflowError(Exception):
     """Any error this package raises on purpose. ``exit_code`` is what the command line returns.
 
-    ``field`` names what was wrong, ``remedy`` is what the message's last words advise; None where there is no such
-    thing.
+    ``field`` names what was wrong, ``found`` and ``expected`` say it apart from the message; ``remedy`` is what the
+    message's last words advise. All are None where there is no such thing.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, field: str | None = None, remedy: Remedy | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        found: object = None,
+        expected: str | None = None,
+        remedy: Remedy | None = None,
+    ) -> None:
         super().__init__(message)
-        self.field, self.remedy = field, remedy
+        self.field, self.found, self.expected, self.remedy = field, found, expected, remedy
 
     @classmethod
     def of(cls, field: str, found: object, expected: str, advice: str = "", remedy: Remedy | None = None) -> Self:
         """The error of one field: "`field` is found; expected this: advice"."""
         message = f"`{field}` is {found}; expected {expected}" + (f": {advice}" if advice else "")
-        return cls(message, field=field, remedy=remedy)
+        return cls(message, field=field, found=found, expected=expected, remedy=remedy)
 
 
 class CheckFailed(TarflowError):
     """A result was computed and found outside its tolerance."""
+
+    exit_code = 1
 
 
 class InputError(TarflowError, ValueError):

@@ -55,6 +55,8 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> La
         raise InputError(
             f"label {array.max()} is out of range; this model has classes 0 to {config.classes - 1}, and -1 for none",
             field="labels",
+            found=int(array.max()),
+            expected=f"-1 to {config.classes - 1}",
         )
     return np.broadcast_to(array.astype(np.int64), (count,)).copy()
 
@@ -80,6 +82,8 @@ def check_strength(config: ModelShape, denoise: bool | float | None, field: str 
         raise InputError(
             "this model was trained with uniform dequantisation: there is no Gaussian noise to remove; do not denoise",
             field=field,
+            found=denoise,
+            expected="False",
         )
     if not 0 <= float(denoise) < math.inf:
         raise InputError.of(field, denoise, "a strength of 0 or more, 1 is the theory's")

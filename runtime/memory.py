@@ -64,6 +64,8 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
         f"`memory` of {size_text(limit)} is too little for this model: one block's weights, a cache for one image and "
         f"its gradient take {size_text(held + cache + activations)}",
         field="memory",
+        found=limit,
+        expected=f"{held + cache + activations} bytes or more",
     )
 
 

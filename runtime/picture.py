@@ -50,6 +50,8 @@ class PictureReader:
             raise InputError(
                 f"pictures have 1 or 3 channels; this model has {self.channels}: give arrays instead of pictures",
                 field="channels",
+                found=self.channels,
+                expected="1 or 3",
             )
 
     def read(self, source: bytes | Path) -> Picture:

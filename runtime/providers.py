@@ -44,6 +44,8 @@ def _open(bundle: Bundle, opening: Opening) -> Backend:
             "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with `provider` cuda, "
             "or export it for this machine, in fp32",
             field="provider",
+            found="cpu",
+            expected="cuda",
             remedy=Remedy("export", {"engine": "fp32"}),
         )
     return OrtBackend(bundle, opening)

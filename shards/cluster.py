@@ -129,6 +129,8 @@ def share(workers: int | None, opening: Opening, most: int) -> Share:
         raise MachineError(
             f"`provider` {provider} needs GPUs, and Ray knows of none here; use `provider` cpu",
             field="provider",
+            found=provider,
+            expected="cpu",
         )
     count = min(workers or (gpus if on_gpu else len(nodes)) or 1, most)
     sizes = [int(node["CPU"]) for node in nodes]

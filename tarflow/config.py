@@ -52,10 +52,12 @@ class Config:
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}; "
                 f"pass a `patch_size` that divides {self.image_size}",
                 field="patch_size",
+                found=self.patch_size,
+                expected=f"a divisor of {self.image_size}",
             )
         if self.width % self.head_dim:
             message = f"width {self.width} is not a multiple of the head dimension {self.head_dim}"
-            raise ConfigError(message, field="width")
+            raise ConfigError(message, field="width", found=self.width, expected=f"a multiple of {self.head_dim}")
         if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
             raise ConfigError.of("noise_std", self.noise_std, "0 or a positive number")
 

@@ -38,6 +38,8 @@ class Sessions:
                 f"provider '{opening.provider}' needs {self._provider}; this ONNX Runtime {self.ort.__version__} has "
                 f"{', '.join(available)}. Install onnxruntime-gpu in place of onnxruntime, or use `provider` cpu",
                 field="provider",
+                found=opening.provider,
+                expected="cpu",
             )
         self.device = opening.provider  # by the name that tensors on it take
         self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time

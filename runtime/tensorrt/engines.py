@@ -78,6 +78,8 @@ class Engines:
             f"these engines take windows of 1 to {widest} positions and {sorted({p.branches for p in profiles})} "
             f"guidance branches, not {window} and {branches}; build others",
             field="window",
+            found=window,
+            expected=f"1 to {widest}",
             remedy=rebuild(self.bundle.folder, self.record, self.here, window=(1, window, window)),
         )
 

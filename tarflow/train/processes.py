@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
     index = int(number) if number.isdigit() else -1
     if not 0 <= index < torch.cuda.device_count():
         most = f"0 to {torch.cuda.device_count() - 1}, one a process"
-        raise InputError(f"no CUDA device {number}; expected {most}", field="device")
+        raise InputError(f"no CUDA device {number}; expected {most}", field="device", found=number, expected=most)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
