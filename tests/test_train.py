@@ -314,8 +314,8 @@ def test_command_prints_one_json_document(tmp_path: Path) -> None:
 
 def test_command_raises_what_a_user_can_mend(tmp_path: Path) -> None:
     for arguments, message in (
-        (("--width", "100"), "not a multiple of the head dimension"),
-        (("--patch-size", "3"), "pass a `patch_size` that divides 8"),
+        (("--width", "100"), "`width` is 100; expected a multiple of the head dimension, 64"),
+        (("--patch-size", "3"), "`patch_size` is 3; expected a divisor of the image size, 8"),
         (("--noise-std", "loud"), "`noise_std` is 'loud'; expected a number, or 'uniform'"),
         (("--data", str(tmp_path / "photos")), "no folder at"),
         (("--threads", "0"), "`threads` is 0"),
