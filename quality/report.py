@@ -11,7 +11,7 @@ from string import Template
 import numpy as np
 
 from ..runtime.backend import Array
-from ..runtime.bundle import MANIFEST, Bundle
+from ..runtime.bundle import MANIFEST
 from ..runtime.errors import BundleError
 from . import plots
 from .card import Card
@@ -34,22 +34,13 @@ class Making:
 
 def render(found: Examination, making: Making) -> str:
     """The page: self-contained HTML that asks no network for anything."""
-    sections = [
-        _samples(found),
-        _blocks(found),
-        _latents(found),
-        _likelihood(found),
-        _certificates(found),
-        _times(found),
-        _parity(found.bundle),
-        _provenance(found, making),
-    ]
+    sections = [_samples, _blocks, _latents, _likelihood, _certificates, _times, _parity]
     return _PAGE.substitute(
         name=html.escape(found.bundle.manifest.name),
         style=_STYLE,
         model=html.escape(_model(found)),
         figures=_key_figures(found),
-        sections="".join(sections),
+        sections="".join([*(section(found) for section in sections), _provenance(found, making)]),
         version=html.escape(making.versions.get("tarflow", "")),
         date=html.escape(making.date),
     )
@@ -187,8 +178,8 @@ def _times(found: Examination) -> str:
     return _section("Time", text, f'<figure class="plot">{plots.bars(rows, "Seconds by block")}</figure>')
 
 
-def _parity(bundle: Bundle) -> str:
-    document = bundle.manifest.parity
+def _parity(found: Examination) -> str:
+    document = found.bundle.manifest.parity
     if not document:
         return _section("Parity", "This export was not verified against PyTorch.", "")
     try:
@@ -208,9 +199,9 @@ def _parity(bundle: Bundle) -> str:
 
 
 def _provenance(found: Examination, making: Making) -> str:
-    versions = [(name, version) for name, version in making.versions.items()]
     made = [(f"exported with {name}", version) for name, version in found.bundle.manifest.exporter.items()]
-    rows = [("bundle", found.bundle.hash), ("backend", found.report.backend), ("date", making.date), *versions, *made]
+    rows = [("bundle", found.bundle.hash), ("backend", found.report.backend), ("date", making.date)]
+    rows += [*making.versions.items(), *made]
     items = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
     command = f"<p>The same report again:</p><pre>{html.escape(making.command)}</pre>"
     return _section("Where this comes from", "", f'{command}<table class="facts">{items}</table>')
