@@ -103,15 +103,15 @@ def _blocks(found: Examination) -> str:
 def _latents(found: Examination) -> str:
     c = found.bundle.manifest.config
     side = c.image_size // c.patch_size
+    latents = {p.name: p.latent.astype(np.float64) for p in found.populations}
     rows, by_position = [], []
-    for p in found.populations:
-        z = p.latent.astype(np.float64)
+    for name, z in latents.items():
         mean, variance = z.mean((0, 2)), z.var((0, 2))
         kurtosis = np.mean((z - z.mean()) ** 4) / max(z.var() ** 2, 1e-300) - 3
         numbers = (f"{z.mean():+.4f}", f"{z.var():.4f}", f"{kurtosis:+.3f}", f"{np.abs(z).max():.2f}")
         spans = (f"{mean.min():+.3f} to {mean.max():+.3f}", f"{variance.min():.3f} to {variance.max():.3f}")
-        rows.append((p.name, str(len(z)), *numbers, *spans))
-        by_position.append((p.name, (mean, variance - 1)))
+        rows.append((name, str(len(z)), *numbers, *spans))
+        by_position.append((name, (mean, variance - 1)))
     maps = []
     for k, (what, middle) in enumerate((("mean", 0), ("variance", 1))):
         reach = max(0.1, *(float(np.abs(values[k]).max()) for _, values in by_position))
@@ -126,9 +126,7 @@ def _latents(found: Examination) -> str:
         "themselves show the inverse at work and what guidance changed, not how well the model fits"
         + (". " if len(found.populations) > 1 else "; that takes real images, and none were given. ")
     )
-    plot = plots.quantiles(
-        {p.name: p.latent.astype(np.float64).ravel() for p in found.populations}, "Quantiles of latents"
-    )
+    plot = plots.quantiles({name: z.ravel() for name, z in latents.items()}, "Quantiles of latents")
     figures = f'<figure class="plot">{plot}</figure><div class="maps">{"".join(maps)}</div>'
     return _section("Latents", text, _table(names, rows) + figures)
 
@@ -145,12 +143,8 @@ def _likelihood(found: Examination) -> str:
 
 
 def _certificates(found: Examination) -> str:
-    plot = plots.histogram(
-        {"samples": found.certificate.astype(np.float64)},
-        "largest difference from the noise",
-        "Histogram of round-trip errors",
-        decades=True,
-    )
+    errors, label = {"samples": found.certificate.astype(np.float64)}, "largest difference from the noise"
+    plot = plots.histogram(errors, label, "Histogram of round-trip errors", decades=True)
     text = (
         "Each raw sample encoded again, with the guidance it was drawn with, must give back its noise. The largest "
         f"difference of any number of a sample: median {np.median(found.certificate):.1e}, at most "

@@ -109,17 +109,8 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
     if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
         advice = f"these weights have patches of {patch_dim} numbers"
         raise ConfigError.of("patch_size", patch_size, _patch_choices(patch_dim), advice)
-    return Config(
-        image_size=grid * patch_size,
-        channels=channels,
-        patch_size=patch_size,
-        width=width,
-        blocks=blocks,
-        layers=layers,
-        classes=classes,
-        nvp=nvp,
-        noise_std=parse_noise(noise),
-    )
+    shape = (grid * patch_size, channels, patch_size, width, blocks, layers)
+    return Config(*shape, classes, nvp, parse_noise(noise))
 
 
 def parse_noise(noise: float | str) -> float | None:
