@@ -37,7 +37,9 @@ class Room:
 
 
 ROOMS = {
-    "tarflow": Room("numpy torch safetensors", "runtime.files runtime.errors", {"data": "tarflow.train.data"}),
+    "tarflow": Room(
+        "numpy torch safetensors", "runtime.files runtime.errors runtime.manifest", {"data": "tarflow.train.data"}
+    ),
     "tarflow.train": Room(
         "numpy torch sklearn",
         "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.picture_folder",
