@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
@@ -29,15 +29,11 @@ if TYPE_CHECKING:
 @opens
 def bench(
     bundle: BundleArgument,
-    against: Annotated[
-        list[Path] | None, typer.Option(help="Another bundle of the same model, such as its int8; may be repeated.")
-    ] = None,
-    rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Also time PyTorch: as published, and compiled. Slow.")
-    ] = False,
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
-    guidance: Annotated[float, typer.Option(help="Guidance scale of the guided rows; 0 leaves them out.")] = 1.0,
-    repeats: Annotated[int, typer.Option(help="Rounds, in which all take turns; the median counts.")] = 5,
+    against: Annotated[list[Path] | None, Option(help="Also this bundle, of the same model; may be repeated.")] = None,
+    rivals: Annotated[bool, Option(help="Also time PyTorch: as published, and compiled. Slow.")] = False,
+    batch: Annotated[str, Option(help="Batch sizes, comma-separated.")] = "1,8,32",
+    guidance: Annotated[float, Option(help="Guidance scale of the guided rows; 0 leaves them out.")] = 1.0,
+    repeats: Annotated[int, Option(help="Rounds, in which all take turns; the median counts.")] = 5,
     *,
     opening: Opening,
     json: Json = False,

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Exit
 
 from ..export.engines.options import Options
 from ..runtime.bundle import Bundle
@@ -88,9 +88,9 @@ def doctor(json: Json = False) -> None:
         print("\n".join(f"problem: {problem}" for problem in problems) or "no known problem")
     results = [test["ok"] for test in tests.values()]
     if False in results:
-        raise typer.Exit(1)
+        raise Exit(1)
     if True not in results:
-        raise typer.Exit(3)
+        raise Exit(3)
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

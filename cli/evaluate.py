@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed, InputError
@@ -37,25 +37,23 @@ def evaluate(
     bundle: BundleArgument,
     against: Annotated[
         Path | None,
-        typer.Option(help="Images: a folder, .npy, or statistics (.npz). Default: the digits, for the demo only."),
+        Option(help="Images: a folder, .npy, or statistics (.npz). Default: the digits, for the demo only."),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(help="The feature network, ONNX. Default: the demo's own, for the demo only.")
+        Path | None, Option(help="The feature network, ONNX. Default: the demo's own, for the demo only.")
     ] = None,
-    feature_size: Annotated[int | None, typer.Option(help="Side images are resized to, if the graph is open.")] = None,
+    feature_size: Annotated[int | None, Option(help="Side images are resized to, if the graph is open.")] = None,
     feature_range: Annotated[
-        str | None, typer.Option(help="Values the network expects: -1,1 (default), 0,1, 0,255 or imagenet.")
+        str | None, Option(help="Values expected: -1,1 (default), 0,1, 0,255 or imagenet.")
     ] = None,
-    feature_output: Annotated[str | None, typer.Option(help="The layer, if the network has several outputs.")] = None,
-    n: Annotated[int, typer.Option("--n", help="How many samples are drawn.")] = 10_000,
-    samples: Annotated[
-        Path | None, typer.Option(help="Evaluate these images (a folder or .npy) instead of drawing.")
-    ] = None,
+    feature_output: Annotated[str | None, Option(help="The layer, if the network has several outputs.")] = None,
+    n: Annotated[int, Option("--n", help="How many samples are drawn.")] = 10_000,
+    samples: Annotated[Path | None, Option(help="Evaluate these images (a folder or .npy) instead of drawing.")] = None,
     labels: Labels = None,
     *,
     drawing: Drawing,
-    resamples: Annotated[int, typer.Option(help="Resamplings of the bootstrap, by the same seed.")] = 100,
-    save_stats: Annotated[Path | None, typer.Option(help="Write the statistics of --against as .npz.")] = None,
+    resamples: Annotated[int, Option(help="Resamplings of the bootstrap, by the same seed.")] = 100,
+    save_stats: Annotated[Path | None, Option(help="Write the statistics of --against as .npz.")] = None,
     opening: Opening,
     json: Json = False,
 ) -> None:

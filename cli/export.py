@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..config import Hints
 from ..runtime.bundle import Bundle
@@ -25,22 +25,16 @@ if TYPE_CHECKING:
 def export(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(metavar="[CHECKPOINT]", help=".pth, .safetensors or a bundle. Default: the demo model."),
+        Argument(metavar="[CHECKPOINT]", help=".pth, .safetensors or a bundle. Default: the demo model."),
     ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
-    engine: Annotated[
-        str, typer.Option(help="Precision typed into the graphs: fp32, fp16, bf16, or int8 (weights alone).")
-    ] = "fp32",
+    output: Annotated[Path, Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
+    engine: Annotated[str, Option(help="Precision of the graphs: fp32, fp16, bf16, or int8 (weights alone).")] = "fp32",
     *,
     hints: Hints,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before it appears.")
-    ] = True,
-    build: Annotated[
-        bool, typer.Option("--build/--no-build", help="End in TensorRT engines, where TensorRT is installed.")
-    ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
+    verify: Annotated[bool, Option(help="Compare with PyTorch before it appears.")] = True,
+    build: Annotated[bool, Option(help="End in TensorRT engines, where TensorRT is installed.")] = True,
+    force: Annotated[bool, Option("--force", help="Replace an existing bundle.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be written, and stop.")] = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs, one set per flow block, verified against PyTorch.

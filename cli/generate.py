@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Exit, Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.files import size_text
@@ -24,26 +24,18 @@ if TYPE_CHECKING:
 @draws()
 def generate(
     bundle: BundleArgument,
-    n: Annotated[
-        int | None, typer.Option("--n", help="How many samples. Default: 64, or as many as --noise has.")
-    ] = None,
+    n: Annotated[int | None, Option("--n", help="How many samples. Default: 64, or as many as --noise has.")] = None,
     labels: Labels = None,
     *,
     drawing: Drawing,
-    noise: Annotated[Path | None, typer.Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
+    noise: Annotated[Path | None, Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
     save: Save = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Picture of all samples. Default: samples.png, unless --save.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for many samples, in shards; the same command continues it.")
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="Of shards: npy (the default), safetensors, png (folders) or tar (webdataset).")
-    ] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Samples in a shard, a multiple of 16. Default: 1024.")] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="Picture. Default: samples.png if no --save.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for many samples, in shards; a second run continues it.")] = None,
+    format: Annotated[str | None, Option(help="npy (default), safetensors, png (folders) or tar (webdataset).")] = None,
+    shard_size: Annotated[int | None, Option(help="Samples in a shard, a multiple of 16. Default: 1024.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that draw shards. Default: 1; with --ray, one a GPU or a machine.")
+        int | None, Option(help="Processes that draw shards. Default: 1; with --ray, one a GPU or a machine.")
     ] = None,
     ray: Ray = None,
     opening: Opening,
@@ -105,7 +97,7 @@ def generate(
             cure = "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
         few = _few(report.nonfinite)
         say(f"tarflow: check failed: {len(report.nonfinite)} of {n} samples are not finite: {few}. {cure}")
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], opening: Opening) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..runtime.files import replacing
 from ..runtime.opening import Opening
@@ -13,7 +13,7 @@ from .console import emit, parse_labels
 from .images import Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
-Images = Annotated[Path, typer.Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
+Images = Annotated[Path, Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
 
 
 @opens
@@ -21,8 +21,8 @@ def likelihood(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
-    save: Annotated[Path | None, typer.Option(help="Write latents z and logdet as .npz.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
+    save: Annotated[Path | None, Option(help="Write latents z and logdet as .npz.")] = None,
+    seed: Annotated[int, Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
     *,
     opening: Opening,
     json: Json = False,
@@ -66,10 +66,10 @@ def denoise(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
-    strength: Annotated[float, typer.Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
+    strength: Annotated[float, Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
     save: Save = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
+        Path | None, Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
     ] = None,
     *,
     opening: Opening,

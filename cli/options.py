@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from ..config import Hints
@@ -31,12 +31,12 @@ Flags = Mapping[str, tuple[Any, Any]]  # name -> annotation, default
 
 
 def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> tuple[Any, Any]:
-    return Annotated[kind, typer.Option(*names, help=help, metavar=metavar)], default
+    return Annotated[kind, Option(*names, help=help, metavar=metavar)], default
 
 
 BundleArgument = Annotated[
     Bundle,
-    typer.Argument(
+    Argument(
         metavar="[BUNDLE]",
         parser=Bundle.open,
         default_factory=default_bundle,
@@ -44,17 +44,15 @@ BundleArgument = Annotated[
         help="A bundle folder. Default: ./tarflow-bundle if it is there, else the demo.",
     ),
 ]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+BundlePath = Annotated[Path, Argument(help="A bundle folder.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
 Labels = Annotated[
     str | None,
-    typer.Option(
-        help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."
-    ),
+    Option(help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."),
 ]
 Ray = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="[ADDRESS]",
         help="Use Ray: a cluster (auto, HOST:PORT or ray://HOST:PORT), or alone the one of RAY_ADDRESS, else one here.",
     ),
@@ -64,9 +62,7 @@ _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]
 OPENING: Flags = {
     "provider": _flag(str, "cpu", "cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here."),
     "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
-    "spinning": _flag(
-        bool | None, None, "Let idle threads spin; not where cores are shared.", "--spinning/--no-spinning"
-    ),
+    "spinning": _flag(bool | None, None, "Let idle threads spin; not where cores are shared."),
     "memory": _flag(
         str | None,
         None,
@@ -74,7 +70,7 @@ OPENING: Flags = {
         "fit. least: always one block at a time.",
         metavar="SIZE|least",
     ),
-    "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph.", "--cuda-graph/--no-cuda-graph"),
+    "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),
 }
 Threads = OPENING["threads"][0]
 GUIDANCE: Flags = {
@@ -93,11 +89,11 @@ DECODING: Flags = {
 }
 DRAWING: Flags = {
     **GUIDANCE,
-    "denoise": _flag(bool | None, None, "Denoise. Default: if trained with Gaussian noise.", "--denoise/--no-denoise"),
+    "denoise": _flag(bool | None, None, "Denoise. Default: if trained with Gaussian noise."),
     "denoise_strength": _flag(float, 1.0, "Factor on the noise variance when denoising."),
     "seed": _flag(int, 0, "Seed of the noise."),
     "first_sample": _flag(int, 0, "Index of the first sample; seed and index fix a sample."),
-    "certify": _flag(bool, True, "Encode the samples again and report the error.", "--certify/--no-certify"),
+    "certify": _flag(bool, True, "Encode the samples again and report the error."),
     "redraw_nonfinite": _flag(bool, False, "Draw samples that overflow again.", "--redraw-nonfinite"),
     "batch_size": _flag(int | None, None, "Samples at a time. Default: up to 64, by memory."),
     "reproducible": _flag(bool, False, "Bitwise the same whatever n, batch size, threads.", "--reproducible"),

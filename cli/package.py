@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.errors import InputError
 from ..runtime.opening import Opening
@@ -16,21 +16,21 @@ from .options import BundleArgument, Json
 
 def package(
     bundle: BundleArgument,
-    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository into this folder.")] = None,
-    name: Annotated[str | None, typer.Option(help="How the models' names begin. Default: the bundle's name.")] = None,
+    triton: Annotated[Path | None, Option(help="Write a Triton model repository into this folder.")] = None,
+    name: Annotated[str | None, Option(help="How the models' names begin. Default: the bundle's name.")] = None,
     models: Annotated[
-        str | None, typer.Option(help="Which models: sample, encode, denoise. Default: all that this bundle can do.")
+        str | None, Option(help="Of sample, encode and denoise. Default: all this bundle can do.")
     ] = None,
-    instances: Annotated[int, typer.Option(help="Instances of each model, on each device.")] = 1,
-    max_batch: Annotated[int, typer.Option(help="Rows computed at once, at most.")] = 64,
-    delay: Annotated[float, typer.Option(help="Seconds a request may wait for others to share its batch.")] = 0.005,
-    gpu: Annotated[str | None, typer.Option(help="GPUs, as in 0,1. Default: the CPU.")] = None,
+    instances: Annotated[int, Option(help="Instances of each model, on each device.")] = 1,
+    max_batch: Annotated[int, Option(help="Rows computed at once, at most.")] = 64,
+    delay: Annotated[float, Option(help="Seconds a request may wait for others to share its batch.")] = 0.005,
+    gpu: Annotated[str | None, Option(help="GPUs, as in 0,1. Default: the CPU.")] = None,
     provider: Annotated[
-        str | None, typer.Option(help="Default: cpu; with --gpu auto: TensorRT engines, CUDA, what works there.")
+        str | None, Option(help="Default: cpu; with --gpu auto: TensorRT engines, CUDA, what works there.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of an instance. Default: its share.")] = None,
-    link: Annotated[bool, typer.Option("--link/--copy", help="Link to the bundle instead of copying it.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace models of these names.")] = False,
+    threads: Annotated[int | None, Option(help="Threads of an instance. Default: its share.")] = None,
+    link: Annotated[bool, Option("--link/--copy", help="Link to the bundle instead of copying it.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace models of these names.")] = False,
     json: Json = False,
 ) -> None:
     """Write a model repository for Triton's Python backend: batching, instances, and this runtime inside.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
@@ -28,15 +28,15 @@ PACKAGES = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
 @draws(*GUIDANCE, "seed")
 def report(
     bundle: BundleArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
-    n: Annotated[int, typer.Option("--n", help="How many samples are drawn.")] = 160,
+    output: Annotated[Path, Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    n: Annotated[int, Option("--n", help="How many samples are drawn.")] = 160,
     labels: Labels = None,
     *,
     drawing: Drawing,
     data: Annotated[
-        Path | None, typer.Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
+        Path | None, Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
     ] = None,
-    data_labels: Annotated[str | None, typer.Option(help="Their labels, as in --labels. Default: none.")] = None,
+    data_labels: Annotated[str | None, Option(help="Their labels, as in --labels. Default: none.")] = None,
     opening: Opening,
     json: Json = False,
 ) -> None:
@@ -87,4 +87,4 @@ def report(
         print(f"{output}: {n} samples, {likelihoods}, round-trip error {found.certificate.max():.2g} at most")
     if found.nonfinite:
         say(f"tarflow: check failed: {len(found.nonfinite)} of {n} samples are not finite: lower the guidance")
-        raise typer.Exit(1)
+        raise Exit(1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.errors import InputError
 from ..runtime.machine import cores
@@ -23,28 +23,22 @@ TOKEN = "TARFLOW_TOKEN"
 @draws(*DECODING)
 def serve(
     bundle: BundleArgument,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and says which.")] = 8080,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; one more is answered 429.")] = 64,
-    batch: Annotated[int, typer.Option(help="Samples drawn together at most.")] = 64,
-    delay_ms: Annotated[float, typer.Option(help="How long a request waits for others to fill its tile.")] = 5.0,
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take, waiting included; then 504.")] = 60.0,
-    max_n: Annotated[int, typer.Option(help="Samples or images in one request.")] = 256,
-    max_body: Annotated[int, typer.Option(help="MiB of a request's body.")] = 64,
-    workers: Annotated[
-        int | None, typer.Option(help="Batches computed at a time. Default: 2 on a CPU of 2 cores or more, else 1.")
-    ] = None,
-    token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the bearer token requests must carry. Or set {TOKEN}.")
-    ] = None,
-    certify: Annotated[bool, typer.Option("--certify", help="Encode every sample again, for the metrics.")] = False,
-    grace: Annotated[
-        float, typer.Option(min=0, help="Seconds between readiness going off and the last connection taken.")
-    ] = 1.0,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one and says which.")] = 8080,
+    queue: Annotated[int, Option(help="Requests that may wait; one more is answered 429.")] = 64,
+    batch: Annotated[int, Option(help="Samples drawn together at most.")] = 64,
+    delay_ms: Annotated[float, Option(help="How long a request waits for others to fill its tile.")] = 5.0,
+    timeout: Annotated[float, Option(help="Seconds a request may take, waiting included; then 504.")] = 60.0,
+    max_n: Annotated[int, Option(help="Samples or images in one request.")] = 256,
+    max_body: Annotated[int, Option(help="MiB of a request's body.")] = 64,
+    workers: Annotated[int | None, Option(help="Batches at a time. Default: 2 on 2 or more CPU cores, else 1.")] = None,
+    token_file: Annotated[Path | None, Option(help=f"File with the bearer token of requests. Or set {TOKEN}.")] = None,
+    certify: Annotated[bool, Option("--certify", help="Encode every sample again, for the metrics.")] = False,
+    grace: Annotated[float, Option(min=0, help="Seconds from readiness going off to the last connection taken.")] = 1.0,
     ray: Ray = None,
     replicas: Annotated[
         str | None,
-        typer.Option(help="With --ray: how many, or the least and the most that load decides between (1,4)."),
+        Option(help="With --ray: how many, or the least and the most that load decides between (1,4)."),
     ] = None,
     *,
     drawing: Drawing,

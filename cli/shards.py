@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Exit
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
@@ -152,4 +152,4 @@ def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds:
             "--redraw-nonfinite and another --out"
         )
     if index["nonfinite"] or index["uncertified"]:
-        raise typer.Exit(1)
+        raise Exit(1)

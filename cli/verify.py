@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from ..config import Hints
 from ..runtime.errors import CheckFailed, Remedy
@@ -22,7 +22,7 @@ def verify(
     bundle: BundlePath,
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="Compare with this. Default: the bundle's own weights."),
+        Argument(metavar="[CHECKPOINT]", help="Compare with this. Default: the bundle's own weights."),
     ] = None,
     *,
     hints: Hints,
