@@ -84,19 +84,12 @@ def bench(
     bandwidth = read_bandwidth(opening.threads or os.cpu_count() or 1)
     floor = step_floor(flow.bundle, bandwidth)
     if json:
-        emit(
-            bundle=bundle.folder,
-            backend=flow.backend.description,
-            rows=[asdict(row) for row in results],
-            read_bandwidth=bandwidth,
-            floor_microseconds_per_step=floor * 1e6,
-        )
+        speed = {"read_bandwidth": bandwidth, "floor_microseconds_per_step": floor * 1e6}
+        emit(bundle=bundle.folder, backend=flow.backend.description, rows=[asdict(row) for row in results], **speed)
         return
     steps = flow.config.blocks * (flow.config.tokens - 1)
-    print(
-        f"floor at batch 1: {floor * steps:.4f} s for {steps} serial steps (one block's weights at "
-        f"{bandwidth / 1e9:.1f} GB/s)"
-    )
+    limit = f"one block's weights at {bandwidth / 1e9:.1f} GB/s"
+    print(f"floor at batch 1: {floor * steps:.4f} s for {steps} serial steps ({limit})")
 
 
 def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:

@@ -19,9 +19,7 @@ from .progress import stages
 @hinted
 def bisect(
     bundle: BundlePath,
-    checkpoint: Annotated[
-        Path | None, Argument(metavar="[CHECKPOINT]", help="The truth. Default: the bundle's own weights.")
-    ] = None,
+    checkpoint: Annotated[Path | None, Argument(help="The truth. Default: the bundle's own weights.")] = None,
     tolerance: Annotated[float | None, Option(help="Largest absolute error. Default: 10 x the rms tolerance.")] = None,
     output: Annotated[Path, Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
     force: Annotated[bool, Option("--force", help="Replace an existing repro folder.")] = False,

@@ -8,18 +8,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from ..export.engines.options import Options
-from ..export.engines.progress import Headway
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
-from ..runtime.tensorrt.record import Record
 from .console import emit, numbers, say
 from .options import BundleArgument, Json
 from .progress import stages, status_line
+
+if TYPE_CHECKING:
+    from ..export.engines.progress import Headway
+    from ..runtime.tensorrt.record import Record
 
 
 def build(
@@ -47,6 +48,7 @@ def build(
     Example: tarflow build imagenet64 --engine fp16 --batch 1,8,32
     """
     from ..export.engines.build import build as build_engines
+    from ..export.engines.options import Options
     from ..export.engines.parity import verify_engines
 
     ranges = _range("batch", batch), _range("window", window)

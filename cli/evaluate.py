@@ -13,7 +13,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import check_writable
 from ..runtime.opening import Opening
-from .console import emit, say
+from .console import emit, identity, say
 from .images import read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line, step_bar
@@ -99,20 +99,10 @@ def evaluate(
         if 0 < count <= result.dimension
     ]
     if json:
-        emit(
-            bundle=bundle.folder,
-            bundle_hash=bundle.hash,
-            precision=bundle.manifest.precision,
-            samples=samples or "drawn",
-            seed=seed,
-            guidance=asdict(request.guidance) if request else None,
-            network=network.identity,
-            against=against or "digits",
-            reference_images=reference.count or None,
-            **asdict(result),
-            saved=save_stats,
-            warnings=warnings,
-        )
+        drawn = {"samples": samples or "drawn", "seed": seed, "guidance": asdict(request.guidance) if request else None}
+        to = {"network": network.identity, "against": against or "digits", "reference_images": reference.count or None}
+        about = {**identity(bundle), "precision": bundle.manifest.precision, **drawn, **to}
+        emit(**about, **asdict(result), saved=save_stats, warnings=warnings)
     else:
         what = f"samples of {bundle.manifest.name}, guidance {request.guidance.scale:g}" if request else str(samples)
         print(f"Frechet distance {result.distance:.4g} +- {result.standard_error:.2g}", end=" ")

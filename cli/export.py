@@ -12,7 +12,7 @@ from ..config import Hints
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, Remedy, briefly
 from ..runtime.files import size_text
-from .console import DEFAULT_BUNDLE, DEMO, emit, say, show
+from .console import DEFAULT_BUNDLE, DEMO, emit, identity, say, show
 from .messages import command
 from .options import Json, hinted
 from .progress import stages
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def export(
     checkpoint: Annotated[
         Path | None,
-        Argument(metavar="[CHECKPOINT]", help=".pth, .safetensors or a bundle. Default: the demo model."),
+        Argument(help=".pth, .safetensors or a bundle. Default: the demo model."),
     ] = None,
     output: Annotated[Path, Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
     engine: Annotated[str, Option(help="Precision of the graphs: fp32, fp16, bf16, or int8 (weights alone).")] = "fp32",
@@ -53,29 +53,18 @@ def export(
     with stages() as watch:
         bundle = export_bundle(source, output, engine, hints, force, verify, watch)
     engines, why_not, unverified = _engines(bundle, quiet=json) if build else (None, "not asked for", None)
-    total = sum(entry.size for entry in bundle.manifest.files.values())
-    parity = bundle.manifest.parity
+    files, parity = {name: entry.size for name, entry in bundle.manifest.files.items()}, bundle.manifest.parity
+    total = sum(files.values())
     if json:
-        emit(
-            bundle=output,
-            bundle_hash=bundle.hash,
-            precision=engine,
-            bytes=total,
-            files={name: entry.size for name, entry in bundle.manifest.files.items()},
-            parity=parity,
-            engines=engines,
-            engines_missing=why_not,
-            engines_unverified=unverified,
-        )
+        built = {"engines": engines, "engines_missing": why_not, "engines_unverified": unverified}
+        emit(**identity(bundle), precision=engine, bytes=total, files=files, parity=parity, **built)
         return
-    print(f"{output}: {len(bundle.manifest.files) + 1} files, {size_text(total)}, {engine}")
+    print(f"{output}: {len(files) + 1} files, {size_text(total)}, {engine}")
     if parity:
         card = Card.from_json(parity, str(output))
         worst = max(difference.rms for difference in card.blocks.values())
-        print(
-            f"against PyTorch: blocks rms {worst:.2g} at most, bits/dim {card.bits_per_dim_shift:.2g}, round trip "
-            f"{card.certificate:.2g}"
-        )
+        scores = f"bits/dim {card.bits_per_dim_shift:.2g}, round trip {card.certificate:.2g}"
+        print(f"against PyTorch: blocks rms {worst:.2g} at most, {scores}")
     else:
         say(f"not verified; run: {command(Remedy('verify', {'bundle': output}))}")
     if engines:

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from ..runtime.files import replacing
 from ..runtime.opening import Opening
-from .console import emit, parse_labels
+from .console import emit, identity, parse_labels
 from .images import Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
@@ -44,17 +44,9 @@ def likelihood(
         with replacing(save) as file:
             np.savez(file, z=z, logdet=log_det)
     if json:
-        emit(
-            bundle=bundle,
-            bundle_hash=flow.bundle.hash,
-            images=len(x),
-            mean_bits_per_dim=float(bits.mean()),
-            bits_per_dim=bits.tolist(),
-            log_det=log_det.tolist(),
-            dequantised=stored.dtype == np.uint8,
-            **({"names": names} if names else {}),
-            **({"latent": save} if save else {}),
-        )
+        scores = {"bits_per_dim": bits.tolist(), "log_det": log_det.tolist(), "dequantised": stored.dtype == np.uint8}
+        more = {key: value for key, value in (("names", names), ("latent", save)) if value}
+        emit(**identity(flow.bundle), images=len(x), mean_bits_per_dim=float(bits.mean()), **scores, **more)
         return
     for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
         print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
@@ -91,6 +83,6 @@ def denoise(
     write_images(result, files, flow.bundle, {})
     change = float(np.sqrt(np.mean((result - x) ** 2)))
     if json:
-        emit(bundle=bundle, bundle_hash=flow.bundle.hash, images=len(x), files=files, rms_change=change)
+        emit(**identity(flow.bundle), images=len(x), files=files, rms_change=change)
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")

@@ -37,7 +37,6 @@ def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None =
 BundleArgument = Annotated[
     Bundle,
     Argument(
-        metavar="[BUNDLE]",
         parser=Bundle.open,
         default_factory=default_bundle,
         show_default=False,

@@ -9,8 +9,7 @@ from typer import Option
 
 from ..runtime.errors import InputError
 from ..runtime.opening import Opening
-from ..serve.repository import TASKS, Models, Serving, write_repository
-from .console import emit, numbers
+from .console import emit, identity, numbers
 from .options import BundleArgument, Json
 
 
@@ -37,6 +36,7 @@ def package(
 
     Example: tarflow package tarflow-bundle --triton models --instances 2 --max-batch 64
     """
+    from ..serve.repository import TASKS, Models, Serving, write_repository
 
     if triton is None:
         raise InputError("a package for what? Pass `triton` DIR, the folder of a Triton model repository")
@@ -51,13 +51,7 @@ def package(
     tasks = able if models is None else tuple(part.strip() for part in models.split(","))
     written = write_repository(bundle, triton, serving, Models(tasks, name, link), force)
     if json:
-        emit(
-            bundle=bundle.folder,
-            bundle_hash=bundle.hash,
-            repository=triton,
-            models=[path.name for path in written],
-            linked=link,
-        )
+        emit(**identity(bundle), repository=triton, models=[path.name for path in written], linked=link)
         return
     how = f"linked to '{bundle.folder}'" if link else "copied, hashes checked"
     print(f"{', '.join(path.name for path in written)} in '{triton}'; the bundle is {how}")

@@ -14,7 +14,7 @@ from typer import Exit, Option
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
 from ..runtime.opening import Opening
-from .console import emit, parse_labels, say
+from .console import emit, identity, parse_labels, say
 from .doctor import versions_of
 from .evaluate import request_of
 from .images import as_trained_on, read_images
@@ -69,19 +69,10 @@ def report(
 
     bits = {p.name: float(p.bits.mean()) for p in found.populations}
     if json:
-        emit(
-            bundle=bundle.folder,
-            bundle_hash=bundle.hash,
-            backend=found.report.backend,
-            report=output,
-            n=n,
-            seed=request.seed,
-            guidance=request.guidance.scale,
-            certificate=float(found.certificate.max()),
-            nonfinite=list(found.nonfinite),
-            mean_bits_per_dim=bits,
-            block_seconds=list(found.block_seconds),
-        )
+        about = {**identity(bundle), "backend": found.report.backend, "report": output, "n": n, "seed": request.seed}
+        checked = {"certificate": float(found.certificate.max()), "nonfinite": found.nonfinite}
+        told = {**checked, "mean_bits_per_dim": bits, "block_seconds": found.block_seconds}
+        emit(**about, guidance=request.guidance.scale, **told)
     else:
         likelihoods = ", ".join(f"{value:.3f} bits/dim of {name}" for name, value in bits.items())
         print(f"{output}: {n} samples, {likelihoods}, round-trip error {found.certificate.max():.2g} at most")

@@ -11,9 +11,7 @@ from typing import Annotated
 from typer import Option
 
 from ..runtime.errors import InputError
-from ..runtime.machine import cores
 from ..runtime.opening import Opening
-from ..serve.settings import Settings
 from .options import DECODING, BundleArgument, Drawing, Ray, draws, opens
 
 TOKEN = "TARFLOW_TOKEN"
@@ -51,9 +49,11 @@ def serve(
     Replicas on a Ray cluster: tarflow serve my-bundle --ray auto --replicas 1,4 --host 0.0.0.0
     """
     from ..runtime.flow import Flow
+    from ..runtime.machine import cores
     from ..serve.app import create_app
     from ..serve.server import listen
     from ..serve.server import serve as run
+    from ..serve.settings import Settings
 
     if ray is None and replicas is not None:
         raise InputError(
@@ -64,18 +64,8 @@ def serve(
         workers = 2 if on_cpu and cores() > 1 else 1
     if opening.threads is None and on_cpu and ray is None:
         opening = replace(opening, threads=max(1, cores() // max(workers, 1)))
-    settings = Settings(
-        queue=queue,
-        batch=batch,
-        delay=delay_ms / 1000,
-        workers=workers,
-        timeout=timeout,
-        largest_n=max_n,
-        largest_body=max_body << 20,
-        token=_token(token_file),
-        certify=certify,
-        **drawing.said,
-    )
+    bounds = queue, batch, delay_ms / 1000, workers, timeout, max_n, max_body << 20
+    settings = Settings(*bounds, _token(token_file), certify=certify, **drawing.said)
     listener = listen(host, port, stall=timeout)
     if ray is not None:
         from ..serve.replicas import Deployment, parse_replicas, serve_on_ray
@@ -100,7 +90,6 @@ def _url(host: str, port: int) -> str:
 
 def _token(file: Path | None) -> str | None:
     """The token that is asked for, from a file or the environment; never an argument, which others can see."""
-
     if file is None:
         return os.environ.get(TOKEN, "").strip() or None
     try:

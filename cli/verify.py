@@ -22,7 +22,7 @@ def verify(
     bundle: BundlePath,
     checkpoint: Annotated[
         Path | None,
-        Argument(metavar="[CHECKPOINT]", help="Compare with this. Default: the bundle's own weights."),
+        Argument(help="Compare with this. Default: the bundle's own weights."),
     ] = None,
     *,
     hints: Hints,
