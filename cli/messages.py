@@ -17,8 +17,6 @@ _FLAGS = {  # of fields whose flag is not their name with dashes
     "largest_body": "--max-body",
     "precision": "--engine",
     "folder": "-o",
-    "stats": "--save-stats",
-    "run": "--out",
     "gpus": "--gpu",
     "tasks": "--models",
 }

@@ -8,10 +8,10 @@ The bundle of a command (``BundleArgument``) comes opened: what is none is refus
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from ..runtime.request import Resolved
 
 Command = TypeVar("Command", bound=Callable[..., None])
-Flags = Mapping[str, tuple[Any, Any]]  # name -> annotation, default
+Flags = Mapping[str, Parameter]
 
 
-def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> tuple[Any, Any]:
-    return Annotated[kind, Option(*names, help=help, metavar=metavar)], default
+def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> Parameter:
+    annotation = Annotated[kind, Option(*names, help=help, metavar=metavar)]
+    return Parameter("flag", Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 BundleArgument = Annotated[
@@ -71,7 +72,7 @@ OPENING: Flags = {
     ),
     "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),
 }
-Threads = OPENING["threads"][0]
+Threads = OPENING["threads"].annotation
 GUIDANCE: Flags = {
     "guidance": _flag(float, 0.0, "Guidance scale; 0 is none."),
     "guide": _flag(str, "ab", "What is guided: ab, a (scale) or b (shift)."),
@@ -112,8 +113,11 @@ class Drawing:
 
     said: Mapping[str, Any]
 
-    def request(self, config: ModelShape, n: int, labels: str | None) -> Resolved:
-        """The request for a model; ``labels`` are dealt out in turn. Raises InputError for what this model cannot."""
+    def request(self, config: ModelShape, n: int, labels: str | None, every_class: bool = False) -> Resolved:
+        """The request for a model; ``labels`` are dealt out in turn, by default none or with ``every_class`` all.
+
+        Raises InputError for what this model cannot.
+        """
         from ..runtime.guidance import Guidance
         from ..runtime.request import Request
 
@@ -121,6 +125,8 @@ class Drawing:
         guidance = Guidance(*(fields.pop(name) for name in GUIDANCE))
         denoise, strength = fields.get("denoise"), fields.pop("denoise_strength", 1.0)
         fields["denoise"] = strength if denoise or (denoise is None and config.noise_std) else False
+        if labels is None and every_class and config.classes:
+            labels = f"0-{config.classes - 1}"
         turn = n if labels is None or labels.endswith(".npy") else len(label_choices(labels))
         dealt = parse_labels(labels, fields.get("first_sample", 0), turn)
         classes = None if dealt is None else tuple(dealt.tolist())
@@ -131,21 +137,18 @@ def _spread(parameter: str, make: Callable[..., Any], flags: Flags) -> Callable[
     """Put flags in the place of a command's parameter, which is then made of what was said with them."""
 
     def decorate(command: Command) -> Command:
-        signature = inspect.signature(command, eval_str=True)
-        mine = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in flags.items()
-        ]
+        own = signature(command, eval_str=True)
+        mine = [flag.replace(name=name) for name, flag in flags.items()]
         parameters = []
-        for found in signature.parameters.values():
-            parameters += mine if found.name == parameter else [found.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        for found in own.parameters.values():
+            parameters += mine if found.name == parameter else [found.replace(kind=Parameter.KEYWORD_ONLY)]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             said = {name: given.pop(name) for name in flags}
             command(**given, **{parameter: make(**said)})
 
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {found.name: found.annotation for found in parameters}
         return run  # type: ignore[return-value]
 

@@ -17,9 +17,7 @@ def package(
     bundle: BundleArgument,
     triton: Annotated[Path | None, Option(help="Write a Triton model repository into this folder.")] = None,
     name: Annotated[str | None, Option(help="How the models' names begin. Default: the bundle's name.")] = None,
-    models: Annotated[
-        str | None, Option(help="Of sample, encode and denoise. Default: all this bundle can do.")
-    ] = None,
+    models: Annotated[str | None, Option(help="Of sample, encode, denoise. Default: all this bundle can do.")] = None,
     instances: Annotated[int, Option(help="Instances of each model, on each device.")] = 1,
     max_batch: Annotated[int, Option(help="Rows computed at once, at most.")] = 64,
     delay: Annotated[float, Option(help="Seconds a request may wait for others to share its batch.")] = 0.005,

@@ -16,7 +16,6 @@ from ..runtime.files import check_writable, replacing
 from ..runtime.opening import Opening
 from .console import emit, identity, parse_labels, say
 from .doctor import versions_of
-from .evaluate import request_of
 from .images import as_trained_on, read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line
@@ -53,14 +52,13 @@ def report(
     if n < 2:
         raise InputError.of("n", n, "2 samples or more, a hundred or more for statistics")
     check_writable(output)
-    request = request_of(bundle, drawing, n, labels)
+    request = drawing.request(bundle.manifest.config, n, labels, every_class=True)
     flow = Flow.open(bundle, opening)
     images = None
     if data is not None:
         stored, _ = read_images(data, flow.config)
         images = as_trained_on(flow, stored, request.seed), parse_labels(data_labels, 0, len(stored))
-    with status_line() as line:
-        line(f"drawing and examining {n} samples")
+    with status_line(f"drawing and examining {n} samples"):
         found = examine(flow, request, images)
     versions = {**versions_of(PACKAGES), "python": platform.python_version(), "system": platform.platform()}
     page = render(found, Making(shlex.join(["tarflow", *sys.argv[1:]]), time.strftime("%Y-%m-%d"), versions))

@@ -35,8 +35,7 @@ def serve(
     grace: Annotated[float, Option(min=0, help="Seconds from readiness going off to the last connection taken.")] = 1.0,
     ray: Ray = None,
     replicas: Annotated[
-        str | None,
-        Option(help="With --ray: how many, or the least and the most that load decides between (1,4)."),
+        str | None, Option(help="With --ray: how many, or the least and the most that load decides between (1,4).")
     ] = None,
     *,
     drawing: Drawing,

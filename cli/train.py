@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Option
 
 from ..config import Config, parse_noise
@@ -128,7 +127,3 @@ def summary(line: dict[str, Any]) -> str:
         parts.append(f"held out {line['held_out_bits_per_dim']:.3f}")
     rate, left = line["images_per_second"], duration_text(line["seconds_left"])
     return "  ".join([*parts, f"{rate:.0f} images/s", f"{left} left"])
-
-
-if __name__ == "__main__":
-    typer.run(train)

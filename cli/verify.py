@@ -20,10 +20,7 @@ from .progress import stages
 @hinted
 def verify(
     bundle: BundlePath,
-    checkpoint: Annotated[
-        Path | None,
-        Argument(help="Compare with this. Default: the bundle's own weights."),
-    ] = None,
+    checkpoint: Annotated[Path | None, Argument(help="Compare with this. Default: the bundle's own weights.")] = None,
     *,
     hints: Hints,
     opening: Opening,
