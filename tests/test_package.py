@@ -80,26 +80,18 @@ def test_the_configuration_says_by_tritons_schema_what_was_asked_for(repository:
     (group,) = config.instance_group
     assert (group.count, group.kind, list(group.gpus)) == (3, group.KIND_GPU, [0, 2])
     assert list(config.dynamic_batching.preferred_batch_size) == []
-    assert [(i.name, list(i.dims), i.optional) for i in config.input] == [
-        ("images", [1, 8, 8], False),
-        ("label", [1], True),
-    ]
+    inputs = [(i.name, list(i.dims), i.optional) for i in config.input]
+    assert inputs == [("images", [1, 8, 8], False), ("label", [1], True)]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_a_sample_is_the_flows_own_bit_for_bit_whoever_shares_its_batch(
-    model: Model, flow: Flow, guidance: float
-) -> None:
+def test_a_sample_is_the_flows_own_bit_for_bit_in_any_company(model: Model, flow: Flow, guidance: float) -> None:
     wanted = request(7, range(3, 8), label=4, guidance=guidance)
-    expected = flow.sample(
-        5, labels=4, guidance=Guidance(guidance), seed=7, first_sample=3, reproducible=True, certify=True
-    )
-    others = [
-        request(1, range(100, 117), label=2, guidance=guidance),
-        request(2**62, range(2**40, 2**40 + 1)),
-        request(0, range(4), label=9, guidance=0.25),
-    ]
-    for company in ([wanted], [others[0], wanted], [*others, wanted], [wanted, *others[::-1]]):
+    guided = Guidance(guidance)
+    expected = flow.sample(5, labels=4, guidance=guided, seed=7, first_sample=3, reproducible=True, certify=True)
+    long, far = request(1, range(100, 117), label=2, guidance=guidance), request(2**62, range(2**40, 2**40 + 1))
+    other = request(0, range(4), label=9, guidance=0.25)
+    for company in ([wanted], [long, wanted], [long, far, other, wanted], [wanted, other, far, long]):
         answers = answered(model(*company))
         found = answers[[r is wanted for r in company].index(True)]
         np.testing.assert_array_equal(found["images"], expected)
@@ -155,9 +147,7 @@ def failed_alone(model: Model, flow: Flow, poison: dict[str, Any]) -> str:
         (request(0, range(1), guidance=1), "guidance does nothing for samples without a label"),
     ],
 )
-def test_a_request_that_cannot_be_answered_fails_alone(
-    model: Model, flow: Flow, poison: dict[str, Any], message: str
-) -> None:
+def test_a_request_that_cannot_be_answered_fails_alone(model: Model, flow: Flow, poison: Any, message: str) -> None:
     assert message in failed_alone(model, flow, poison)
 
 
