@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import zipfile
@@ -30,7 +31,7 @@ def default_bundle() -> Path:
 
 def emit(**document: Any) -> None:
     """One JSON document on stdout, by its keys. Paths become strings, numbers JSON has no word for null."""
-    print(json.dumps(_plain(document), indent=1, allow_nan=False, default=str))
+    print(json.dumps(_plain(document), indent=1, allow_nan=False, default=os.fspath))
 
 
 def identity(bundle: Bundle) -> dict[str, Any]:

@@ -32,7 +32,7 @@ Flags = Mapping[str, Parameter]
 
 def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> Parameter:
     annotation = Annotated[kind, Option(*names, help=help, metavar=metavar)]
-    return Parameter("flag", Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return Parameter("named_by_its_key", Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 BundleArgument = Annotated[

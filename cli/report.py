@@ -68,9 +68,8 @@ def report(
     bits = {p.name: float(p.bits.mean()) for p in found.populations}
     if json:
         about = {**identity(bundle), "backend": found.report.backend, "report": output, "n": n, "seed": request.seed}
-        checked = {"certificate": float(found.certificate.max()), "nonfinite": found.nonfinite}
-        told = {**checked, "mean_bits_per_dim": bits, "block_seconds": found.block_seconds}
-        emit(**about, guidance=request.guidance.scale, **told)
+        about |= {"guidance": request.guidance.scale, "certificate": float(found.certificate.max())}
+        emit(**about, nonfinite=found.nonfinite, mean_bits_per_dim=bits, block_seconds=found.block_seconds)
     else:
         likelihoods = ", ".join(f"{value:.3f} bits/dim of {name}" for name, value in bits.items())
         print(f"{output}: {n} samples, {likelihoods}, round-trip error {found.certificate.max():.2g} at most")
