@@ -41,7 +41,6 @@ PACKAGES = (
     "onnxruntime-ep-nv-tensorrt-rtx",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "cuda-python",
-    "polygraphy",
 )
 SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
