@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -26,7 +28,7 @@ from tarflow.export.engines import parity
 from tarflow.export.engines.blueprint import GRAPHS, Blueprint
 from tarflow.export.engines.build import build
 from tarflow.export.engines.layers import Attestation, layer_products, read_network
-from tarflow.export.engines.network import Parsed, builder_config, keep_timing
+from tarflow.export.engines.network import Parsed, builder_config, keep_timing, polygraphy
 from tarflow.export.engines.options import Options
 from tarflow.export.engines.parity import engine_parity, keep_parity, verify_engines
 from tarflow.export.engines.progress import Headway
@@ -353,6 +355,22 @@ def test_full_tensorrt_builds_only_for_the_gpu_at_hand(monkeypatch: pytest.Monke
     cuda.devices = -1
     with pytest.raises(MachineError, match="no NVIDIA GPU can be used here"):
         target_of(tensorrt_rtx, "tensorrt", None)
+
+
+def test_a_build_leaves_nothing_behind_in_polygraphy(copy: Exported) -> None:
+    """A later build with the other TensorRT, in the same process, must get that one."""
+    from polygraphy import config as settings
+
+    configuring: Any = importlib.import_module("polygraphy.backend.trt.config")
+    before = dict(os.environ), settings.USE_TENSORRT_RTX, configuring.trt
+    opened = Bundle.open(copy("uncond"))
+    parsed = Parsed(tensorrt_rtx, opened.path("block_00.forward.onnx"))
+    builder_config(parsed, Blueprint.of(opened, QUICK), "forward")
+    assert (dict(os.environ), settings.USE_TENSORRT_RTX, configuring.trt) == before
+    other = SimpleNamespace(__name__="the other TensorRT")
+    with polygraphy(other, "tensorrt")[2]():
+        assert configuring.trt is other
+        assert not settings.USE_TENSORRT_RTX
 
 
 def test_export_ends_in_engines_and_says_that_they_have_not_run(cli: Cli, tmp_path: Path) -> None:

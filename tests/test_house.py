@@ -47,7 +47,7 @@ ROOMS = {
     "tarflow.export": Room(
         "numpy torch onnx onnx_ir onnxscript safetensors", "checkpoint config model reference runtime* quality*"
     ),
-    "tarflow.export.engines": Room("numpy onnx", "runtime* quality* export.emulate"),
+    "tarflow.export.engines": Room("numpy onnx polygraphy", "runtime* quality* export.emulate"),
     "tarflow.runtime": Room("numpy safetensors PIL", "", {"providers": "runtime.ort.backend runtime.tensorrt.backend"}),
     "tarflow.runtime.ort": Room("numpy onnxruntime", "runtime*"),
     "tarflow.runtime.tensorrt": Room("numpy cuda", "runtime*"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from polygraphy.backend.trt import CreateConfig
 
 from tarflow.export.engines.target import capability_name
 from tarflow.runtime.precision import ENGINE_PRECISIONS
@@ -20,19 +22,35 @@ from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntim
 ROOT = Path(__file__).parent.parent
 RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}  # behind a check of the package
 # Files that speak to TensorRT, and what a variable is in them; a variable that is ours there is not listed.
-BUILDING = {"network": "INetworkDefinition", "parser": "OnnxParser", "builder": "Builder", "config": "IBuilderConfig"}
-PARSED = {"runtime": "Runtime", "e": "ParserError", "profile": "IOptimizationProfile", "timings": "ITimingCache"}
-READ = {"engine": "ICudaEngine", "layer": "ILayer", "inspector": "EngineInspector", "tensor": "ITensor"}
 CLASSES: dict[str, dict[str, str]] = {
     "runtime/tensorrt/library.py": {},
     "runtime/tensorrt/engines.py": {"engine": "ICudaEngine", "context": "IExecutionContext", "_runtime": "Runtime"},
     "runtime/tensorrt/resident.py": {"engine": "ICudaEngine"},
     "export/engines/target.py": {},
-    "export/engines/network.py": BUILDING | PARSED,
+    "export/engines/network.py": {
+        "network": "INetworkDefinition",
+        "parser": "OnnxParser",
+        "builder": "Builder",
+        "config": "IBuilderConfig",
+        "runtime": "Runtime",
+        "e": "ParserError",
+        "cache": "ITimingCache",
+    },
     "export/engines/progress.py": {},
     "export/engines/build.py": {"config": "IBuilderConfig"},
-    "export/engines/layers.py": BUILDING | READ,
-    "export/engines/check.py": BUILDING,
+    "export/engines/layers.py": {
+        "network": "INetworkDefinition",
+        "layer": "ILayer",
+        "engine": "ICudaEngine",
+        "inspector": "EngineInspector",
+        "tensor": "ITensor",
+    },
+    "export/engines/check.py": {
+        "parser": "OnnxParser",
+        "builder": "Builder",
+        "network": "INetworkDefinition",
+        "config": "IBuilderConfig",
+    },
 }
 OURS = {"exists", "get"}  # members of our own, on variables of these names
 # Names that a text reaches: what every getattr and hasattr of those files may ask for.
@@ -46,6 +64,18 @@ BY_TEXT = {
         ("ComputeCapability", capability_name(one)) for one in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
     },
     "getattr(dtype, 'name', str(dtype))": {("DataType", name) for name in ENGINE_PRECISIONS},
+}
+# What Polygraphy does with the arguments of CreateConfig.
+BY_POLYGRAPHY = {
+    "profiles": {
+        ("Builder", "create_optimization_profile"),
+        ("IOptimizationProfile", "set_shape"),
+        ("IBuilderConfig", "add_optimization_profile"),
+    },
+    "tf32": {("BuilderFlag", "TF32"), ("IBuilderConfig", "clear_flag")},
+    "profiling_verbosity": {("IBuilderConfig", "profiling_verbosity")},
+    "builder_optimization_level": {("IBuilderConfig", "builder_optimization_level")},
+    "load_timing_cache": {("IBuilderConfig", "create_timing_cache"), ("IBuilderConfig", "set_timing_cache")},
 }
 LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
 SYMBOLS = (
@@ -117,11 +147,21 @@ def used() -> set[tuple[str, str]]:
     return found
 
 
-def test_names_that_only_a_text_reaches_are_listed_here() -> None:
-    nodes = [node for file in CLASSES for node in ast.walk(ast.parse((ROOT / file).read_text()))]
-    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    reached = {ast.unparse(call) for call in calls if ast.unparse(call.func) in ("getattr", "hasattr")}
+def calls(file: str, *names: str) -> list[ast.Call]:
+    """Calls of a function that has one of these names."""
+    nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+    found = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [call for call in found if isinstance(call.func, ast.Name) and call.func.id in names]
+
+
+def test_names_that_only_a_text_or_polygraphy_reaches_are_listed_here() -> None:
+    reached = {ast.unparse(call) for file in CLASSES for call in calls(file, "getattr", "hasattr")}
     assert reached == BY_TEXT.keys(), "a name is asked for by a text that is not checked here"
+    (call,) = calls("export/engines/network.py", "CreateConfig")
+    arguments = {keyword.arg for keyword in call.keywords}
+    assert arguments == BY_POLYGRAPHY.keys(), "an argument whose flags are not checked here"
+    taken = {name for base in CreateConfig.__mro__ for name in inspect.signature(base.__init__).parameters}
+    assert arguments <= taken
 
 
 def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[str, list[str]]]) -> None:
@@ -132,11 +172,8 @@ def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[s
         ("IExecutionContext", "set_device_memory"),
         ("IExecutionContext", "set_optimization_profile_async"),
         ("ICudaEngine", "get_aliased_input_tensor"),
-        ("IBuilderConfig", "add_optimization_profile"),
-        ("IOptimizationProfile", "set_shape"),
-        ("BuilderFlag", "TF32"),
     } <= found
-    for owner, member in sorted(found.union(*BY_TEXT.values())):
+    for owner, member in sorted(found.union(*BY_TEXT.values(), *BY_POLYGRAPHY.values())):
         for package, members in names.items():
             if package == "tensorrt_rtx" or not {owner, member} & RTX_ONLY:
                 where = members[owner] if owner else members
@@ -145,12 +182,16 @@ def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[s
 
 
 def test_the_double_has_nothing_that_tensorrt_has_not(names: dict[str, dict[str, list[str]]]) -> None:
-    theirs = names["tensorrt_bindings"]
-    known = theirs["Runtime"], theirs["ICudaEngine"], theirs["IExecutionContext"], [*theirs]
-    for double, members in zip((DoubleRuntime, DoubleEngine, DoubleContext, DoubleTensorRT), known, strict=True):
+    for double, kind in (
+        (DoubleRuntime, "Runtime"),
+        (DoubleEngine, "ICudaEngine"),
+        (DoubleContext, "IExecutionContext"),
+    ):
         methods = {name for name in vars(double) if not name.startswith("_")}
         assert methods
-        assert methods <= set(members), double
+        assert methods <= set(names["tensorrt_bindings"][kind]), double
+    module = {name for name in vars(DoubleTensorRT) if not name.startswith("_")}
+    assert module <= set(names["tensorrt_bindings"])
 
 
 def test_all_calls_of_cuda_exist_in_cuda_python() -> None:

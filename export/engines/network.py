@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...runtime.errors import BundleError
+from ...runtime.errors import BundleError, MachineError
 from ...runtime.files import replacing
 from ...runtime.tensorrt.library import make_logger
 from .blueprint import Blueprint
@@ -49,23 +52,24 @@ class Parsed:
 
 
 def builder_config(parsed: Parsed, blueprint: Blueprint, graph: str) -> Any:
-    """The builder's configuration for a kind of graph."""
+    """The builder's configuration for a kind of graph; Polygraphy makes it, and knows what changed between versions."""
     trt, record, options = parsed.trt, blueprint.record, blueprint.options
-    config = parsed.builder.create_builder_config()
+    CreateConfig, Shapes, quietly = polygraphy(trt, record.package)
+    profiles = []
     for sizes in blueprint.shapes(graph):
-        profile = parsed.builder.create_optimization_profile()
+        profiles.append(Shapes())
         for name in sizes[0]:
-            profile.set_shape(name, *(size[name] for size in sizes))
-        config.add_optimization_profile(profile)
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector tells nothing
-    config.max_aux_streams = 0  # one stream, so that a step can be captured
-    if options.level is not None:
-        config.builder_optimization_level = options.level
+            profiles[-1].add(name, *(size[name] for size in sizes))
     cache = options.timing_cache
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # TensorRT-RTX keeps no timings
-        timings = config.create_timing_cache(cache.read_bytes() if cache is not None and cache.exists() else b"")
-        config.set_timing_cache(timings, ignore_mismatch=False)
+    with quietly():
+        config = CreateConfig(
+            profiles=profiles,
+            tf32=False,  # fp32 means fp32
+            profiling_verbosity=trt.ProfilingVerbosity.DETAILED,  # or the inspector tells nothing
+            builder_optimization_level=options.level,
+            load_timing_cache=str(cache) if cache is not None and cache.exists() else None,
+        )(parsed.builder, parsed.network)
+    config.max_aux_streams = 0  # one stream, so that a step can be captured
     if record.package == "tensorrt_rtx":
         config.num_compute_capabilities = len(record.target.capabilities)
         for number, capability in enumerate(record.target.capabilities):
@@ -75,10 +79,41 @@ def builder_config(parsed: Parsed, blueprint: Blueprint, graph: str) -> Any:
     return config
 
 
+def polygraphy(trt: Any, package: str) -> tuple[Any, Any, Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Polygraphy's configuration and profile, and the context in which to use them: quiet, and on this TensorRT.
+
+    Polygraphy takes its TensorRT from an environment variable, once a process; so what it took is replaced for a while.
+    """
+    try:
+        from polygraphy import config as settings
+        from polygraphy.backend.trt import CreateConfig, Profile
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise MachineError(f"Polygraphy is not installed ({error}); pip install 'tarflow[tensorrt]'") from None
+
+    # Not by attribute: the package's names hide its modules'.
+    configuring, checking = (sys.modules[f"polygraphy.backend.trt.{name}"] for name in ("config", "util"))
+
+    @contextlib.contextmanager
+    def using() -> Iterator[None]:
+        before = settings.USE_TENSORRT_RTX, configuring.trt, checking.trt
+        settings.USE_TENSORRT_RTX = package == "tensorrt_rtx"
+        configuring.trt = checking.trt = trt  # type: ignore[attr-defined]
+        try:
+            with G_LOGGER.verbosity(G_LOGGER.CRITICAL), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                yield
+        finally:
+            settings.USE_TENSORRT_RTX, configuring.trt, checking.trt = before  # type: ignore[attr-defined]
+
+    return CreateConfig, Profile, using
+
+
 def keep_timing(config: Any, path: Path) -> None:
     """Write what a build measured, for the next one."""
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # TensorRT-RTX keeps no timings
-        timings = config.get_timing_cache()
-    if timings is not None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX has nothing to put in it
+        cache = config.get_timing_cache()
+    if cache is not None:
         with replacing(path) as file:
-            file.write(memoryview(timings.serialize()))
+            file.write(memoryview(cache.serialize()))
