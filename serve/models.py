@@ -18,7 +18,7 @@ from ..runtime.samples import Progress
 from .batcher import Drawn, OnProgress
 from .drawing import Drawing, request_of
 from .packing import ranges
-from .protocol import TYPES, Asked
+from .protocol import Asked, datatype_of
 from .service import Refusal, Service, validation_message
 
 VERSION = "1"
@@ -54,9 +54,9 @@ class Model:
             if name not in known:
                 raise Refusal(400, f"model {self.name} has no input '{name}'; expected {', '.join(known)}")
             spec = known[name]
-            if _datatype(array) != spec.datatype or not _fits(array.shape, spec.shape):
+            if datatype_of(array) != spec.datatype or not _fits(array.shape, spec.shape):
                 raise Refusal(
-                    400, f"input '{name}' is {_datatype(array)} {list(array.shape)}; expected {spec.datatype} "
+                    400, f"input '{name}' is {datatype_of(array)} {list(array.shape)}; expected {spec.datatype} "
                     f"{list(spec.shape)}, where -1 is any size",
                 )  # fmt: skip
             if name in asked.parameters:
@@ -219,7 +219,3 @@ def _number(asked: Asked, name: str, default: Any) -> Any:
 
 def _fits(shape: tuple[int, ...], spec: tuple[int, ...]) -> bool:
     return len(shape) == len(spec) and all(want in (-1, have) for have, want in zip(shape, spec, strict=True))
-
-
-def _datatype(array: NDArray[Any]) -> str:
-    return next(word for word, known in TYPES.items() if known == array.dtype)
