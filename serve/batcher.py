@@ -95,7 +95,7 @@ class Batcher:
         self._pool = ThreadPoolExecutor(settings.workers, "draw")
         self._tasks: set[asyncio.Task[None]] = set()
         self._row_seconds = 0.05  # a running mean, for Retry-After
-        metrics.watch_queue(lambda: len(self.waiting))
+        metrics.queue.set_function(lambda: len(self.waiting))
 
     async def start(self) -> None:
         """Load the graphs, and see whether requests can share batches here."""

@@ -99,12 +99,7 @@ def models_of(service: Service) -> dict[str, Model]:
     )
     encode = Model(
         "encode",
-        (
-            Tensor("images", "FP32", images, OPTIONAL),
-            Tensor("pixels", "UINT8", images, OPTIONAL),
-            labels,
-            *seeds,
-        ),
+        (Tensor("images", "FP32", images, OPTIONAL), Tensor("pixels", "UINT8", images, OPTIONAL), labels, *seeds),
         (
             Tensor("latent", "FP32", (-1, config.tokens, config.patch_dim)),
             *(Tensor(name, "FP32", (-1,)) for name in ("log_det", "bits_per_dim", "log_likelihood")),

@@ -219,7 +219,7 @@ async def _body(
         async for event in events:
             yield event
     except Refusal as refusal:
-        yield _event("error", {"status": refusal.status, "message": refusal.message})
+        yield _event("error", {"status": refusal.status_code, "message": refusal.detail})
     finally:
         if drawing.cancel():  # it was not done, and nobody reads any more
             metrics.abandoned.labels("left").inc()

@@ -98,12 +98,18 @@ def write_answer(
             tail.append(tensor.tobytes())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
-            entry["data"] = _finite(tensor)
+            entry["data"] = json_numbers(tensor)
         outputs.append(entry)
     content = json.dumps({**head, "outputs": outputs}, allow_nan=False).encode()
     if not tail:
         return content, {"Content-Type": "application/json"}
     return b"".join([content, *tail]), {"Content-Type": "application/octet-stream", HEADER: str(len(content))}
+
+
+def json_numbers(tensor: NDArray[Any]) -> list[Any]:
+    """A tensor's numbers in one list, None for those that JSON has no word for."""
+    flat: list[Any] = tensor.reshape(-1).tolist()
+    return flat if np.isfinite(tensor).all() else [value if math.isfinite(value) else None for value in flat]
 
 
 def datatype_of(array: NDArray[Any]) -> str:
@@ -195,13 +201,6 @@ def _flat(data: list[Any]) -> list[Any] | None:
             return None
         data = [item for part in data for item in part]
     return data if set(map(type, data)) <= {int, float, bool} else None
-
-
-def _finite(tensor: NDArray[Any]) -> list[Any]:
-    flat = tensor.reshape(-1)
-    if tensor.dtype.kind != "f" or np.isfinite(flat).all():
-        return list(flat.tolist())
-    return [value if math.isfinite(value) else None for value in flat.tolist()]
 
 
 def _flag(parameters: dict[str, Any], key: str, default: bool) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 
 from ..runtime.errors import TarflowError
 from ..runtime.flow import Flow
@@ -25,9 +27,11 @@ T = TypeVar("T")
 class Refusal(HTTPException):
     """An answer that is not a result."""
 
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, message, headers)
-        self.status, self.message = status, message
+
+def said(refusal: HTTPException) -> Response:
+    """The answer: one sentence of JSON."""
+    content = json.dumps({"error": str(refusal.detail)})  # in ASCII: a message may quote what UTF-8 has no bytes for
+    return Response(content, refusal.status_code, refusal.headers, "application/json")
 
 
 class Service:

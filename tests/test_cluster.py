@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError, MachineError
@@ -22,7 +22,7 @@ from tarflow.shards import cluster
 from tarflow.shards.folder import INDEX, claimed, write_index
 from tarflow.shards.job import Job, Shard
 from tarflow.shards.record import Record
-from tarflow.shards.workers import Lost, News, Ready, Task, carry_out
+from tarflow.shards.workers import Lost, News, Task, carry_out
 
 from .conftest import DEMO, Cli
 from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
@@ -31,8 +31,6 @@ from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A Ray of this machine alone."""
-    import ray
-
     with cluster.connected("local"):
         assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
         yield ray.get_runtime_context().gcs_address
@@ -61,18 +59,15 @@ def test_two_workers_one_of_them_killed_write_what_one_process_writes(address: s
     class Deadly(cluster.RayCrew):
         """Kills the first worker that is handed a shard, while it draws."""
 
-        pids: dict[int, int]
         lost = 0
 
         def hand(self, worker: int, shard: Shard) -> None:
             super().hand(worker, shard)
             if not self.lost:
-                os.kill(self.pids[worker], signal.SIGKILL)
+                ray.kill(self._actors[worker])
 
         def wait(self) -> tuple[int, News]:
             worker, news = super().wait()
-            if isinstance(news, Ready):
-                self.pids = {**getattr(self, "pids", {}), worker: news.pid}
             self.lost += isinstance(news, Lost)
             return worker, news
 

@@ -102,7 +102,7 @@ def test_numbers_json_has_no_word_for_become_null_and_travel_whole_as_binary() -
 def test_a_malformed_request_is_refused(document: Any) -> None:
     with pytest.raises(Refusal) as refused:
         read_asked([], json.dumps(document).encode())
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_a_malformed_request_is_refused(document: Any) -> None:
 def test_tricks_with_lengths_and_depth_are_refused(lengths: list[str], body: bytes) -> None:
     with pytest.raises(Refusal) as refused:
         read_asked(lengths, body)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 def test_json_that_would_hold_everybody_up_is_refused_unparsed() -> None:
     with pytest.raises(Refusal) as refused:
         read_asked([], b" " * (LARGEST_JSON + 1))
-    assert refused.value.status == 413
+    assert refused.value.status_code == 413
 
 
 WRONG = [

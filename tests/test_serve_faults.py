@@ -142,7 +142,7 @@ def test_a_client_that_leaves_ends_its_work(held: Held) -> None:
             with pytest.raises(Refusal) as refused:
                 await asking
             await service.stop()
-            assert refused.value.status == 499
+            assert refused.value.status_code == 499
             assert held.ended.is_set()
             assert b'tarflow_abandoned_requests_total{why="left"} 1.0' in service.metrics.page()
 

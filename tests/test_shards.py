@@ -238,10 +238,8 @@ class _Deadly(Local):
 class _Doomed:
     """One worker that opens and then always dies."""
 
-    size = 1
-
     def __init__(self) -> None:
-        self._news: Iterator[News] = cycle([Ready(1), Lost("no memory")])
+        self._news: Iterator[News] = cycle([Ready(), Lost("no memory")])
 
     def hand(self, worker: int, shard: Shard) -> None:
         pass
