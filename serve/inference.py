@@ -85,24 +85,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/models/{name}")
     @router.get("/models/{name}/versions/{wanted}")
     async def metadata(name: str, wanted: str = VERSION) -> ModelMetadata:
-        model, manifest = model_of(name, wanted), service.flow.bundle.manifest
-        about = {
-            "bundle": manifest.name,
-            "bundle_hash": service.flow.bundle.hash,
-            "precision": manifest.precision,
-            "backend": service.flow.backend.description,
-            "classes": manifest.config.classes,
-            "largest_n": service.settings.largest_n,
-            "request_parameters": list(model.parameters),
-        }
-        return ModelMetadata(
-            name=name,
-            versions=[VERSION],
-            platform="tarflow",
-            inputs=model.inputs,
-            outputs=model.outputs,
-            parameters=about,
-        )
+        return _metadata(service, model_of(name, wanted))
 
     @router.get("/models/{name}/ready")
     @router.get("/models/{name}/versions/{wanted}/ready")
@@ -141,3 +124,24 @@ async def _answer(service: Service, request: Request, model: Model, asked: Asked
         return drawn_tensors(await service.draw(request, wanted_of(service, model, asked)))
     work = (encoding if model.name == "encode" else denoising)(service, asked)
     return await service.compute(request, work), {}
+
+
+def _metadata(service: Service, model: Model) -> ModelMetadata:
+    manifest = service.flow.bundle.manifest
+    about = {
+        "bundle": manifest.name,
+        "bundle_hash": service.flow.bundle.hash,
+        "precision": manifest.precision,
+        "backend": service.flow.backend.description,
+        "classes": manifest.config.classes,
+        "largest_n": service.settings.largest_n,
+        "request_parameters": list(model.parameters),
+    }
+    return ModelMetadata(
+        name=model.name,
+        versions=[VERSION],
+        platform="tarflow",
+        inputs=model.inputs,
+        outputs=model.outputs,
+        parameters=about,
+    )

@@ -25,6 +25,10 @@ VERSION = "1"
 _ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits
 OPTIONAL = {"optional": True}
 _SAID = tuple(name for name in Drawing.model_fields if name not in ("labels", "certify", "format", "zoom"))
+_NUMBERS = {
+    "n": "INT64", "seed": "UINT64", "first_sample": "UINT64", "guidance": "FP32", "attention_temperature": "FP32",
+    "denoise": "FP32", "annealed": "BOOL",
+}  # fmt: skip
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -84,16 +88,11 @@ def models_of(service: Service) -> dict[str, Model]:
     config = service.flow.config
     images = (-1, *config.image)
     labels = Tensor("labels", "INT64", (-1,), OPTIONAL)
-    seeds = (Tensor("seed", "UINT64", (1,), OPTIONAL), Tensor("first_sample", "UINT64", (1,), OPTIONAL))
+    numbers = {name: Tensor(name, datatype, (1,), OPTIONAL) for name, datatype in _NUMBERS.items()}
+    seeds = numbers["seed"], numbers["first_sample"]
     sample = Model(
         "sample",
-        (
-            labels,
-            Tensor("n", "INT64", (1,), OPTIONAL),
-            *seeds,
-            *(Tensor(name, "FP32", (1,), OPTIONAL) for name in ("guidance", "attention_temperature", "denoise")),
-            Tensor("annealed", "BOOL", (1,), OPTIONAL),
-        ),
+        (labels, *numbers.values()),
         (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,)), Tensor("certificate", "FP32", (-1,))),
         _SAID,
     )

@@ -26,7 +26,12 @@ TYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 LARGEST_JSON = 4 << 20  # bytes: parsing holds the interpreter, and more belongs into binary tensors
 _MOST_NUMBERS = 1 << 40
-_KINDS = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}  # what JSON may hold for a kind of type
+_KINDS: dict[str, set[type]] = {
+    "b": {bool},
+    "u": {int},
+    "i": {int},
+    "f": {int, float},
+}  # what JSON may hold for a kind of type
 
 
 class InputTensor(BaseModel, strict=True):
@@ -177,20 +182,16 @@ def _from_json(data: list[Any] | None, dtype: np.dtype[Any], shape: list[int], n
         _refuse(f"input '{name}': data is no regular list of numbers")
     if len(flat) != math.prod(shape):
         _refuse(f"input '{name}': data is {len(flat)} numbers; its shape takes {math.prod(shape)}")
+    kinds = set(map(type, flat))
+    if not kinds <= _KINDS[dtype.kind]:
+        _refuse(f"input '{name}': data holds {' and '.join(kind.__name__ for kind in kinds)}; expected {dtype}")
+    if flat and dtype.kind in "iu" and not np.iinfo(dtype).min <= min(flat) <= max(flat) <= np.iinfo(dtype).max:
+        _refuse(f"input '{name}' holds numbers that {dtype} does not")
     try:
-        found = np.array(flat) if flat else np.zeros(0, dtype)
-        if found.dtype.kind == "f" and dtype.kind == "u" and set(map(type, flat)) == {int}:
-            found = np.array(flat, object).astype(np.uint64)  # numpy has no type for both signs of 64 bits
-    except (ValueError, OverflowError):
-        _refuse(f"input '{name}': data holds numbers that {dtype} does not")
-    if found.dtype.kind not in _KINDS[dtype.kind]:
-        _refuse(f"input '{name}': data is {found.dtype}; expected {dtype}")
-    if found.size and dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if int(found.min()) < limits.min or int(found.max()) > limits.max:
-            _refuse(f"input '{name}' holds numbers that {dtype} does not")
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused where that matters
-        return found.astype(dtype).reshape(shape)
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused where that matters
+            return np.array(flat, dtype).reshape(shape)
+    except OverflowError:
+        _refuse(f"input '{name}' holds numbers that {dtype} does not")
 
 
 def _flat(data: list[Any]) -> list[Any] | None:

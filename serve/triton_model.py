@@ -25,6 +25,7 @@ from ..runtime.errors import BundleError, InputError, TarflowError
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.image import unpatchify
+from ..runtime.inputs import check_labels
 from ..runtime.machine import cores
 from ..runtime.opening import Opening
 from .words import http_words
@@ -164,9 +165,7 @@ class TritonPythonModel:
         for name in ("seed", "index"):
             if name in full and (full[name] < 0).any():
                 raise InputError(f"{name} is {full[name].min()}; expected 0 or more")
-        label, classes = full["label"], self.flow.config.classes
-        if (label >= max(classes, 0)).any():
-            raise InputError(f"label {label.max()} is out of range; this model has {classes} classes, and -1 for none")
+        label = check_labels(self.flow.config, full["label"], count)
         for name in ("guidance", "strength"):
             if name in full and not ((full[name] >= 0) & (full[name] < math.inf)).all():
                 raise InputError(f"{name} holds {full[name].tolist()}; expected numbers of 0 or more")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 if TYPE_CHECKING:
+    from tarflow.runtime.flow import Flow
     from tarflow.runtime.samples import Report, Samples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -108,6 +109,20 @@ def amend(folder: Path, *names: str) -> None:
 @pytest.fixture(scope="session")
 def demo() -> Path:
     return DEMO
+
+
+@pytest.fixture(scope="session")
+def flow() -> Flow:
+    """The demo, opened on one thread."""
+    from tarflow.runtime.flow import Flow
+
+    return Flow.open(DEMO, threads=1)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What runs the tests that are coroutines."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")

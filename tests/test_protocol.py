@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -16,7 +15,6 @@ from tarflow.runtime.flow import Flow
 from tarflow.serve.protocol import HEADER, LARGEST_JSON, TYPES, read_asked, write_answer
 from tarflow.serve.service import Refusal
 
-from .conftest import DEMO
 from .serving import calling
 
 
@@ -161,15 +159,13 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_what_a_model_cannot_do_is_refused_by_name() -> None:
-    async def scenario() -> None:
-        async with calling(Flow.open(DEMO, threads=1)) as (client, service):
-            for model, body, reason in WRONG:
-                answer = await client.post(f"/v2/models/{model}/infer", content=json.dumps(body))
-                assert answer.status_code == 400, (model, body, answer.text)
-                assert reason in answer.json()["error"]
-            for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):
-                assert (await client.get(path)).status_code == 404
-            assert b"tarflow_batches_total 0.0" in service.metrics.page(), "nothing was computed for any of them"
-
-    asyncio.run(scenario())
+@pytest.mark.anyio
+async def test_what_a_model_cannot_do_is_refused_by_name(flow: Flow) -> None:
+    async with calling(flow) as (client, service):
+        for model, body, reason in WRONG:
+            answer = await client.post(f"/v2/models/{model}/infer", content=json.dumps(body))
+            assert answer.status_code == 400, (model, body, answer.text)
+            assert reason in answer.json()["error"]
+        for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):
+            assert (await client.get(path)).status_code == 404
+        assert b"tarflow_batches_total 0.0" in service.metrics.page(), "nothing was computed for any of them"
