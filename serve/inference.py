@@ -128,7 +128,7 @@ async def _answer(service: Service, request: Request, model: Model, asked: Asked
 
 def _metadata(service: Service, model: Model) -> ModelMetadata:
     manifest = service.flow.bundle.manifest
-    about = {
+    said = {
         "bundle": manifest.name,
         "bundle_hash": service.flow.bundle.hash,
         "precision": manifest.precision,
@@ -143,5 +143,5 @@ def _metadata(service: Service, model: Model) -> ModelMetadata:
         platform="tarflow",
         inputs=model.inputs,
         outputs=model.outputs,
-        parameters=about,
+        parameters=said,
     )

@@ -13,7 +13,6 @@ def log(event: str, level: str = "info", **fields: Any) -> None:
     """Write a line: when, what, and the fields."""
     stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     sys.stderr.write(json.dumps({"time": stamp, "level": level, "event": event, **fields}, default=str) + "\n")
-    sys.stderr.flush()
 
 
 class Lines(logging.Handler):

@@ -117,6 +117,8 @@ class Visit:
         self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}} | context)
         self.context.set_default_timeout(120_000)
         self.page: Page = self.context.new_page()
+        self.draw = self.page.get_by_role("button", name="Draw", exact=True)
+        self.alert, self.status = self.page.get_by_role("alert").first, self.page.get_by_role("status").first
         self.asked: list[str] = []
         self.complaints: list[str] = []
         self.refused = refused
@@ -133,18 +135,6 @@ class Visit:
         expect(self.page.locator("#model span").first).to_be_visible()
         return self.page
 
-    @property
-    def draw(self) -> Locator:
-        return self.page.get_by_role("button", name="Draw", exact=True)
-
-    @property
-    def alert(self) -> Locator:
-        return self.page.get_by_role("alert").first
-
-    @property
-    def status(self) -> Locator:
-        return self.page.get_by_role("status").first
-
     def draws(self, count: int) -> None:
         self.draw.click()
         expect(self.status).to_contain_text(f"{count} images in")
@@ -152,7 +142,7 @@ class Visit:
 
 @contextlib.contextmanager
 def visiting(browser: Browser, server: Server, *refused: str, **context: Any) -> Iterator[Visit]:
-    """A visit during which the page may ask for nothing but the server, and complain of nothing."""
+    """A visit during which the page may ask for nothing but the server, and complain of nothing but what is refused."""
     visit = Visit(browser, refused, **context)
     yield visit
     visit.context.close()
