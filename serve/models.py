@@ -116,7 +116,7 @@ def models_of(service: Service) -> dict[str, Model]:
 
 def wanted_of(service: Service, model: Model, asked: Asked) -> Resolved:
     """What a request to the model ``sample`` wants drawn. Raises Refusal and InputError."""
-    said: dict[str, Any] = {name: asked.parameters[name] for name in asked.parameters}
+    said = dict(asked.parameters)
     for name, tensor in asked.tensors.items():
         said[name] = tensor.tolist() if name == "labels" else tensor[0].item()
     if said.get("labels") == []:

@@ -19,7 +19,7 @@ from tarflow.shards import cluster
 from tarflow.shards.folder import INDEX, claimed, write_index
 from tarflow.shards.job import Job, Shard
 from tarflow.shards.record import Record
-from tarflow.shards.workers import Lost, News, Task, carry_out
+from tarflow.shards.workers import Task, carry_out
 
 from .conftest import DEMO, Cli
 from .test_shards import ARGUMENTS, check_stop, contents, run, wait_for_shards, whole
@@ -58,22 +58,18 @@ def test_two_workers_one_of_them_killed_write_what_one_process_writes(
     class Deadly(cluster.RayCrew):
         """Kills the first worker that is handed a shard, while it draws."""
 
-        lost = 0
+        killed = 0
 
         def hand(self, worker: int, shard: Shard) -> None:
             super().hand(worker, shard)
-            if not self.lost:
+            if not self.killed:
                 ray.kill(self._actors[worker])
-
-        def wait(self) -> tuple[int, News]:
-            worker, news = super().wait()
-            self.lost += isinstance(news, Lost)
-            return worker, news
+                self.killed += 1
 
     task = Task(job, DEMO, tmp_path / "ray", Opening(memory="least"))
     crew = Deadly(task, cluster.Share(2, 1, 0.5, 0), print)
     draw_with(crew, job, tmp_path / "ray")
-    assert crew.lost >= 1
+    assert crew.killed == 1
     whole(flow, job, tmp_path / "alone", job.shards())
     assert contents(tmp_path / "ray") == contents(tmp_path / "alone")
 
