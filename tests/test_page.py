@@ -41,7 +41,7 @@ QUIET = (
     "--disable-component-update --disable-sync"
 )
 TOKEN = "an-open-secret"
-FREE = 1 << 30  # blocks that need not be waited for
+FREE = 100_000  # blocks that need not be waited for: more than all tests here draw
 _UNWATCHED = Watch()
 expect.set_options(timeout=120_000)
 
