@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 if TYPE_CHECKING:
+    from tarflow.runtime.flow import Flow
     from tarflow.runtime.samples import Report, Samples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,6 +117,20 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     """Python in a process of its own."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def flow() -> Flow:
+    """The demo, opened on one thread."""
+    from tarflow.runtime.flow import Flow
+
+    return Flow.open(DEMO, threads=1)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What runs the tests that are coroutines."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import text_format  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tarflow.runtime.bundle import Bundle
@@ -19,7 +18,7 @@ from tarflow.runtime.opening import Opening
 from tarflow.serve.repository import TASKS, Models, Serving, config_text, write_repository
 
 from .conftest import DEMO, GOLDEN, Cli, refused, report_of, said
-from .triton_double import Model, schema
+from .triton_double import Model, parsed
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def answered(answers: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
 
 def test_the_configuration_says_by_tritons_schema_what_was_asked_for(repository: Path, flow: Flow) -> None:
     for task in TASKS:
-        config = text_format.Parse((repository / f"digits-{task}" / "config.pbtxt").read_text(), schema().ModelConfig())
+        config = parsed((repository / f"digits-{task}" / "config.pbtxt").read_text())
         assert (config.name, config.backend, config.max_batch_size) == (f"digits-{task}", "python", 48)
         assert list(config.dynamic_batching.preferred_batch_size) == [16, 32]
         assert config.dynamic_batching.max_queue_delay_microseconds == 5000
@@ -76,7 +75,7 @@ def test_the_configuration_says_by_tritons_schema_what_was_asked_for(repository:
         assert (group.count, group.kind) == (2, group.KIND_CPU)
         assert config.parameters["bundle_sha256"].string_value == flow.bundle.hash
     serving = Serving(instances=3, max_batch=8, gpus=(0, 2), opening=Opening("auto"))
-    config = text_format.Parse(config_text("m", "encode", flow.bundle, serving), schema().ModelConfig())
+    config = parsed(config_text("m", "encode", flow.bundle, serving))
     (group,) = config.instance_group
     assert (group.count, group.kind, list(group.gpus)) == (3, group.KIND_GPU, [0, 2])
     assert list(config.dynamic_batching.preferred_batch_size) == []
@@ -139,7 +138,7 @@ def failed_alone(model: Model, flow: Flow, poison: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("poison", "message"),
     [
-        (request(0, range(2), label=10), "label 10 is out of range; this model has 10 classes"),
+        (request(0, range(2), label=10), "label 10 is out of range; this model has classes 0 to 9"),
         ({"seed": column(-1), "index": column(0)}, "seed is -1"),
         ({"seed": column(0), "index": column(-5)}, "index is -5"),
         (request(0, range(1), label=1, guidance=-1), "guidance holds"),
