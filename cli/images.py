@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from ..runtime.bundle import Bundle, ModelShape
 from ..runtime.errors import InputError
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from ..runtime.picture_folder import PictureFolder
 
 
-Range = Annotated[
-    str | None, typer.Option("--range", help="Values of float images: -1,1, 0,1 or 0,255. Default: -1,1, if clear.")
-]
-Save = Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
+Range = Annotated[str | None, Option(help="Of float images: -1,1, 0,1 or 0,255. Default: -1,1, where it is clear.")]
+Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from ..runtime.files import replacing
 from ..runtime.opening import Opening
-from .console import emit, few, say
+from .console import emit, few, identity, say
 from .images import Range, Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
-Images = Annotated[Path, typer.Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
+Images = Annotated[Path, Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
 
 
 @opens
@@ -22,8 +22,8 @@ def likelihood(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
-    save: Annotated[Path | None, typer.Option(help="Write latents z and logdet as .npz.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
+    save: Annotated[Path | None, Option(help="Write latents z and logdet as .npz.")] = None,
+    seed: Annotated[int, Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
     range: Range = None,
     *,
     opening: Opening,
@@ -50,18 +50,11 @@ def likelihood(
         with replacing(save) as file:
             np.savez(file, z=z, logdet=log_det)
     if json:
-        emit(
-            bundle=bundle,
-            bundle_hash=flow.bundle.hash,
-            images=len(x),
-            mean_bits_per_dim=float(bits.mean()),
-            bits_per_dim=bits.tolist(),
-            log_det=log_det.tolist(),
-            nonfinite=broken,
-            dequantised=given.pixels.dtype == np.uint8,
-            **({"names": names} if names else {}),
-            **({"latent": save} if save else {}),
-        )
+        scores = {"bits_per_dim": bits.tolist(), "log_det": log_det.tolist(), "nonfinite": broken}
+        eight_bits = given.pixels.dtype == np.uint8
+        more = {key: value for key, value in (("names", names), ("latent", save)) if value}
+        about = {**identity(flow.bundle), "images": len(x), "dequantised": eight_bits}
+        emit(**about, mean_bits_per_dim=float(bits.mean()), **scores, **more)
     else:
         for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
             print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
@@ -75,10 +68,10 @@ def denoise(
     images: Images,
     labels: Labels = None,
     range: Range = None,
-    strength: Annotated[float, typer.Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
+    strength: Annotated[float, Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
     save: Save = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
+        Path | None, Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
     ] = None,
     *,
     opening: Opening,
@@ -103,8 +96,7 @@ def denoise(
     write_images(result, files, flow.bundle, {})
     change, broken = float(np.sqrt(np.mean((result - x) ** 2))), nonfinite(result)
     if json:
-        known = {"rms_change": change, "nonfinite": broken}
-        emit(bundle=bundle, bundle_hash=flow.bundle.hash, images=len(x), files=files, **known)
+        emit(**identity(flow.bundle), images=len(x), files=files, rms_change=change, nonfinite=broken)
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")
     _judge(broken, len(x), "are not finite once denoised")
@@ -117,4 +109,4 @@ def _judge(broken: Sequence[int], count: int, what: str) -> None:
             f"tarflow: check failed: {len(broken)} of {count} images {what}: {few(broken)}. They are nothing like the "
             "images of this model"
         )
-        raise typer.Exit(1)
+        raise Exit(1)

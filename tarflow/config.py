@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .runtime.errors import InputError
+from .runtime.manifest import ModelShape
 
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
@@ -22,20 +23,14 @@ class ConfigError(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
-    """The shape of a TarFlow model (arXiv 2412.06329).
+class Config(ModelShape):
+    """The shape of a TarFlow model (arXiv 2412.06329), checked. Raises :class:`ConfigError`.
 
     ``noise_std`` is the Gaussian training noise in [-1, 1] image units, or None for a model trained with
     uniform dequantisation. ``classes`` is 0 for an unconditional model. ``nvp=False`` is the
     volume-preserving variant with a learned prior variance.
     """
 
-    image_size: int
-    channels: int
-    patch_size: int
-    width: int
-    blocks: int
-    layers: int
     classes: int = 0
     nvp: bool = True
     noise_std: float | None = None
@@ -48,32 +43,11 @@ class Config:
         if self.classes < 0:
             raise ConfigError.of("classes", self.classes, "0 (unconditional) or more")
         if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}; "
-                f"pass a `patch_size` that divides {self.image_size}",
-                field="patch_size",
-                found=self.patch_size,
-                expected=f"a divisor of {self.image_size}",
-            )
+            raise ConfigError.of("patch_size", self.patch_size, f"a divisor of the image size, {self.image_size}")
         if self.width % self.head_dim:
-            message = f"width {self.width} is not a multiple of the head dimension {self.head_dim}"
-            raise ConfigError(message, field="width", found=self.width, expected=f"a multiple of {self.head_dim}")
+            raise ConfigError.of("width", self.width, f"a multiple of the head dimension, {self.head_dim}")
         if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
             raise ConfigError.of("noise_std", self.noise_std, "0 or a positive number")
-
-    @property
-    def tokens(self) -> int:
-        """T: patches in an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def patch_dim(self) -> int:
-        """D: numbers in a patch."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,17 +109,8 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
     if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
         advice = f"these weights have patches of {patch_dim} numbers"
         raise ConfigError.of("patch_size", patch_size, _patch_choices(patch_dim), advice)
-    return Config(
-        image_size=grid * patch_size,
-        channels=channels,
-        patch_size=patch_size,
-        width=width,
-        blocks=blocks,
-        layers=layers,
-        classes=classes,
-        nvp=nvp,
-        noise_std=parse_noise(noise),
-    )
+    shape = (grid * patch_size, channels, patch_size, width, blocks, layers)
+    return Config(*shape, classes, nvp, parse_noise(noise))
 
 
 def parse_noise(noise: float | str) -> float | None:
