@@ -125,9 +125,9 @@ def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) 
             "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         )
     runtime = versions.get("onnxruntime") or versions.get("onnxruntime-gpu")
-    if runtime and tuple(map(int, runtime.split(".")[:2])) < (1, 20):
+    if runtime and tuple(map(int, runtime.split(".")[:2])) < (1, 25):
         problems.append(
-            f"onnxruntime {runtime} is older than 1.20, which these graphs need: pip install -U onnxruntime"
+            f"onnxruntime {runtime} is older than 1.25, which these graphs need: pip install -U onnxruntime"
         )
     return problems
 
