@@ -60,8 +60,8 @@ $(RUN)/done: pyproject.toml constraints.txt $(wildcard $(foreach room,$(ROOMS),$
 	mkdir -p $(@D)
 	touch $@
 
-$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in
-	$(CPP)/cmake/debian-packages.sh chromium
+$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in, and what links test hosts
+	$(CPP)/cmake/debian-packages.sh chromium iproute2
 	touch $@
 
 $(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-headers.sh

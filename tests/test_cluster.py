@@ -29,13 +29,20 @@ from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A Ray of this machine alone."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
+    """A Ray of this machine alone, of a user who never had one."""
     import ray
 
-    with cluster.connected("local"):
-        assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
-        yield ray.get_runtime_context().gcs_address
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HOME", str(home))
+        with cluster.connected("local"):
+            assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
+            yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture
@@ -122,6 +129,17 @@ def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(addres
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "the same command continues" in told
     assert "Traceback" not in told
+
+
+def test_a_ray_of_ones_own_has_a_token_and_leaves_none_behind(
+    address: str, home: Path, cli: Cli, tmp_path: Path
+) -> None:
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", address, env=stranger)
+    assert done.returncode == 3
+    assert f"the Ray cluster at '{address}' asks for a token" in done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr
+    assert not (home / ".ray").exists()
 
 
 @pytest.mark.parametrize(
