@@ -18,6 +18,7 @@ import typer
 from ..export.engines.options import Options
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, briefly
+from ..runtime.machine import cores, cpu_quota
 from ..runtime.opening import Opening
 from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 from .console import DEMO, emit, show
@@ -47,14 +48,15 @@ SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
 
 def doctor(json: Json = False) -> None:
-    """Show versions, providers, cores and GPU; warn of combinations known to fail; try one block on every provider,
-    TensorRT engines (built for it, where there is a GPU) among them, or say why it cannot be tried.
+    """Show versions, providers, cores (and how many of them a quota leaves) and GPU; warn of combinations known to
+    fail; try one block on every provider, TensorRT engines (built for it, where there is a GPU) among them, or say why
+    it cannot be tried.
 
     Exit code 3 if nothing can run here, 1 if a provider fails or computes wrong results.
 
     Example: tarflow doctor
     """
-    versions, gpu = versions_of(PACKAGES), _gpu()
+    versions, gpu, quota = versions_of(PACKAGES), _gpu(), cpu_quota()
     providers, problems = _providers()
     problems += _known_bad(versions, providers, gpu)
     tensorrt, untried = _tensorrt(versions)
@@ -65,6 +67,8 @@ def doctor(json: Json = False) -> None:
             python=platform.python_version(),
             platform=platform.platform(),
             cores=os.cpu_count(),
+            cpu_quota=quota,
+            threads=cores(),
             gpu=gpu,
             packages=versions,
             providers=providers,
@@ -77,7 +81,7 @@ def doctor(json: Json = False) -> None:
         show(
             [
                 ("python", f"{platform.python_version()} on {platform.platform()}"),
-                ("cores", str(os.cpu_count())),
+                ("cores", f"{os.cpu_count()}, {cores()} for us{f': a quota of {quota:g}' if quota else ''}"),
                 ("gpu", gpu or "none seen"),
                 *versions.items(),
                 ("providers", ", ".join(providers) or "none"),

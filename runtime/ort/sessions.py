@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, MachineError, Remedy, TarflowError
+from ..machine import cores, cpu_quota
 from ..opening import Opening
 from ..parts import Feeds
 from .library import PROVIDERS, first_line, load_onnxruntime, share_arena
@@ -107,8 +108,8 @@ class Sessions:
         options, opening = self.ort.SessionOptions(), self._opening
         options.log_severity_level = 3  # errors; ONNX Runtime's hints are not for our users
         options.inter_op_num_threads = 1
-        if opening.threads is not None:
-            options.intra_op_num_threads = opening.threads
+        if opening.threads is not None or cpu_quota() is not None:  # else ONNX Runtime takes a thread a core
+            options.intra_op_num_threads = opening.threads or cores()
         if opening.spinning is not None:
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if opening.spinning else "0")
         if opening.spinning is not False:
