@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,14 @@ class Sessions:
             if (block, kind, axes) not in self._open:
                 self._open[block, kind, axes] = self._start(block, kind, axes)
             return self._open[block, kind, axes]
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process. The parent's sessions stay for ever: their threads are not here, and a session
+        that ends waits for its threads (onnxruntime issue 31961).
+        """
+        for session in self._open.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+        self._open, self._lock = {}, threading.Lock()
 
     def run(self, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
         """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
