@@ -81,7 +81,7 @@ def doctor(json: Json = False) -> None:
         show(
             [
                 ("python", f"{platform.python_version()} on {platform.platform()}"),
-                ("cores", f"{os.cpu_count()}, {cores()} for us{f': a quota of {quota:g}' if quota else ''}"),
+                ("cores", f"{os.cpu_count()}, {cores()} of them used{f': a quota of {quota:g}' if quota else ''}"),
                 ("gpu", gpu or "none seen"),
                 *versions.items(),
                 ("providers", ", ".join(providers) or "none"),

@@ -76,12 +76,19 @@ def test_a_real_quota_decides_how_many_threads_a_bundle_is_opened_with(group: Pa
         "threads = backend.sessions.get(0, 'step').get_session_options().intra_op_num_threads\n"
         "print(json.dumps([cpu_quota(), cores(), threads, backend.machine]))"
     )
-    inside = f'echo $$ > {group}/cgroup.procs && exec "$@"'
-    done = subprocess.run(["sh", "-c", inside, "sh", sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    quota, count, threads, machine = json.loads(done.stdout)
+    quota, count, threads, machine = json.loads(inside(group, "-c", code))
     assert (quota, count, threads) == (1.5, 1, 1)
     assert machine.endswith(", 1 threads")
+    told = json.loads(inside(group, "-m", "tarflow.cli.main", "doctor", "--json"))
+    assert (told["cores"], told["cpu_quota"], told["threads"]) == (os.cpu_count(), 1.5, 1)
+
+
+def inside(group: Path, *arguments: str) -> str:
+    """What Python prints, run in a control group."""
+    enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+    done = subprocess.run(["sh", "-c", enter, "sh", sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 ELSEWHERE = """
