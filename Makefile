@@ -1,6 +1,8 @@
 PYTHON ?= python3
 RUN := .env-run
 DEV := .env-dev
+OLDEST := .env-oldest
+NEWEST := .env-3.13
 ROOMS := tarflow export runtime shards quality serve cli
 PIP_FLAGS := --quiet --disable-pip-version-check
 
@@ -18,7 +20,7 @@ test: ## everything that is checked before a change lands
 	$(MAKE) -j 2 prepare
 	$(MAKE) unit cpp-test
 
-prepare: lint types $(DEV)/chromium cpp-dev # what needs no idle machine: one core each
+prepare: lint types $(DEV)/chromium $(NEWEST)/done cpp-dev # what needs no idle machine: one core each
 
 lint: $(DEV)/done
 	$(DEV)/bin/ruff check .
@@ -27,7 +29,7 @@ lint: $(DEV)/done
 types: $(DEV)/done
 	$(DEV)/bin/mypy
 
-unit: $(DEV)/done $(DEV)/chromium cpp-dev
+unit: $(DEV)/done $(DEV)/chromium $(OLDEST)/done $(NEWEST)/done cpp-dev
 	$(DEV)/bin/pytest -n 2 --dist worksteal --durations=12
 
 cpp: $(CPP_BUILD)/needs ## libtarflow, in runtime/cpp/build/release
@@ -58,8 +60,8 @@ $(RUN)/done: pyproject.toml constraints.txt $(wildcard $(foreach room,$(ROOMS),$
 	mkdir -p $(@D)
 	touch $@
 
-$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in
-	$(CPP)/cmake/debian-packages.sh chromium
+$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in, and what links test hosts
+	$(CPP)/cmake/debian-packages.sh chromium iproute2
 	touch $@
 
 $(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-headers.sh
@@ -74,5 +76,23 @@ $(DEV)/done: pyproject.toml constraints.txt
 	mkdir -p $(@D)
 	touch $@
 
+# The lowest versions that pyproject.toml allows; and a Triton server, of a wheel that is for NumPy 1, as they are.
+$(OLDEST)/done: pyproject.toml tests/lowest_bounds.py | $(DEV)/done
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tests/lowest_bounds.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install $(PIP_FLAGS) -c $(OLDEST)/constraints.txt -e ".[serve,ray]"
+	$(OLDEST)/bin/pip install $(PIP_FLAGS) --no-deps nvidia-pytriton==0.7.0
+	touch $@
+
+PYTHON_3_13 = $(shell for python in python3.13 ~/.pyenv/versions/3.13.*/bin/python3.13; do \
+	$$python -c "" 2> /dev/null && echo $$python && break; done)
+
+# Python 3.13, if there is one.
+$(NEWEST)/done: pyproject.toml constraints.txt | $(OLDEST)/done
+	mkdir -p $(@D)
+	if [ "$(PYTHON_3_13)" ]; then "$(PYTHON_3_13)" -m venv $(NEWEST) && \
+	  $(NEWEST)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[serve]"; fi
+	touch $@
+
 clean:
-	rm -rf $(RUN) $(DEV) $(CPP_BUILD) build *.egg-info samples.png
+	rm -rf $(RUN) $(DEV) $(OLDEST) $(NEWEST) $(CPP_BUILD) build *.egg-info samples.png

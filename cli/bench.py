@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +12,7 @@ from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
+from ..runtime.machine import cores
 from ..runtime.opening import Opening
 from .console import emit, parse_sizes, say
 from .options import BundleArgument, Json, opens
@@ -81,7 +81,7 @@ def bench(
                 f"{row.error:>8.1g} {row.certificate:>11.1g}",
                 flush=True,
             )
-    bandwidth = read_bandwidth(opening.threads or os.cpu_count() or 1)
+    bandwidth = read_bandwidth(opening.threads or cores())
     floor = step_floor(flow.bundle, bandwidth)
     if json:
         speed = {"read_bandwidth": bandwidth, "floor_microseconds_per_step": floor * 1e6}

@@ -16,6 +16,7 @@ from typer import Exit
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, briefly
+from ..runtime.machine import cores, cpu_quota
 from ..runtime.opening import Opening
 from .console import DEMO, emit, show
 from .messages import flags_in, spell
@@ -32,14 +33,15 @@ SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
 
 def doctor(json: Json = False) -> None:
-    """Show versions, providers, cores and GPU; warn of combinations known to fail; try one block on every provider,
-    TensorRT engines (built for it, where there is a GPU) among them, or say why it cannot be tried.
+    """Show versions, providers, cores (and how many of them a quota leaves) and GPU; warn of combinations known to
+    fail; try one block on every provider, TensorRT engines (built for it, where there is a GPU) among them, or say why
+    it cannot be tried.
 
     Exit code 3 if nothing can run here, 1 if a provider fails or computes wrong results.
 
     Example: tarflow doctor
     """
-    versions, gpu = versions_of(PACKAGES), _gpu()
+    versions, gpu, quota = versions_of(PACKAGES), _gpu(), cpu_quota()
     providers, problems = _providers()
     problems += _known_bad(versions, providers, gpu)
     tensorrt, untried = _tensorrt(versions)
@@ -47,14 +49,15 @@ def doctor(json: Json = False) -> None:
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
     python, system, count = platform.python_version(), platform.platform(), os.cpu_count()
     if json:
+        used = {"cores": count, "cpu_quota": quota, "threads": cores()}
         found = {"packages": versions, "providers": providers, "self_test": tests, "tensorrt": tensorrt}
-        emit(python=python, platform=system, cores=count, gpu=gpu, **found, problems=problems)
+        emit(python=python, platform=system, **used, gpu=gpu, **found, problems=problems)
     else:
         states = {True: "ok", False: "FAILED", None: "not tried"}
         show(
             [
                 ("python", f"{python} on {system}"),
-                ("cores", str(count)),
+                ("cores", f"{count}, {cores()} of them used{f': a quota of {quota:g}' if quota else ''}"),
                 ("gpu", gpu or "none seen"),
                 *versions.items(),
                 ("providers", ", ".join(providers) or "none"),
@@ -105,8 +108,8 @@ def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) 
             "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         )
     ort = versions.get("onnxruntime") or versions.get("onnxruntime-gpu")
-    if ort and tuple(map(int, ort.split(".")[:2])) < (1, 20):
-        problems.append(f"onnxruntime {ort} is older than 1.20, which these graphs need: pip install -U onnxruntime")
+    if ort and tuple(map(int, ort.split(".")[:2])) < (1, 25):
+        problems.append(f"onnxruntime {ort} is older than 1.25, which these graphs need: pip install -U onnxruntime")
     return problems
 
 

@@ -14,6 +14,7 @@ from typer import Option
 
 from ..config import Config, parse_noise
 from ..runtime.errors import InputError
+from ..runtime.machine import cores, cpu_quota
 from .console import emit, say
 from .options import Json, Threads
 from .progress import bar, duration_text
@@ -74,6 +75,8 @@ def train(
         if threads < 1:
             raise InputError.of("threads", threads, "1 or more")
         torch.set_num_threads(threads)
+    elif cpu_quota() is not None:
+        torch.set_num_threads(cores())
     recipe = Recipe(steps, batch_size, lr, warmup, weight_decay, drop_label, ema, grad_clip, flip, jitter, seed)
     every = (log_every, evaluate_every, sample_every, save_every)
     run = Run(out, pick_device(device), amp, resume, force, *every, samples, guidance)

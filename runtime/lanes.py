@@ -4,6 +4,7 @@ model is so small that they mostly wait for one another.
 
 from __future__ import annotations
 
+import os
 import threading
 from itertools import pairwise
 
@@ -17,10 +18,14 @@ class Lanes:
     """``count`` threads over ``backend``, which computes in the thread that calls it."""
 
     def __init__(self, backend: Backend, count: int) -> None:
+        self.backend, self.count = backend, count
+        self._begin()
+
+    def _begin(self) -> None:
         from concurrent.futures import ThreadPoolExecutor  # most flows never divide a batch
 
-        self.backend, self.count = backend, count
-        self._pool = ThreadPoolExecutor(count - 1, "lane")  # the first lane is the caller's own thread
+        self._pool = ThreadPoolExecutor(self.count - 1, "lane")  # the first lane is the caller's own thread
+        self._process = os.getpid()
 
     def solve(self, block: int, z: Array, branches: Branches, on_step: Watch | None = None) -> Array:
         """Solve a block serially, some of the images in each lane: patches (B, T, D).
@@ -28,6 +33,8 @@ class Lanes:
         ``on_step`` is told of the first lane's positions; an exception it raises cancels all.
         """
         cancelled = threading.Event()
+        if self._process != os.getpid():  # threads stay behind when a process is forked
+            self._begin()
 
         def follow(position: int) -> None:
             if cancelled.is_set():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,7 @@ def peak() -> int:
     try:  # what getrusage says begins with the parent's memory
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     found = re.search(r"VmHWM:\s*(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0

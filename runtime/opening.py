@@ -18,10 +18,11 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 class Opening:
     """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here.
 
-    ``threads`` (None: one a core) and ``spinning`` (False where cores are shared) go to ONNX Runtime. ``memory`` is a
-    limit in bytes on the process, beside the samples themselves: it chooses batches, sub-batches of the gradient, and
-    whether one block is open at a time; "least" is always one block. ``cuda_graph`` False launches every kernel of a
-    step on a GPU anew, instead of replaying the step as one CUDA graph. Raises InputError for what is none of these.
+    ``threads`` (None: one a core, as far as a quota allows) and ``spinning`` (False where cores are shared) go to ONNX
+    Runtime. ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches,
+    sub-batches of the gradient, and whether one block is open at a time; "least" is always one block. ``cuda_graph``
+    False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. Raises
+    InputError for what is none of these.
     """
 
     provider: str = "cpu"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..runtime.backend import REPRODUCIBLE_TILE, pad_rows
 from ..runtime.bundle import Bundle
-from ..runtime.errors import BundleError, InputError, TarflowError
+from ..runtime.errors import BundleError, InputError, MachineError, TarflowError
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.image import unpatchify
@@ -39,7 +39,11 @@ class TritonPythonModel:
     bundle: Path  # said by a repository's model.py
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the bundle, whose hash is in the configuration, and run a tile through it."""
+        """Open the bundle, whose hash is in the configuration, and run a tile through it.
+
+        Raises MachineError where this Triton would answer with empty tensors, BundleError for another bundle.
+        """
+        _check_tensors()
         said = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
         if args["model_instance_kind"] == "GPU":  # before anything loads CUDA: this process sees its own device only
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
@@ -183,9 +187,25 @@ class TritonPythonModel:
         return rows | {"label": np.full((1, 1), min(self.flow.config.classes, 1) - 1, np.int64)}
 
 
+def _check_tensors() -> None:
+    """Raise MachineError if an array that becomes Triton's tensor is not the same when Triton hands it on.
+
+    Backends compiled for NumPy 1 (Triton up to 2.51) misread NumPy 2's items as having no bytes, without a word.
+    """
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    found = triton.Tensor.from_dlpack("copy", triton.Tensor("images", array).to_dlpack()).as_numpy()
+    if not np.array_equal(found, array):
+        raise MachineError(
+            f"this Triton cannot read arrays of NumPy {np.__version__}, so it would answer with empty tensors; in its "
+            "Python install NumPy 1: pip install 'numpy<2', or run a Triton newer than 2.51"
+        )
+
+
 def _response(request: Any, answer: Rows | TarflowError) -> Any:
     if isinstance(answer, TarflowError):
-        return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(http_words(answer, labels="label")))
+        kind = triton.TritonError.INVALID_ARG if isinstance(answer, InputError) else triton.TritonError.INTERNAL
+        error = triton.TritonError(http_words(answer, labels="label"), kind)
+        return triton.InferenceResponse(output_tensors=[], error=error)
     wanted = [name for name in answer if name in request.requested_output_names()]
     tensors = [triton.Tensor(name, np.ascontiguousarray(answer[name])) for name in wanted]
     return triton.InferenceResponse(output_tensors=tensors)

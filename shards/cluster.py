@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -17,8 +18,9 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do by default; it warns until then
 
+import grpc
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from ..runtime.errors import MachineError
 from ..runtime.machine import cores
@@ -29,12 +31,15 @@ from .workers import Lost, News, Task, Worker
 _OBJECTS = 80 << 20  # bytes of Ray's object store, of which shards and records need next to nothing
 _STARTS = 3  # attempts
 _PATIENCE = 30.0  # seconds until a user hears why nothing happens
+_TOKEN = secrets.token_hex(32)  # of a Ray that is started here
+_GIVE_TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
     """Ray, for as long as the block runs: the cluster at ``address``, or for "" the one that RAY_ADDRESS names, or else
-    one of this machine's cores alone. What is printed inside goes to stderr. Raises MachineError if no cluster answers.
+    one of this machine's cores alone. What is printed inside goes to stderr. Raises MachineError if no cluster answers,
+    or one that wants another token.
     """
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
@@ -47,7 +52,11 @@ def connected(address: str) -> Iterator[None]:
         else:
             _knock(address)
             ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if _asks_for_token(address):
+            raise MachineError(
+                f"the Ray cluster at '{address}' asks for a token, and has not got it; {_GIVE_TOKEN}"
+            ) from None
         raise MachineError(
             f"no Ray cluster at '{address}' ({_first_line(error)}); start one with: ray start --head, or give no "
             "address, without RAY_ADDRESS set, to have one here meanwhile"
@@ -65,6 +74,7 @@ def connected(address: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         with contextlib.redirect_stdout(sys.stderr):  # it tells what it had not told yet
             ray.shutdown()
+        _forget_token()
 
 
 def _remembering(handler: Callable[[int, FrameType | None], Any], exits: list[SystemExit]) -> Callable[..., None]:
@@ -83,6 +93,8 @@ def _remembering(handler: Callable[[int, FrameType | None], Any], exits: list[Sy
 def _start(options: dict[str, Any]) -> None:
     """Start Ray here. It gives its own processes half a minute, which on a busy machine is not always enough."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to all other processes
+    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        os.environ["RAY_AUTH_TOKEN"] = _TOKEN  # else Ray leaves one in ~/.ray
     for start in range(_STARTS):
         try:
             ray.init(address="local", **options)
@@ -96,15 +108,36 @@ def _start(options: dict[str, Any]) -> None:
                 ) from None
 
 
+def _forget_token() -> None:
+    """Whoever had a Ray here may go to another: that one's token is where Ray looks for it."""
+    if os.environ.get("RAY_AUTH_TOKEN") == _TOKEN:
+        del os.environ["RAY_AUTH_TOKEN"]
+        os.environ.pop("RAY_AUTH_MODE", None)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _knock(address: str) -> None:
-    """Raise OSError if nobody listens at an address with a port: Ray itself asks again for many minutes."""
+    """Raise OSError if nobody listens at an address with a port, or if a token is missing: Ray itself asks again, for
+    many minutes or with many messages.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" and _asks_for_token(address):
+            raise PermissionError("no token")
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether Ray at an address with a port takes no call without a token."""
+    with grpc.insecure_channel(address.removeprefix("ray://"), [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,11 +27,18 @@ from .test_shards import ARGUMENTS, check_stop, contents, run, wait_for_shards, 
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A Ray of this machine alone."""
-    with cluster.connected("local"):
-        assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
-        yield ray.get_runtime_context().gcs_address
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
+    """A Ray of this machine alone, of a user who never had one."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HOME", str(home))
+        with cluster.connected("local"):
+            assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
+            yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture
@@ -101,6 +109,17 @@ def test_a_driver_that_is_killed_on_a_cluster_is_continued_by_another(address: s
 
 def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(address: str, tmp_path: Path) -> None:
     check_stop(run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out", "--ray", address), tmp_path / "out")
+
+
+def test_a_ray_of_ones_own_has_a_token_and_leaves_none_behind(
+    address: str, home: Path, cli: Cli, tmp_path: Path
+) -> None:
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = cli(*ARGUMENTS, "--out", tmp_path / "out", "--ray", address, env=stranger)
+    assert done.returncode == 3
+    assert f"the Ray cluster at '{address}' asks for a token" in done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr
+    assert not (home / ".ray").exists()
 
 
 @pytest.mark.parametrize(

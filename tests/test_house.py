@@ -51,7 +51,7 @@ ROOMS = {
     "tarflow.runtime": Room("numpy safetensors PIL", "", {"providers": "runtime.ort.backend runtime.tensorrt.backend"}),
     "tarflow.runtime.ort": Room("numpy onnxruntime", "runtime*"),
     "tarflow.runtime.tensorrt": Room("numpy cuda", "runtime*"),
-    "tarflow.shards": Room("numpy safetensors", "runtime*", {"cluster": "ray"}),
+    "tarflow.shards": Room("numpy safetensors", "runtime*", {"cluster": "grpc ray"}),
     "tarflow.quality": Room("numpy PIL", "runtime*", {"features": "onnxruntime"}),
     "tarflow.serve": Room(
         "numpy fastapi starlette pydantic uvicorn prometheus_client",

@@ -35,7 +35,11 @@ def parsed(config: str) -> Any:
 
 
 class TritonError(Exception):
-    pass
+    INTERNAL, INVALID_ARG = 1, 3
+
+    def __init__(self, message: str, code: int = INTERNAL) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Tensor:
@@ -45,6 +49,13 @@ class Tensor:
         if not array.flags.c_contiguous:
             raise ValueError(f"tensor {name} is not contiguous")
         self._name, self._array = name, array
+
+    def to_dlpack(self) -> NDArray[Any]:
+        return self._array.copy()
+
+    @classmethod
+    def from_dlpack(cls, name: str, capsule: NDArray[Any]) -> Tensor:
+        return cls(name, capsule)
 
     def name(self) -> str:
         return self._name

@@ -6,7 +6,9 @@ and position stay on the device.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -53,11 +55,21 @@ class OrtBackend:
         self.machine = f"cpu {processor()}, {opening.threads or cores()} threads" if on_cpu else f"cuda {gpu()}"
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
+        self._begin()
+        _all.add(self)
+        if not on_cpu:
+            self.sessions.get(0, "forward")  # fails here and now if the provider does not start
+
+    def _begin(self) -> None:
+        """With nothing kept from earlier calls, and no lock held."""
         self._buffers = Buffers(keep=not self.budget.one_block)
         self._idle: list[OrtSteps] = []
         self._lock = threading.Lock()
-        if not on_cpu:
-            self.sessions.get(0, "forward")  # fails here and now if the provider does not start
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process."""
+        self.sessions.after_fork()
+        self._begin()
 
     def lanes(self) -> tuple[OrtBackend, int] | None:
         threads = self.opening.threads or cores()
@@ -106,3 +118,12 @@ class OrtBackend:
 
     def _run(self, block: int, kind: str, feeds: Feeds, most: int) -> list[Array]:
         return in_parts(self.config, kind, feeds, (1, most), partial(self.sessions.run, block, kind))
+
+
+def _after_fork() -> None:
+    for backend in _all:
+        backend.after_fork()
+
+
+_all: weakref.WeakSet[OrtBackend] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_after_fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, MachineError, Remedy, TarflowError
+from ..machine import cores, cpu_quota
 from ..opening import Opening
 from ..parts import Feeds
 from .library import PROVIDERS, first_line, load_onnxruntime, share_arena
@@ -56,6 +58,14 @@ class Sessions:
             if (block, kind, axes) not in self._open:
                 self._open[block, kind, axes] = self._start(block, kind, axes)
             return self._open[block, kind, axes]
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process. The parent's sessions stay for ever: their threads are not here, and a session
+        that ends waits for its threads (onnxruntime issue 31961).
+        """
+        for session in self._open.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+        self._open, self._lock, self.launching = {}, threading.Lock(), threading.Lock()
 
     def run(self, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
         """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
@@ -109,8 +119,8 @@ class Sessions:
         options, opening = self.ort.SessionOptions(), self._opening
         options.log_severity_level = 3  # errors; ONNX Runtime's hints are not for our users
         options.inter_op_num_threads = 1
-        if opening.threads is not None:
-            options.intra_op_num_threads = opening.threads
+        if opening.threads is not None or cpu_quota() is not None:  # else ONNX Runtime takes a thread a core
+            options.intra_op_num_threads = opening.threads or cores()
         if opening.spinning is not None:
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if opening.spinning else "0")
         if opening.spinning is not False:
