@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,7 @@ _FAMILY = re.compile(
     r"|attn_blocks\.(\d+)\.(?:attention\.(?:norm|qkv|proj)|mlp\.(?:norm|main\.[02]))\.(?:weight|bias))"
 )
 _MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
+_UNWRITTEN = re.compile(rf"inline_container|os error ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b")
 _RELATIVES = {
     "STARFlow": ("sos_embed", "gate_proj", "proj_txt", "q_norm", "k_norm", "rope", "feature_map"),
     "iTARFlow": ("time", "t_embed", "t_emb", "adaln", "modulation"),
@@ -126,17 +129,34 @@ def reference_state(model: TarFlow) -> dict[str, Tensor]:
 
 def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
     """Write ``.pth`` (as the reference trainer does, masks included) or ``.safetensors``, atomically."""
-    state = reference_state(model)
     with replacing_by_name(path) as partial:
-        if Path(path).suffix == ".safetensors":
+        write(model, partial, Path(path).suffix)
+
+
+def write(model: TarFlow, path: Path, suffix: str) -> None:
+    """Write a checkpoint of the kind that ``suffix`` names. Raises OSError where the disk is full."""
+    state = reference_state(model)
+    with writer_errors():
+        if suffix == ".safetensors":
             from safetensors.torch import save_file
 
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(tensors, str(partial), {CONFIG_KEY: json.dumps(model.config.to_dict())})
+            save_file(tensors, str(path), {CONFIG_KEY: json.dumps(model.config.to_dict())})
         else:
             mask = torch.tril(torch.ones(model.config.tokens, model.config.tokens))
             state |= {f"blocks.{k}.attn_mask": mask for k in range(model.config.blocks)}
-            torch.save(state, partial)
+            torch.save(state, path)
+
+
+@contextlib.contextmanager
+def writer_errors() -> Iterator[None]:
+    """Say that the disk is full as the system does: PyTorch's zip writer and safetensors have words of their own."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not _UNWRITTEN.search(str(error)):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _read_pickle(path: Path) -> object:
