@@ -15,6 +15,7 @@ import typer
 from typer import Option
 
 from ..runtime.errors import TarflowError
+from ..runtime.signals import ending
 from .bench import bench
 from .bisect import bisect
 from .build import build
@@ -36,7 +37,6 @@ from .train import train
 from .verify import verify
 
 EXIT_INTERRUPTED, EXIT_FAULT = 130, 70
-_TERMINATING = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 _MAKING = (export, build, check_engine, generate, train)  # in the order of the help
 _JUDGING = (verify, bisect, likelihood, denoise, evaluate, report, inspect)
 _SERVING = (doctor, bench, calibrate, package, serve)
@@ -76,9 +76,8 @@ def main() -> None:
     """
     ready_streams()
     logging.getLogger("tarflow").handlers = [Notes()]
-    for number in _TERMINATING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _terminate)
+    for number in ending():
+        signal.signal(number, _terminate)
     try:
         app()
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns Ctrl-C in a command into 130, without a word
@@ -110,7 +109,7 @@ def main() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """End as an exception does, so that nothing half-written is left; a second signal changes nothing meanwhile."""
-    for each in _TERMINATING:
+    for each in ending():
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
