@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import sys
 import zipfile
 from collections.abc import Sequence
+from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
+from .messages import flags_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,9 +43,28 @@ def identity(bundle: Bundle) -> dict[str, Any]:
     return {"bundle": bundle.folder, "bundle_hash": bundle.hash}
 
 
+def ready_streams() -> None:
+    """Let streams that are closed swallow what is said, and the others escape what they cannot encode, names say."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be a stream
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(message: str) -> None:
-    """A line for people, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """A line for people, on stderr, if there is still anybody."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+class Notes(logging.Handler):
+    """Says what the library logs in the words of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"tarflow: {flags_in(record.getMessage())}")
 
 
 def tell_of_classes(bundle: Bundle, labels: Sequence[int] | None) -> None:

@@ -47,6 +47,7 @@ def doctor(json: Json = False) -> None:
     tensorrt, untried = _tensorrt(versions)
     tests = _self_tests(providers)
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
+    problems += [f"self-test {name}: {test['message']}" for name, test in tests.items() if test["ok"] is False]
     python, system, count = platform.python_version(), platform.platform(), os.cpu_count()
     if json:
         used = {"cores": count, "cpu_quota": quota, "threads": cores()}

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
-from typing import Annotated
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 from typer import Option
 
 from ..runtime.errors import TarflowError
+from ..runtime.signals import ending
 from .bench import bench
 from .bisect import bisect
 from .build import build
 from .calibrate import calibrate
 from .check import check_engine
+from .console import Notes, ready_streams, say
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -31,7 +36,7 @@ from .serve import serve
 from .train import train
 from .verify import verify
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_FAULT = 130, 70
 _MAKING = (export, build, check_engine, generate, train)  # in the order of the help
 _JUDGING = (verify, bisect, likelihood, denoise, evaluate, report, inspect)
 _SERVING = (doctor, bench, calibrate, package, serve)
@@ -44,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="TarFlow normalizing flows from PyTorch checkpoints to production.\n\n"
-    "Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment, 4 incompatible artifact.",
+    "Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment, 4 incompatible artifact, 70 a fault of tarflow's.",
 )
 for _command in _MAKING + _JUDGING + _SERVING:
     app.command(cls=RayCommand)(_command)
@@ -66,19 +71,20 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. What is raised on purpose is a user's to mend: one message, no traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: nothing half-written
+    """Run the command line. What is raised on purpose is a user's to mend: one message, no traceback. What is not is a
+    fault of ours: a traceback, and where to report it.
+    """
+    ready_streams()
+    logging.getLogger("tarflow").handlers = [Notes()]
+    for number in ending():
+        signal.signal(number, _terminate)
     try:
         app()
-        sys.stdout.flush()
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns Ctrl-C in a command into 130, without a word
         code = EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
         if code == EXIT_INTERRUPTED:
-            print("tarflow: interrupted; nothing half-written was left", file=sys.stderr)
-        sys.exit(code)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+            say("tarflow: interrupted; nothing half-written was left")
+        _leave(0 if isinstance(end.__context__, BrokenPipeError) else code)  # the reader of a pipe has seen enough
     except FileNotFoundError as error:
         _fail(f"no such file: '{error.filename}'" if error.filename else str(error), 2)
     except MemoryError:
@@ -87,16 +93,40 @@ def main() -> None:
         extra = _EXTRAS.get(error.name or "", "export")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is buffered cannot be written at exit either)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _fail("the disk is full: the output could not be written", 3)
         _fail(f"'{error.filename}': {error.strerror}" if error.filename else str(error), 3)
     except TarflowError as error:
         _fail(spell(error), error.exit_code)
+    except Exception:
+        say(traceback.format_exc().rstrip())
+        say(
+            "tarflow: this is a fault of tarflow's, not yours: please report it where you have tarflow from, with the "
+            "lines above, the command you typed and what tarflow doctor prints"
+        )
+        _leave(EXIT_FAULT)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"tarflow: error: {message}", file=sys.stderr)
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as an exception does, so that nothing half-written is left; a second signal changes nothing meanwhile."""
+    for each in ending():
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    say(f"tarflow: error: {message}")
+    _leave(code)
+
+
+def _leave(code: str | int | None) -> NoReturn:
+    """Exit when all that was printed is where it belongs, or can get nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it could not be written at exit either
+        if not code and not isinstance(error, BrokenPipeError):
+            _fail("the disk is full: the output could not be written", 3)
     sys.exit(code)
 
 

@@ -104,6 +104,12 @@ DRAWING: Flags = {
 HINTS: Flags = {
     "patch_size": _flag(int | None, None, "Patch size, if the checkpoint's name does not say it."),
     "noise_std": _flag(str | None, None, "Training noise, if the name does not say it: a number, or 'uniform'."),
+    "weights": _flag(
+        str | None,
+        None,
+        "Of a checkpoint that has several weights: ema (averaged), raw, or a key. Default: averaged ones, if any.",
+        metavar="ema|raw|KEY",
+    ),
 }
 
 

@@ -64,7 +64,7 @@ def report(
     versions = {**versions_of(PACKAGES), "python": platform.python_version(), "system": platform.platform()}
     page = render(found, Making(shlex.join(["tarflow", *sys.argv[1:]]), time.strftime("%Y-%m-%d"), versions))
     with replacing(output) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))
 
     bits = {p.name: float(p.bits.mean()) for p in found.populations}
     if json:

@@ -72,7 +72,7 @@ def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -
 
 @contextlib.contextmanager
 def told_to_continue(out: Path) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM, say what is kept and how to go on."""
+    """On Ctrl-C, SIGTERM or SIGHUP, say what is kept and how to go on."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -20,6 +20,7 @@ from ..quality.parity import Pairs, Watch
 from ..runtime.bundle import GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest
 from ..runtime.errors import CheckFailed, Remedy
 from ..runtime.files import check_replaceable, replacing_folder, sha256
+from ..runtime.ort.library import check_path
 from ..runtime.precision import PRECISIONS, Precision
 from .card import markdown
 from .comparison import beside, open_checkpoint, oracle_pairs
@@ -46,6 +47,8 @@ def export(
     """
     precision = precision_named(engine)
     check_replaceable(folder, force)
+    if check:
+        check_path(folder)
     watch(f"load {checkpoint}")
     model = open_checkpoint(checkpoint, hints)
     check_weights(model, precision)
@@ -74,7 +77,7 @@ def bundle_name(checkpoint: str | os.PathLike[str]) -> str:
     path = Path(checkpoint)
     if (path / MANIFEST).is_file():
         return Bundle.open(path).manifest.name
-    return re.sub(r"_model_.*$", "", path.stem)
+    return re.sub(r"_model_.*$", "", path.stem).encode(errors="backslashreplace").decode()  # a manifest is UTF-8
 
 
 def _graphs(

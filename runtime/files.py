@@ -178,7 +178,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         # numpy's ndarray.tofile says 'N requested and M written' and no errno when the disk is full.
         short_write = error.errno is None and "requested and" in str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or short_write:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or short_write:
             raise MachineError(
                 f"the disk is full: '{path}' was not written, nothing was left behind; free some space"
             ) from None

@@ -18,6 +18,7 @@ from ray import serve
 from ..runtime.errors import BundleError, InputError, MachineError
 from ..runtime.flow import Flow
 from ..runtime.opening import Opening
+from ..runtime.signals import ending
 from ..shards.cluster import Share, connected, share
 from .app import create_app
 from .settings import Settings
@@ -71,7 +72,7 @@ def parse_replicas(text: str) -> Replicas:
 
 
 def serve_on_ray(address: str, deployment: Deployment, where: tuple[str, int], announce: Callable[[str], None]) -> None:
-    """Deploy, announce, and serve until SIGTERM or SIGINT; then requests that were accepted are answered.
+    """Deploy, announce, and serve until SIGTERM, SIGHUP or SIGINT; then requests that were accepted are answered.
 
     ``where`` is host and port of the proxies: one on this machine for a loopback address, else one on every machine.
     Raises MachineError if the replicas do not come up, and what :func:`cluster.connected` raises.
@@ -79,7 +80,7 @@ def serve_on_ray(address: str, deployment: Deployment, where: tuple[str, int], a
     stop, replicas, settings = threading.Event(), deployment.replicas, deployment.settings
     with connected(address):
         parts = share(replicas.most, deployment.opening, replicas.most)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, *ending()):
             signal.signal(number, lambda *_: stop.set())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         host, port = where

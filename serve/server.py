@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..runtime.errors import InputError, MachineError
+from ..runtime.signals import ending
 from .log import Lines, log
 from .service import Service
 
@@ -53,8 +54,8 @@ def listen(host: str, port: int, stall: float) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket, grace: float, announce: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT: readiness goes off, after ``grace`` seconds no connection is taken any more, what
-    was accepted is answered. A second signal ends it at once.
+    """Serve until SIGTERM, SIGHUP or SIGINT: readiness goes off, after ``grace`` seconds no connection is taken any
+    more, what was accepted is answered. A second signal ends it at once.
     """
     service: Service = app.state.service
     for name in ("uvicorn", "asyncio"):
@@ -117,7 +118,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.service.start()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, *ending()):
             loop.add_signal_handler(number, self._end, number)
         await super().startup(sockets)
         self.announce()

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from ..runtime.errors import MachineError
 from ..runtime.machine import cores
 from ..runtime.opening import ON_DEVICE, Opening
+from ..runtime.signals import ending
 from .job import Shard
 from .workers import Lost, News, Task, Worker
 
@@ -45,7 +46,8 @@ def connected(address: str) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
     if address == "local":
         quiet |= {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": _OBJECTS}
-    before, exits = signal.getsignal(signal.SIGTERM), list[SystemExit]()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in ending()}
+    exits: list[SystemExit] = []
     try:
         if address == "local":
             _start(quiet)
@@ -62,19 +64,23 @@ def connected(address: str) -> Iterator[None]:
             "address, without RAY_ADDRESS set, to have one here meanwhile"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in the place of ours
+        _handle(before)  # Ray puts its own in the place of ours
     try:
-        if callable(before):
-            signal.signal(signal.SIGTERM, _remembering(before, exits))
+        _handle({number: _remembering(handler, exits) for number, handler in before.items() if callable(handler)})
         with contextlib.redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is for results
             yield
     except SystemExit as end:
         raise (exits[0] if exits else end) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _handle(before)
         with contextlib.redirect_stdout(sys.stderr):  # it tells what it had not told yet
             ray.shutdown()
         _forget_token()
+
+
+def _handle(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _remembering(handler: Callable[[int, FrameType | None], Any], exits: list[SystemExit]) -> Callable[..., None]:

@@ -215,7 +215,8 @@ class Local:
 def _serve(task: Task, connection: Connection) -> None:
     """A local worker's life: open, then shards until the other end is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the crew stops its workers itself
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the crew stops its workers itself
+        signal.signal(number, signal.SIG_IGN)
     worker = Worker(task)
     with contextlib.suppress(EOFError, OSError):
         connection.send(worker.attempt(None))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from .config import Config, ConfigError, Hints, infer, parse_noise
 from .model import TarFlow
 from .runtime.errors import BundleError
 from .runtime.files import replacing_by_name
+from .wrapping import weights_of
 
 CONFIG_KEY = "tarflow.config"  # safetensors metadata: the Config as JSON, so that nothing need be inferred
+INDEX = ".index.json"
 DERIVED = "derived."  # tensors computed from others for the graphs; not part of a checkpoint
 SCALE = "_scale"  # DERIVED + name + SCALE: the scales (out,) of a weight that is stored as int8, (in, out)
 
@@ -33,11 +37,11 @@ _RENAME = (
     (re.compile(r"\.layers\.(\d+)\."), r".attn_blocks.\1."),
 )
 _FAMILY = re.compile(
-    r"^(?:var|blocks\.(\d+)\.(?:pos_embed|class_embed|(?:proj_in|proj_out)\.(?:weight|bias)"
-    r"|attn_blocks\.(\d+)\.(?:attention\.(?:norm|qkv|proj)|mlp\.(?:norm|main\.[02]))\.(?:weight|bias)))$"
+    r"var|blocks\.(\d+)\.(?:pos_embed|class_embed|(?:proj_in|proj_out)\.(?:weight|bias)"
+    r"|attn_blocks\.(\d+)\.(?:attention\.(?:norm|qkv|proj)|mlp\.(?:norm|main\.[02]))\.(?:weight|bias))"
 )
 _MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
-_WRAPPED = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+_UNWRITTEN = re.compile(rf"inline_container|os error ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b")
 _RELATIVES = {
     "STARFlow": ("sos_embed", "gate_proj", "proj_txt", "q_norm", "k_norm", "rope", "feature_map"),
     "iTARFlow": ("time", "t_embed", "t_emb", "adaln", "modulation"),
@@ -56,32 +60,43 @@ def reference_name(name: str) -> str:
 
 
 def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
-    """Read a checkpoint: the reference's ``.pth`` state dict, a ``.safetensors`` file, or a bundle folder.
+    """Read a checkpoint: the reference's ``.pth`` state dict, safetensors, a folder or index of shards, or a bundle.
 
-    Returns the model in float32, in eval mode, its weights mapped from the file where the format allows.
-    Raises :class:`~tarflow.config.ConfigError` naming the hints still needed, :class:`CheckpointError` for
-    damaged, foreign or unsafe files, FileNotFoundError if there is nothing at ``path``.
+    What kind a file is tells its content, and keys and prefixes that trainers wrap weights in do not matter. Of raw and
+    averaged weights in one file ``hints.weights`` chooses: "ema", "raw" or a key; by default the average is taken, and
+    what was found is logged. Returns the model in float32, in eval mode, its weights mapped from the file where the
+    format allows. Raises :class:`~tarflow.config.ConfigError` naming the hints still needed, InputError for weights
+    that cannot be chosen, :class:`CheckpointError` for damaged, foreign or unsafe files, FileNotFoundError if there is
+    nothing at ``path``.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "weights.safetensors").is_file():
-            raise CheckpointError(
-                f"'{path}' is a folder without weights.safetensors; expected a bundle or a checkpoint"
-            )
-        path = path / "weights.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at '{path}'")
-    if path.suffix == ".safetensors":
-        state, config = _read_safetensors(path)
-    else:
-        state, config = _read_pickle(path), None
-    state = _strip(state)
+    path, hints = _file_at(Path(path)), hints or Hints()
+    document, config = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
+    try:
+        state = weights_of(document, _FAMILY.pattern, hints.weights, str(path))
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is no one state_dict: {error}") from None
+    if state is None:
+        raise CheckpointError(f"'{path}' is not a state_dict: expected names mapped to tensors")
+    state = {name: tensor for name, tensor in state.items() if not _MASK.match(name)}
     if config is None:
         _require_core(path, state)
-        config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints or Hints())
-    elif hints is not None:
+        config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints)
+    else:
         config = _heed(config, hints, path)
     return build(config, state, str(path))
+
+
+def _file_at(path: Path) -> Path:
+    """The file to read: in a folder, a bundle's weights or the index of shards."""
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at '{path}'")
+    if not path.is_dir():
+        return path
+    files = [path / "weights.safetensors"] if (path / "weights.safetensors").is_file() else [*path.glob(f"*{INDEX}")]
+    if len(files) != 1:
+        found = f"{len(files)} indices of shards" if files else f"neither weights.safetensors nor an index, *{INDEX}"
+        raise CheckpointError(f"'{path}' is a folder with {found}; expected a bundle or a checkpoint")
+    return files[0]
 
 
 def _heed(config: Config, hints: Hints, path: Path) -> Config:
@@ -114,20 +129,37 @@ def reference_state(model: TarFlow) -> dict[str, Tensor]:
 
 def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
     """Write ``.pth`` (as the reference trainer does, masks included) or ``.safetensors``, atomically."""
-    state = reference_state(model)
     with replacing_by_name(path) as partial:
-        if Path(path).suffix == ".safetensors":
+        write(model, partial, Path(path).suffix)
+
+
+def write(model: TarFlow, path: Path, suffix: str) -> None:
+    """Write a checkpoint of the kind that ``suffix`` names. Raises OSError where the disk is full."""
+    state = reference_state(model)
+    with writer_errors():
+        if suffix == ".safetensors":
             from safetensors.torch import save_file
 
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(tensors, str(partial), {CONFIG_KEY: json.dumps(model.config.to_dict())})
+            save_file(tensors, str(path), {CONFIG_KEY: json.dumps(model.config.to_dict())})
         else:
             mask = torch.tril(torch.ones(model.config.tokens, model.config.tokens))
             state |= {f"blocks.{k}.attn_mask": mask for k in range(model.config.blocks)}
-            torch.save(state, partial)
+            torch.save(state, path)
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def writer_errors() -> Iterator[None]:
+    """Say that the disk is full as the system does: PyTorch's zip writer and safetensors have words of their own."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not _UNWRITTEN.search(str(error)):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _read_pickle(path: Path) -> object:
     try:
         if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums its own files carry
             with zipfile.ZipFile(path) as archive:
@@ -135,9 +167,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             if damaged is not None:
                 raise CheckpointError(f"'{path}' is damaged: '{damaged}' does not match its checksum; copy it again")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError, OSError):  # files older than the zip format cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError, OSError, SafetensorError):  # older than the zip format, or named .safetensors
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except (MemoryError, PermissionError, CheckpointError):
         raise
     except Exception as error:  # damage makes torch raise almost anything: struct.error, OSError, IndexError ...
@@ -150,13 +183,36 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path}' is truncated, damaged or no PyTorch checkpoint ({_first_line(error)}); "
             "copy it again and compare checksums"
         ) from None
-    if isinstance(state, dict):
-        for key in ("model", "state_dict"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"'{path}' is not a state_dict: expected names mapped to tensors")
-    return state
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], Config | None]:
+    """Weights in several files beside an index that says which is where."""
+    state: dict[str, Tensor] = {}
+    config = None
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values())
+        if strange := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"'{strange[0]}' is not the name of a file beside it")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"'{index}' is damaged or no index of shards ({_first_line(error)})") from None
+    for name in sorted(files):
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"'{index}' names '{name}', which is not beside it; copy all shards")
+        part, said = _read(index.parent / name)
+        if not isinstance(part, dict):
+            raise CheckpointError(f"'{index.parent / name}' is not a state_dict: expected names mapped to tensors")
+        state, config = state | part, config or said
+    return state, config
+
+
+def _read(path: Path) -> tuple[object, Config | None]:
+    """What a file holds, of the kind that its first bytes show."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")  # of a safetensors header, which is JSON
+    safetensors = start[8:] == b"{" and length <= path.stat().st_size - 8
+    damaged = path.suffix == ".safetensors" and start[:2] not in (b"PK", b"\x80\x02")  # neither zip nor pickle
+    return _read_safetensors(path) if safetensors or damaged else (_read_pickle(path), None)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
@@ -170,7 +226,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         why = str(error).replace("`", "")  # fields of the file, which nobody gave
         raise CheckpointError(f"'{path}' is truncated, damaged or no safetensors file ({why})") from None
-    return state, config
+    return {name: tensor for name, tensor in state.items() if not name.startswith(DERIVED)}, config
 
 
 def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,13 +237,6 @@ def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is int8 without scales for its {tuple(levels.shape)[-1:]} outputs")
         state[name] = (levels.float() * scale).T.contiguous()
     return state
-
-
-def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPED:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if not _MASK.match(name) and not name.startswith(DERIVED)}
 
 
 def _require_core(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -205,7 +254,7 @@ def _require_core(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def _is_placed(name: str, weights: int) -> bool:
     """Whether a name is the family's, its block and layer numbers plausible: fewer than there are weights."""
-    match = _FAMILY.match(name)
+    match = _FAMILY.fullmatch(name)
     return match is not None and all(len(n) < 9 and int(n) < weights for n in match.groups() if n)
 
 

@@ -14,7 +14,7 @@ from .runtime.manifest import ModelShape
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
     r"^(?P<dataset>.+)_model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)"
-    r"_(?P<noise>\d+(?:\.\d+)?|uniform)\.(?:pth|pt|safetensors)$"
+    r"_(?P<noise>\d++(?:\.\d++)?+|uniform)(?: \(\d+\))?(?:\.[a-zA-Z]\w*)*$"  # a copy's number, any suffix
 )
 
 
@@ -60,10 +60,14 @@ class Config(ModelShape):
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What shapes cannot tell. ``noise_std`` is a standard deviation or "uniform"; None means not said."""
+    """What shapes cannot tell. ``noise_std`` is a standard deviation or "uniform"; None means not said.
+
+    ``weights`` are those to take from a file that has several: "ema", "raw", or the key that they are under.
+    """
 
     patch_size: int | None = None
     noise_std: float | str | None = None
+    weights: str | None = None
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> Config:

@@ -169,12 +169,14 @@ def tarflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         from tarflow.cli.main import main
 
         monkeypatch.setattr(sys, "argv", ["tarflow", *map(str, args)])
-        before, terminate = sorted(tmp_path.rglob("*")), signal.getsignal(signal.SIGTERM)
+        before = sorted(tmp_path.rglob("*"))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             with pytest.raises(SystemExit) as ended:
                 main()
         finally:
-            signal.signal(signal.SIGTERM, terminate)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if ended.value.code:
             assert sorted(tmp_path.rglob("*")) == before, "a failure left something behind"
         code = ended.value.code or 0

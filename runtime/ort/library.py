@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
-from ..errors import MachineError
+from ..errors import InputError, MachineError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LONGEST = 300  # characters of a message
@@ -23,6 +24,14 @@ def load_onnxruntime() -> Any:
     if PROVIDERS["cuda"] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls(directory="")  # CUDA's libraries, where pip put them
     return onnxruntime
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a place that ONNX Runtime cannot be told of: it takes names in UTF-8 alone."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"'{path}' is no text in UTF-8, which ONNX Runtime needs; rename it") from None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from ..errors import BundleError, MachineError, Remedy, TarflowError
 from ..machine import cores, cpu_quota
 from ..opening import Opening
 from ..parts import Feeds
-from .library import PROVIDERS, first_line, load_onnxruntime, share_arena
+from .library import PROVIDERS, check_path, first_line, load_onnxruntime, share_arena
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,6 +34,7 @@ class Sessions:
     def __init__(self, bundle: Bundle, opening: Opening, one_block: bool) -> None:
         self.bundle, self._opening, self._one_block = bundle, opening, one_block
         self.ort = load_onnxruntime()
+        check_path(bundle.folder)
         self._provider, available = PROVIDERS[opening.provider], self.ort.get_available_providers()
         if self._provider not in available:
             raise MachineError(

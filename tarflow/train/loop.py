@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..model import TarFlow, bits_per_dim
 from ..runtime.errors import InputError
-from ..runtime.files import replacing
+from ..runtime.files import disk_errors, replacing
 from .data import Dataset, Split
 from .processes import Interrupt, Ranks
 from .recipe import Recipe, Run
@@ -50,7 +52,8 @@ def train(
 
     Draws depend on the recipe's seed and the position in the stream of examples alone: a run that was stopped and
     resumed ends, on a CPU, with the same bits, and one spread over more processes with the same weights up to rounding.
-    ``watch`` is given each line of the log. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt.
+    ``watch`` is given each line of the log. Ctrl-C, SIGTERM or SIGHUP finishes the step, saves, and raises
+    KeyboardInterrupt.
     Under ``torchrun`` all but rank 0 return None. Raises InputError.
     """
     ranks = Ranks.join(run.device)
@@ -154,8 +157,7 @@ class Journal:
         }
         if evaluate and len(trainer.data.held_out):
             line["held_out_bits_per_dim"] = round(measure(trainer.average, trainer.data.held_out), 4)
-        with trainer.run.log.open("a") as log:
-            print(json.dumps(line), file=log)
+        append(trainer.run.log, json.dumps(line) + "\n")
         self.last = line
         self.watch(line)
 
@@ -171,6 +173,18 @@ class Journal:
             seconds=round(time.monotonic() - self.began, 1),
             files=[*trainer.models, trainer.run.state, trainer.run.log],
         )
+
+
+def append(log: Path, text: str) -> None:
+    """Add to a file all of a text, or nothing. Raises MachineError where the disk is full."""
+    with disk_errors(log), log.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(text.encode()) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 @torch.no_grad()

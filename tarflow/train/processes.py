@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..runtime.errors import InputError
+from ..runtime.signals import ending
 
 
 def pick_device(name: str) -> torch.device:
@@ -72,7 +73,7 @@ class Ranks:
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current step.
 
     Between steps all weights belong to the same step; an exception in the middle of one would leave a mixture.
     A repeated signal changes nothing: ``torchrun`` passes on what the terminal has already sent.
@@ -82,7 +83,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         allowed = threading.current_thread() is threading.main_thread()  # elsewhere Python has no handlers
-        numbers = (signal.SIGINT, signal.SIGTERM) if allowed else ()
+        numbers = (signal.SIGINT, *ending()) if allowed else ()
         self.previous = {number: signal.signal(number, self.request) for number in numbers}
         return self
 

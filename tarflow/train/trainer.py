@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,10 @@ class Trainer:
         return [self.run.out / self.config.file_name(self.data.name, suffix) for suffix in (".pth", ".safetensors")]
 
     def save(self) -> None:
-        """Write the state to resume from and the checkpoints, each in one piece or not at all."""
+        """Write the state to resume from and the checkpoints: all, or none where one cannot be written.
+
+        All are written before the first takes its place. The state does so first: it holds what the others are made of.
+        """
         self.must_be_finite()
         state = {
             "step": self.step,
@@ -96,18 +101,26 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "identity": self.identity(),
         }
-        with replacing_by_name(self.run.state) as partial:
+        with self.saving_models(), replacing_by_name(self.run.state) as partial, checkpoint.writer_errors():
             torch.save(state, partial)
+
+    @contextlib.contextmanager
+    def saving_models(self) -> Iterator[None]:
+        """Write the checkpoints, which take their places when the block ends."""
         portable = copy.deepcopy(self.average).cpu()  # a .pth remembers its device, which another machine may lack
-        for path in self.models:
-            checkpoint.save(portable, path)
+        with contextlib.ExitStack() as stack:
+            for path in self.models:
+                checkpoint.write(portable, stack.enter_context(replacing_by_name(path)), path.suffix)
+            yield
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run has to have in common with the one that wrote the state."""
         return asdict(self.recipe) | self.config.to_dict() | {"data": self.data.fingerprint()}
 
     def restore(self) -> None:
-        """Continue from the state in the output folder. Raises InputError naming what differs."""
+        """Continue from the state in the output folder, and make the checkpoints its own: a run that was killed while
+        it saved may have left those of an earlier step. Raises InputError naming what differs.
+        """
         path, ours = self.run.state, self.identity()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,6 +135,9 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        if self.ranks.rank == 0:
+            with self.saving_models():
+                pass
 
     def sample(self) -> None:
         """Draw from the averaged weights, always from the same noise, into a PNG with a class in each column."""
