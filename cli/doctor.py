@@ -18,6 +18,7 @@ import typer
 from ..export.engines.options import Options
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, briefly
+from ..runtime.hidden import left_in
 from ..runtime.opening import Opening
 from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 from .console import DEMO, emit, show
@@ -56,7 +57,7 @@ def doctor(json: Json = False) -> None:
     """
     versions, gpu = versions_of(PACKAGES), _gpu()
     providers, problems = _providers()
-    problems += _known_bad(versions, providers, gpu)
+    problems += _known_bad(versions, providers, gpu) + _left_here()
     tensorrt, untried = _tensorrt(versions)
     tests = _self_tests(providers)
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
@@ -130,6 +131,18 @@ def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) 
             f"onnxruntime {runtime} is older than 1.20, which these graphs need: pip install -U onnxruntime"
         )
     return problems
+
+
+def _left_here() -> list[str]:
+    """What killed runs left hidden in this folder, those in it, and where bundles keep plans and engines."""
+    here = Path()
+    folders = [folder for place in ("*/", "*/plans/", "*/records/", "*/engines/*/") for folder in here.glob(place)]
+    return [
+        f"'{left}' was left by a run that was killed; the next that writes to '{left.parent}' puts back or removes "
+        f"it, or: rm -r '{left}'"
+        for folder in (here, *folders)
+        for left in left_in(folder)
+    ]
 
 
 def _gpu() -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..runtime.files import replacing
+from ..runtime.files import check_room, check_writable, replacing
 from ..runtime.opening import Opening
 from .console import emit, parse_labels
 from .images import Save, as_trained_on, files_asked, read_images, write_images
@@ -35,8 +35,12 @@ def likelihood(
 
     from ..runtime.flow import Flow
 
+    if save is not None:
+        check_writable(save)
     flow = Flow.open(bundle, opening)
     stored, names = read_images(images, flow.config)
+    if save is not None:
+        check_room(save, 4 * stored.size)
     x = as_trained_on(flow, stored, seed)
     z, log_det = flow.encode(x, parse_labels(labels, 0, len(x)))
     bits = flow.bits_of(z, log_det)
@@ -86,6 +90,8 @@ def denoise(
     files = files_asked(save, output, "denoised.png")
     flow = Flow.open(bundle, opening)
     stored, _ = read_images(images, flow.config)
+    if save is not None:
+        check_room(save, 4 * stored.size)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
     result = flow.denoise(x, parse_labels(labels, 0, len(x)), strength)
     write_images(result, files, flow.bundle, {})

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .moves import LOST_AND_FOUND
 from .picture import PictureReader
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -49,13 +50,14 @@ def list_pictures(folder: str | os.PathLike[str]) -> PictureFolder:
 def list_classes(folder: str | os.PathLike[str]) -> PictureFolder:
     """Pictures by class: a sub-folder each, its pictures at any depth; or without sub-folders, of no class.
 
-    Files and classes hidden by a dot before their names are left out. Raises InputError for a class without pictures,
-    and for pictures beside the sub-folders, whose class nobody knows.
+    Files and classes hidden by a dot before their names are left out, and lost+found. Raises InputError for a class
+    without pictures, and for pictures beside the sub-folders, whose class nobody knows.
     """
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"no folder at '{root}'; expected a folder of images")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = (entry.name for entry in root.iterdir() if entry.is_dir())
+    classes = sorted(name for name in folders if not name.startswith(".") and name != LOST_AND_FOUND)
     loose = _pictures(root.iterdir(), hidden=False)
     if not classes:
         return PictureFolder(root, _some(root, loose))
