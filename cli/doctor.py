@@ -57,7 +57,7 @@ def doctor(json: Json = False) -> None:
     """
     versions, gpu = versions_of(PACKAGES), _gpu()
     providers, problems = _providers()
-    problems += _known_bad(versions, providers, gpu) + _left_here()
+    problems += _known_bad(versions, providers, gpu) + left_here()
     tensorrt, untried = _tensorrt(versions)
     tests = _self_tests(providers)
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
@@ -133,7 +133,7 @@ def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) 
     return problems
 
 
-def _left_here() -> list[str]:
+def left_here() -> list[str]:
     """What killed runs left hidden in this folder, those in it, and where bundles keep plans and engines."""
     here = Path()
     folders = [folder for place in ("*/", "*/plans/", "*/records/", "*/engines/*/") for folder in here.glob(place)]

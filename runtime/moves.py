@@ -97,7 +97,7 @@ def _fill(source: Path, path: Path, last: str | None) -> None:
         (path / last).unlink(missing_ok=True)
         sync(path)
     for old in path.iterdir():
-        if old.name != LOST_AND_FOUND and old != source.parent:
+        if old.name not in (LOST_AND_FOUND, source.parent.name):
             remove(old)
     for new in sorted(source.iterdir(), key=lambda new: new.name == last):
         _moved(new, path / new.name)
