@@ -27,7 +27,7 @@ def put(source: Path, path: Path) -> None:
 
 def put_folder(source: Path, path: Path, last: str | None) -> None:
     """A folder in a hidden one takes the place of ``path``. Where no rename can do that, its files move one by one, the
-    one called ``last`` last: what is cut off has none, and is refused by whoever opens it.
+    one called ``last`` last, and half of the old one until then: what is cut off is refused by whoever opens it.
     """
     try:
         if not path.exists():
@@ -93,14 +93,22 @@ def _step_aside(source: Path, path: Path) -> None:
 
 
 def _fill(source: Path, path: Path, last: str | None) -> None:
-    if last is not None:
-        (path / last).unlink(missing_ok=True)
+    if last is not None and (path / last).is_file():
+        stub = source.parent / last
+        stub.write_bytes((content := (path / last).read_bytes())[: len(content) // 2])
+        _moved(stub, path / last)  # cut in half it opens nothing, and says whose it was
         sync(path)
     for old in path.iterdir():
-        if old.name not in (LOST_AND_FOUND, source.parent.name):
+        if old.name not in (LOST_AND_FOUND, source.parent.name, last):
             remove(old)
-    for new in sorted(source.iterdir(), key=lambda new: new.name == last):
-        _moved(new, path / new.name)
+    moved = []
+    try:
+        for new in sorted(source.iterdir(), key=lambda new: new.name == last):
+            moved += [new] * _moved(new, path / new.name)
+    except OSError:
+        for new in moved:  # so that what was made stays together
+            (path / new.name).rename(new)
+        raise
     sync(path)
 
 

@@ -19,6 +19,7 @@ from tarflow.runtime.bundle import MANIFEST
 from tarflow.runtime.errors import MachineError
 from tarflow.runtime.files import check_replaceable, check_room, replacing, replacing_folder
 
+from .conftest import DEMO, Cli
 from .test_files import contents
 
 mounts = pytest.mark.skipif(
@@ -152,17 +153,19 @@ def test_what_cannot_be_renamed_over_is_written_over_the_manifest_last(mount: st
     code = WRITE + "write(Path(sys.argv[1]))"
     killed = (
         WRITE + "def hook(event, arguments):\n"
-        f"    if event in ('os.rename', 'shutil.copyfile') and str(arguments[1]).endswith('at/{MANIFEST}'):\n"
+        f"    if event == 'os.rename' and str(arguments[0]).endswith('/at/{MANIFEST}'):\n"
         "        os._exit(9)\nsys.addaudithook(hook)\nwrite(Path(sys.argv[1]))"
     )
     script = (
-        f'set -e; cd "$1"; {mount}; cp -n "$1/../old"/* $P; "$2" -c "$4" $P || ls -A $P | grep -v tarflow-; echo; '
+        f'set -e; cd "$1"; {mount}; cp -n "$1/../old"/* $P; "$2" -c "$4" $P || {{ ls -A $P | grep -v tarflow-; '
+        f'echo "half: $(cat $P/{MANIFEST})" >&2; }}; echo; '
         '"$2" -c "$3" $P; ls -A $P; echo; cat $P/[mw]*; ls -A . | grep tarflow || true'
     )
     done = run("unshare", "-m", "sh", "-c", script, "sh", room, sys.executable, code, killed)
     assert done.returncode == 0, done.stderr
     cut_off, whole, content = done.stdout.split("\n\n")
-    assert set(cut_off.split()) - {"lost+found"} == {"weights.safetensors"}
+    assert set(cut_off.split()) - {"lost+found"} == NEW.keys(), "and the next run still knows whose it is"
+    assert f"half: {OLD[MANIFEST][:14].decode()}\n" in done.stderr
     assert set(whole.split()) - {"lost+found"} == NEW.keys()
     assert content == "".join(NEW[name].decode() for name in sorted(NEW))
     assert ("lost+found" in whole) == ("lost+found" in mount)
@@ -234,7 +237,10 @@ def test_every_name_that_the_file_system_takes_is_taken(name: str, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_place_that_takes_nothing_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_place_that_takes_nothing_is_refused_before_the_work(cli: Cli, tmp_path: Path) -> None:
+    done = cli("likelihood", DEMO, tmp_path / "absent.npy", "--save", tmp_path / "absent" / "x.npz")
+    assert done.returncode == 2
+    assert "create it first: mkdir -p" in done.stderr
     with pytest.raises(MachineError, match="File name too long"), replacing(tmp_path / ("x" * 256)):
         pytest.fail("began the work")
     with pytest.raises(MachineError, match="cannot be written"):
