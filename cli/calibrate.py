@@ -7,7 +7,6 @@ from typing import Annotated
 
 from typer import Option
 
-from ..runtime.files import check_writable
 from ..runtime.opening import Opening
 from .console import emit, parse_sizes
 from .options import BundleArgument, Json, opens
@@ -32,13 +31,11 @@ def calibrate(
     """
     from ..runtime.calibrate import calibrate as measure
     from ..runtime.flow import Flow
-    from ..runtime.plan import plan_path
+    from ..runtime.plan import check_place
 
     sizes = parse_sizes(batch)
     flow = Flow.open(bundle, opening)
-    path = plan_path(flow.bundle, flow.backend.machine)
-    path.parent.mkdir(exist_ok=True)
-    check_writable(path)  # now, not after the measurements
+    path = check_place(flow.bundle, flow.backend.machine)  # now, not after the measurements
     with stages(quiet=json) as watch:
         plan = measure(flow, sizes, samples, watch)
     plan.write(flow.bundle)

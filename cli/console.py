@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
+from ..runtime.hidden import restore
 from .messages import flags_in
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ DEFAULT_BUNDLE = Path("tarflow-bundle")
 
 def default_bundle() -> Path:
     """./tarflow-bundle if it is there, else the demo that ships with the package."""
+    restore(DEFAULT_BUNDLE)
     return DEFAULT_BUNDLE if DEFAULT_BUNDLE.exists() else DEMO
 
 

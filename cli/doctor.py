@@ -16,6 +16,7 @@ from typer import Exit
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, briefly
+from ..runtime.hidden import left_in
 from ..runtime.machine import cores, cpu_quota
 from ..runtime.opening import Opening
 from .console import DEMO, emit, show
@@ -43,7 +44,7 @@ def doctor(json: Json = False) -> None:
     """
     versions, gpu, quota = versions_of(PACKAGES), _gpu(), cpu_quota()
     providers, problems = _providers()
-    problems += _known_bad(versions, providers, gpu)
+    problems += _known_bad(versions, providers, gpu) + left_here()
     tensorrt, untried = _tensorrt(versions)
     tests = _self_tests(providers)
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
@@ -112,6 +113,18 @@ def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) 
     if ort and tuple(map(int, ort.split(".")[:2])) < (1, 25):
         problems.append(f"onnxruntime {ort} is older than 1.25, which these graphs need: pip install -U onnxruntime")
     return problems
+
+
+def left_here() -> list[str]:
+    """What killed runs left hidden in this folder, those in it, and where bundles keep plans and engines."""
+    here = Path()
+    folders = [folder for place in ("*/", "*/plans/", "*/records/", "*/engines/*/") for folder in here.glob(place)]
+    return [
+        f"'{left}' was left by a run that was killed; the next that writes to '{left.parent}' puts back or removes "
+        f"it, or: rm -r '{left}'"
+        for folder in (here, *folders)
+        for left in left_in(folder)
+    ]
 
 
 def _gpu() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Exit, Option
 
 from ..runtime.bundle import Bundle
-from ..runtime.files import size_text
+from ..runtime.files import check_room, size_text
 from ..runtime.opening import Opening
 from .console import emit, few, identity, read_array, say, tell_of_classes
 from .images import Save, files_asked, write_images
@@ -64,6 +65,8 @@ def generate(
     latents, n = check_noise(bundle.manifest.config, 64 if n is None and array is None else n, array)
     request = drawing.request(bundle.manifest.config, n, labels)
     files = files_asked(save, output, "samples.png")
+    if save is not None:
+        check_room(save, 4 * n * math.prod(bundle.manifest.config.image))
     flow = Flow.open(bundle, opening)
     tell_of_classes(bundle, request.labels)
     with step_bar("sampling") as progress:

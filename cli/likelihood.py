@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from ..runtime.files import replacing
+from ..runtime.files import check_room, check_writable, replacing
 from ..runtime.opening import Opening
 from .console import emit, few, identity, say
 from .images import Range, Save, as_trained_on, files_asked, read_images, write_images
@@ -39,8 +39,12 @@ def likelihood(
     from ..runtime.inputs import AS_THEY_ARE
     from ..runtime.samples import nonfinite
 
+    if save is not None:
+        check_writable(save)
     flow = Flow.open(bundle, opening)
     given = read_images(images, flow.config, range)
+    if save is not None:
+        check_room(save, 4 * given.pixels.size)
     x = as_trained_on(flow, given.pixels, seed)
     names = given.folder.names if given.folder else None
     z, log_det = flow.encode(x, given.classes(labels, flow.config), AS_THEY_ARE)
@@ -91,6 +95,8 @@ def denoise(
     flow = Flow.open(bundle, opening)
     given = read_images(images, flow.config, range)
     stored = given.pixels
+    if save is not None:
+        check_room(save, 4 * stored.size)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
     result = flow.denoise(x, given.classes(labels, flow.config), strength, AS_THEY_ARE)
     write_images(result, files, flow.bundle, {})

@@ -13,7 +13,7 @@ from typer import Exit
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
-from ..runtime.files import size_text
+from ..runtime.files import check_room, check_writable, size_text
 from ..runtime.opening import Opening
 from .console import emit, say, tell_of_classes
 from .progress import duration_text, sample_bar
@@ -48,7 +48,7 @@ def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
     are not finite, or have no round trip.
     """
-    from ..shards.folder import check_space, claimed, forget_index, write_index
+    from ..shards.folder import INDEX, claimed, forget_index, write_index
     from ..shards.record import finished
 
     n = job.request.n
@@ -63,8 +63,10 @@ def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -
         if kept:
             say(f"{len(records)} of {len(shards)} shards are there, {kept} of {n} samples")
         if missing:
+            check_writable(out / INDEX)
+            needed = job.bytes_needed(bundle.manifest.config) * (n - kept) // n
+            check_room(out, needed, "choose another folder, or `format` tar, which compresses")
             forget_index(out)
-            check_space(out, job.bytes_needed(bundle.manifest.config) * (n - kept) // n)
             records |= {record.name: record for record in _drawn(bundle, job, out, means, missing)}
         index = write_index(out, job, [records[job.name(shard)] for shard in shards])
     _tell(bundle, out, index, n - kept, time.monotonic() - started, json)

@@ -54,10 +54,10 @@ def runnable(bundle: Bundle) -> Iterator[Bundle]:
         folder = Path(name)
         for file in (WEIGHTS, GOLDEN):  # graphs may only refer to weights in their own folder
             if (bundle.folder / file).exists():
-                _link(bundle.folder / file, folder / file)
+                _link(bundle.path(file).resolve(), folder / file)
         for block in bundle.manifest.blocks:
             for graph in block.graphs.values():
-                model = onnx.load(bundle.folder / graph, load_external_data=False)
+                model = onnx.load(bundle.path(graph), load_external_data=False)
                 onnx.save(emulate_bfloat16(model), folder / graph)
         yield Bundle(folder, bundle.manifest, bundle.hash)
 

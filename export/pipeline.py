@@ -19,7 +19,7 @@ from ..quality.card import Card
 from ..quality.parity import Pairs, Watch
 from ..runtime.bundle import GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest
 from ..runtime.errors import CheckFailed, Remedy
-from ..runtime.files import check_replaceable, replacing_folder, sha256
+from ..runtime.files import check_replaceable, check_room, replacing_folder, sha256
 from ..runtime.ort.library import check_path
 from ..runtime.precision import PRECISIONS, Precision
 from .card import markdown
@@ -28,7 +28,7 @@ from .graphs import BlockGraph
 from .precision import precision_named, torch_type, typed
 from .quantise import chosen, sensitivities
 from .trace import DIRECTED, KINDS, OPSET, place, reverse, shape_of, trace
-from .weights import check_weights, rename, write_weights
+from .weights import check_weights, rename, weights_size, write_weights
 
 
 def export(
@@ -52,6 +52,7 @@ def export(
     watch(f"load {checkpoint}")
     model = open_checkpoint(checkpoint, hints)
     check_weights(model, precision)
+    check_room(folder, weights_size(model, precision))
     with replacing_folder(folder, force) as partial:
         unwritten = Bundle(partial, _manifest(model, checkpoint, precision), "")
         pairs = oracle_pairs(model, unwritten, watch)

@@ -5,16 +5,18 @@ Nothing here needs an engine. Hashes are checked before anything in a bundle is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, Remedy
 from .files import sha256
+from .hidden import restore
 from .manifest import AGAIN, reader_of
 from .manifest import FORMAT as FORMAT
 from .manifest import GOLDEN as GOLDEN
@@ -35,15 +37,17 @@ if TYPE_CHECKING:
 
 PARITY = "PARITY.md"
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
+_BESIDE = ("README.md", "LICENSE")  # what hubs and git put there, and hidden files: nothing reads it
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle folder: its manifest, and paths to files known to be inside it."""
+    """An opened bundle folder: its manifest, and paths to files known to be inside it, and to be its own still."""
 
     folder: Path
     manifest: Manifest
     hash: str  # SHA-256 of manifest.json, which names every other file's: the bundle's identity
+    _seen: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)  # by file: inode, times
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
@@ -51,9 +55,8 @@ class Bundle:
 
         Raises BundleError for anything that is not a whole bundle this version understands.
         """
-        import hashlib
-
         folder = Path(folder)
+        restore(folder)
         if not folder.is_dir():
             raise BundleError(
                 f"no bundle at '{folder}': expected a folder with {MANIFEST}; export one",
@@ -68,25 +71,76 @@ class Bundle:
         content = reader_of(str(path)).content(path, MANIFEST_LIMIT)
         bundle = cls(folder, read_manifest(content, str(path)), hashlib.sha256(content).hexdigest())
         for name, entry in bundle.manifest.files.items():
-            size = bundle.path(name).stat().st_size
-            if size != entry.size:
-                said = f"'{folder / name}' has {size} bytes; the manifest says {entry.size}"
+            found = bundle.path(name).stat()
+            if found.st_size != entry.size:
+                said = f"'{folder / name}' has {found.st_size} bytes; the manifest says {entry.size}"
                 raise _damaged(folder, f"{said}: it is truncated or changed")
+            bundle._seen[name] = _signature(found)
         return bundle
 
     def path(self, name: str) -> Path:
-        """The path of a file the manifest names. Raises BundleError if it is missing or leads out of the folder."""
+        """The path of a file the manifest names, the one that was there when this was opened. Raises BundleError if it
+        is missing, leads out of the folder, or is another by now.
+        """
         path = self.folder / name
-        _require_inside(self.folder, path)
+        try:
+            _require_inside(self.folder, path)
+        except BundleError:
+            self._require_its_manifest()
+            raise
+        if name in self._seen and self._seen[name] != _signature(path.stat()):
+            self._seen.pop(name)
+            self.check(name)
         return path
+
+    def own(self, name: str) -> Path:
+        """The folder ``plans`` or ``engines``, to be written to. Raises BundleError unless all that is in it is real:
+        through a link, a stranger's bundle would have other files changed.
+        """
+        folder = self.folder / name
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+                raise BundleError(
+                    f"'{path}' is a link or a device; expected files and folders, which can be written: remove it"
+                )
+        return folder
 
     def check(self, *names: str) -> None:
         """Compare SHA-256 of the named files (all of them by default) with the manifest. Raises BundleError."""
         for name in names or tuple(self.manifest.files):
-            found, said = sha256(self.path(name)), self.manifest.files[name].sha256
-            if found != said:
-                differ = f"its SHA-256 is {found[:16]}..., the manifest says {said[:16]}..."
-                raise _damaged(self.folder, f"'{self.folder / name}' is damaged or was changed: {differ}")
+            with self.path(name).open("rb") as file:
+                seen = _signature(os.fstat(file.fileno()))
+                self._compare(name, hashlib.file_digest(file, "sha256").hexdigest())
+            self._seen[name] = seen
+
+    def confirm(self) -> None:
+        """After something opened files by their paths: they are those that were hashed. Raises BundleError."""
+        for name, seen in tuple(self._seen.items()):
+            try:
+                same = _signature((self.folder / name).stat()) == seen
+            except OSError:
+                same = False
+            if not same and name not in (GOLDEN, PARITY):
+                self.path(name)
+
+    def _compare(self, name: str, found: str) -> None:
+        said = self.manifest.files[name].sha256
+        if found != said:
+            self._require_its_manifest()
+            differ = f"its SHA-256 is {found[:16]}..., the manifest says {said[:16]}..."
+            raise _damaged(self.folder, f"'{self.folder / name}' is damaged or was changed: {differ}")
+
+    def _require_its_manifest(self) -> None:
+        """Raise BundleError if another bundle, or none, stands under this one's name by now."""
+        try:
+            found = sha256(self.folder / MANIFEST)
+        except OSError:
+            found = ""
+        if self.hash not in ("", found):
+            now = f"now {found[:16]}... is there" if found else "now none is there"
+            raise BundleError(
+                f"'{self.folder}' was replaced while it was open: {self.hash[:16]}... was opened, {now}; open it again"
+            )
 
     def check_runnable(self) -> None:
         """Everything to know before an engine is given the graphs: hashes, no stranger among the files, and that the
@@ -95,8 +149,9 @@ class Bundle:
         from safetensors import safe_open
 
         self.check(*(name for name in self.manifest.files if name not in (GOLDEN, PARITY)))
-        named = {*self.manifest.files, MANIFEST}
-        strange = sorted(p.name for p in self.folder.iterdir() if not p.is_dir() and p.name not in named)
+        named = {*self.manifest.files, MANIFEST, *_BESIDE}
+        beside = (path for path in self.folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
+        strange = sorted(path.name for path in beside if path.name not in named)
         if strange:  # a graph could read its weights from there, unhashed
             raise BundleError(
                 f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
@@ -109,11 +164,12 @@ class Bundle:
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
 
-        self.check(name)
+        content = self.path(name).read_bytes()  # what is hashed is what is parsed
+        self._compare(name, hashlib.sha256(content).hexdigest())
         with self._reading(name):
-            return load_file(self.path(name))
+            return load(content)
 
     def prior_variance(self) -> NDArray[np.float32]:
         """(T, D): the variance of each latent; ones but for volume-preserving models."""
@@ -135,6 +191,7 @@ class Bundle:
         missing = "holds no prior variance 'var'"
         with self._reading(WEIGHTS, missing), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
             variance: NDArray[np.float32] = file.get_tensor("var")
+        self.confirm()
         fits = variance.shape == shape and variance.dtype == np.float32
         if not fits or not (np.isfinite(variance) & (variance >= 0)).all():
             raise BundleError(
@@ -154,13 +211,22 @@ class Bundle:
             raise _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})") from None
 
 
+def _signature(found: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another that takes its name."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _require_inside(folder: Path, path: Path) -> None:
-    """Raise BundleError unless ``path`` is a regular file that lies, links followed, in ``folder``."""
+    """Raise BundleError unless ``path`` is a regular file that lies, links followed, in ``folder``, or among the blobs
+    of the hub's cache that ``folder`` is a snapshot in.
+    """
     try:
         resolved = path.resolve(strict=True)
     except (OSError, RuntimeError):
         raise _damaged(folder, f"'{path}' is missing, though the manifest names it") from None
-    if not resolved.is_relative_to(folder.resolve()) or not resolved.is_file():
+    home = folder.resolve()
+    blobs = [up.parent.parent / "blobs" for up in (home, *home.parents) if up.parent.name == "snapshots"]
+    if not (resolved.is_relative_to(home) or resolved.parent in blobs) or not resolved.is_file():
         raise BundleError(f"'{path}' leads out of the bundle or is no regular file; a bundle's files lie inside it")
 
 

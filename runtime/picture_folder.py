@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .moves import LOST_AND_FOUND
 from .picture import PictureReader
 
 SUFFIXES = (  # of picture.FORMATS
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-_NOT_OURS = ("__MACOSX", "lost+found", "@eaDir")  # what archivers, file systems and network drives add
+_NOT_OURS = ("__MACOSX", LOST_AND_FOUND, "@eaDir")  # what archivers, file systems and network drives add
 
 
 @dataclass(frozen=True, slots=True)

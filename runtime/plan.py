@@ -16,6 +16,7 @@ from .bundle import Bundle
 from .decode import TOLERANCES, Parallel
 from .document import Reader, write_document
 from .errors import Remedy
+from .files import check_writable, disk_errors
 
 FOLDER = "plans"
 FORMAT = "tarflow-plan"
@@ -82,8 +83,7 @@ class Plan:
 
     def write(self, bundle: Bundle) -> Path:
         """Keep the plan in the bundle's folder; one of the same machine is replaced."""
-        path = plan_path(bundle, self.machine)
-        path.parent.mkdir(exist_ok=True)
+        path = check_place(bundle, self.machine)
         write_document(path, {"format": FORMAT, "schema": SCHEMA, **asdict(self)})
         return path
 
@@ -91,6 +91,15 @@ class Plan:
 def plan_path(bundle: Bundle, machine: str) -> Path:
     """Where the plan of a machine is kept."""
     return bundle.folder / FOLDER / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
+
+
+def check_place(bundle: Bundle, machine: str) -> Path:
+    """The same, known to take a plan. Raises BundleError for links in the way, MachineError if it cannot be written."""
+    path = plan_path(bundle, machine)
+    with disk_errors(path):
+        bundle.own(FOLDER).mkdir(exist_ok=True)
+    check_writable(path)
+    return path
 
 
 def find_plan(bundle: Bundle, machine: str) -> Plan | None:

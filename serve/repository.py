@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..runtime.bundle import MANIFEST, Bundle, ModelShape
 from ..runtime.errors import InputError
-from ..runtime.files import check_replaceable, replacing_folder
+from ..runtime.files import check_replaceable, check_room, replacing_folder
 from ..runtime.opening import Opening
 
 TASKS = ("sample", "encode", "denoise")
@@ -92,6 +92,8 @@ def write_repository(bundle: Bundle, folder: Path, serving: Serving, models: Mod
     bundle.check()
     for path in folders.values():
         check_replaceable(path, force, CONFIG)
+    if not models.link:
+        check_room(folder, sum(entry.size for entry in bundle.manifest.files.values()))
     with contextlib.ExitStack() as all_or_none:  # every model is complete before the first appears
         first: Path | None = None
         for task, path in folders.items():

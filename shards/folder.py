@@ -7,10 +7,9 @@ function of the job and the kind of machine.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from ..runtime.document import Reader
 from ..runtime.errors import BundleError, InputError, MachineError, briefly
 from ..runtime.files import disk_errors, replacing
+from ..runtime.hidden import is_open_as, lock, remove
+from ..runtime.moves import LOST_AND_FOUND
 from .job import SCHEMA, Job, document
 from .record import LARGEST, RECORDS, Record
 
@@ -65,17 +66,6 @@ def check_claim(folder: Path, job: Job) -> None:
         raise MachineError(f"'{folder}' is not the folder that the job writes to: put it where every machine sees it")
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise MachineError if the disk of ``folder``, which need not exist yet, has less room than that."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise MachineError(
-            f"the samples take about {needed / 1e9:.1f} GB; the disk of '{folder}' has {free / 1e9:.1f} GB left: free "
-            "some, choose a folder elsewhere, or `format` tar, which compresses"
-        )
-
-
 def forget_index(folder: Path) -> None:
     """Remove the index: what it lists is no longer all there."""
     with disk_errors(folder / INDEX):
@@ -121,7 +111,8 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
         raise InputError(f"'{folder}' is a file; expected the name of a folder for the shards")
     path = folder / JOB
     if not path.exists():
-        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != RECORDS)
+        ours = (RECORDS, LOST_AND_FOUND)
+        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in ours)
         if names:
             raise InputError(
                 f"'{folder}' holds other files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); expected "
@@ -161,10 +152,13 @@ def _held(folder: Path) -> Iterator[bool]:
     path = folder / LOCK  # a file, not the folder: network file systems lock files alone
     while True:
         with disk_errors(folder):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = _open_to_lock(path)
+        if descriptor is None:
+            yield False
+            return
         try:
             alone = _lock(descriptor, folder)
-            if _is_open_as(path, descriptor):
+            if is_open_as(path, descriptor):
                 try:
                     yield alone
                 finally:
@@ -175,25 +169,22 @@ def _held(folder: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _is_open_as(path: Path, descriptor: int) -> bool:
-    """Whether a file is still the one that was opened: its last holder may have removed it since."""
+def _open_to_lock(path: Path) -> int | None:
+    """None where nothing can be written: what is finished there can be read all the same."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return None
 
 
 def _lock(descriptor: int, folder: Path) -> bool:
     """Whether a lock could be taken. Raises InputError if another run has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"another run is writing to '{folder}'; wait for it or stop it: what it finishes is kept"
-        ) from None
-    except OSError:
-        return False
-    return True
+    alone = lock(descriptor)
+    if alone is False:
+        raise InputError(f"another run is writing to '{folder}'; wait for it or stop it: what it finishes is kept")
+    return bool(alone)
 
 
 def _sweep(folder: Path) -> None:
@@ -201,7 +192,4 @@ def _sweep(folder: Path) -> None:
     for place in (folder, folder / RECORDS):
         for path in place.iterdir() if place.is_dir() else ():
             if _UNFINISHED.fullmatch(path.name):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                remove(path)

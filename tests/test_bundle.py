@@ -21,6 +21,7 @@ from tarflow.runtime.errors import BundleError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.manifest import BlockEntry, FileEntry, Manifest, ModelShape, read_manifest
+from tarflow.runtime.plan import check_place
 from tarflow.runtime.precision import PRECISIONS
 
 from .conftest import DEMO, Exported, amend
@@ -267,6 +268,76 @@ def test_an_intact_bundle_opens_and_checks_by_a_link_and_by_a_relative_path_too(
     Bundle.open(".").check()
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """The demo bundle, to be changed."""
+    return shutil.copytree(DEMO, tmp_path / "own", ignore=shutil.ignore_patterns("plans", "engines"))
+
+
+@pytest.mark.parametrize("inner", ["", "imagenet64"])
+def test_a_bundle_opens_as_hubs_and_git_lay_it_out(inner: str, own: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "model" / "snapshots" / "r" / inner, tmp_path / "model" / "blobs"
+    for new in (snapshot, blobs, tmp_path / "elsewhere"):
+        new.mkdir(parents=True)
+    for path in own.iterdir():
+        blob = path.rename(blobs / sha256(path))
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    for name in (".gitattributes", "README.md", "LICENSE", ".DS_Store", ".nfs0001"):
+        (snapshot / name).touch()
+    (tmp_path / "link").symlink_to(snapshot)
+    assert Flow.open(tmp_path / "link").sample(1).shape == (1, 1, 8, 8)
+    (blobs / sha256(snapshot / STEP)).rename(tmp_path / "elsewhere" / "blob")
+    (snapshot / STEP).unlink()
+    (snapshot / STEP).symlink_to(tmp_path / "elsewhere" / "blob")
+    with refusal(STEP, "leads out of the bundle"):
+        Bundle.open(snapshot)
+
+
+@pytest.mark.parametrize("place", ["plans", "plans/here.json", "engines", "engines/gpu", "engines/gpu/x.engine"])
+def test_nothing_is_written_through_links_in_a_bundle(place: str, own: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (own / place).parent.mkdir(parents=True, exist_ok=True)
+    (own / place).symlink_to(outside)
+    bundle = Bundle.open(own)
+    with refusal(f"'{own / place}' is a link"):
+        check_place(bundle, "here") if "plans" in place else bundle.own("engines")
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["by another", "by a copy"])
+@pytest.mark.parametrize(
+    "moment", ["before its first use", "before another graph", "between two calls", "within a call"]
+)
+def test_a_bundle_that_is_open_stays_that_bundle(moment: str, same: bool, own: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(own, tmp_path / "other")
+    if not same:
+        flip(other / WEIGHTS, -3)
+        amend(other, WEIGHTS)
+    flow = Flow.open(own, threads=1, memory="least" if moment == "between two calls" else None)
+    expected = Flow.open(own, threads=1).sample(1, denoise=False)
+
+    def replace() -> None:
+        own.rename(tmp_path / "old")
+        other.rename(own)
+
+    def use() -> None:
+        if moment in ("before another graph", "between two calls"):
+            flow.sample(1, denoise=False)
+        if moment != "within a call":
+            replace()
+        if moment == "before another graph":
+            flow.encode(expected)
+        else:
+            found = flow.sample(
+                1, denoise=False, progress=lambda at: replace() if other.exists() and at.done == 3 else None
+            )
+            np.testing.assert_array_equal(found, expected)
+
+    with contextlib.nullcontext() if same else refusal("was replaced while it was open"):
+        use()
+
+
 @pytest.mark.parametrize("kind", ["nothing", "file", "empty folder"])
 def test_what_is_no_bundle_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "it"
@@ -376,7 +447,7 @@ def test_any_bit_flipped_in_any_file_is_found_and_the_file_named(
 
 def test_flipped_golden_pairs_are_never_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(folder / GOLDEN, 4)
-    monkeypatch.setattr("safetensors.numpy.load_file", lambda path: pytest.fail("parsed before its hash was checked"))
+    monkeypatch.setattr("safetensors.numpy.load", lambda content: pytest.fail("parsed before its hash was checked"))
     with refusal(GOLDEN, "SHA-256"):
         Bundle.open(folder).tensors(GOLDEN)
 

@@ -26,7 +26,7 @@ from tarflow.runtime.errors import BundleError, CheckFailed, InputError, Machine
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS, Tolerance
 
-from .conftest import Exported, Goldens, amend, largest
+from .conftest import DEMO, Exported, Goldens, amend, largest
 from .interrupting import interrupted
 from .test_files import contents
 
@@ -230,11 +230,22 @@ def test_a_folder_in_use_is_never_replaced(place: str, force: bool, monkeypatch:
 
 
 @pytest.mark.parametrize("place", ["file/bundle", "file/a/b", "/sys/bundle", "/proc/bundle", "x" * 300])
-def test_a_place_that_takes_no_folder_is_the_machines_fault(place: str, golden: Goldens, tmp_path: Path) -> None:
+def test_a_place_that_takes_no_folder_is_refused_before_the_work(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("mine")
+    begins(monkeypatch)
     with pytest.raises(MachineError, match="cannot be written"):
-        export(golden("uncond").checkpoint, tmp_path / place)
+        export("nothing.pth", tmp_path / place)
     assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "weights_size", lambda *_: 1 << 60)
+    monkeypatch.setattr(pipeline, "oracle_pairs", lambda *_: pytest.fail("began the export"))
+    with pytest.raises(MachineError, match="GB left: free some"):
+        export(DEMO, tmp_path / "a" / "bundle")
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from tarflow.shards.record import Record, finished
 from tarflow.shards.workers import Local, Lost, News, Ready, Task, carry_out
 
 from .conftest import DEMO, GOLDEN, Cli, report_of, until
+from .test_filesystems import mounts
 
 ARGUMENTS = ("generate", DEMO, "--labels", "0-9", "--threads", 1)
 
@@ -298,6 +299,29 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: P
         pass
     with pytest.raises(InputError, match="is a file"), claimed(tmp_path / JOB, job):
         pass
+
+
+def test_a_disk_s_lost_and_found_is_no_other_file(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    with claimed(tmp_path, job):
+        pass
+    assert (tmp_path / "lost+found").is_dir()
+
+
+@mounts
+def test_a_finished_folder_is_accepted_where_nothing_can_be_written(cli: Cli, tmp_path: Path) -> None:
+    options = [*ARGUMENTS, "--n", 32, "--shard-size", 16, "--out", tmp_path / "out", "--json"]
+    assert cli(*options).returncode == 0
+    mounted = 'mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"; shift; exec "$@"'
+    command = [sys.executable, "-m", "tarflow.cli.main", *options]
+    again = ["unshare", "-m", "sh", "-c", mounted, "sh", *map(str, (tmp_path / "out", *command))]
+    finished = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["kept"] == 32
+    (tmp_path / "out" / "shard-000001.npy").unlink()
+    missing = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert missing.returncode == 3
+    assert "cannot be written: Read-only file system" in missing.stderr
 
 
 @pytest.mark.parametrize("form", ["npy", "png"])

@@ -49,7 +49,7 @@ class Blueprint:
     @property
     def folder(self) -> Path:
         """Where the engines go: a folder for each target, TensorRT and precision."""
-        return self.bundle.folder / FOLDER / folder_name(self.record)
+        return self.bundle.own(FOLDER) / folder_name(self.record)
 
     def engines(self) -> dict[str, Engine]:
         """Every engine to build, by file name, its hash and all that is found out about it left empty."""

@@ -83,6 +83,7 @@ def _build_one(
     started = time.monotonic()
     trt, record, timings = blueprint.trt, blueprint.record, blueprint.options.timing_cache
     parsed = Parsed(trt, blueprint.bundle.path(engine.graph))
+    blueprint.bundle.confirm()
     attested = _as_asked(read_network(trt, parsed.network), engine)
     config = builder_config(parsed, blueprint, GRAPHS[engine.kind])
     config.progress_monitor = monitor(trt, moved, cancelled)

@@ -91,7 +91,9 @@ class Sessions:
         try:
             session = self._session(path, self._options(kind, axes), kind)
         except Exception as error:
+            self.bundle.confirm()
             raise BundleError(f"'{path}' cannot be loaded by {self.description}: {first_line(error)}") from None
+        self.bundle.confirm()
         if self._provider not in session.get_providers():  # ONNX Runtime falls back to the CPU without a word
             raise MachineError(
                 f"{self._provider} could not be started: its libraries or a GPU are missing; use `provider` cpu, or "
