@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, Remedy
+from .errors import BundleError, Remedy, limit_of_machine
 from .files import sha256
 from .manifest import AGAIN, reader_of
 from .manifest import FORMAT as FORMAT
@@ -151,15 +151,17 @@ class Bundle:
         try:
             yield
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})") from None
+            damaged = _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})")
+            raise limit_of_machine(error, f"reading '{self.folder / name}'") or damaged from None
 
 
 def _require_inside(folder: Path, path: Path) -> None:
     """Raise BundleError unless ``path`` is a regular file that lies, links followed, in ``folder``."""
     try:
         resolved = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise _damaged(folder, f"'{path}' is missing, though the manifest names it") from None
+    except (OSError, RuntimeError) as error:
+        missing = _damaged(folder, f"'{path}' is missing, though the manifest names it")
+        raise limit_of_machine(error, f"opening '{path}'") or missing from None
     if not resolved.is_relative_to(folder.resolve()) or not resolved.is_file():
         raise BundleError(f"'{path}' leads out of the bundle or is no regular file; a bundle's files lie inside it")
 

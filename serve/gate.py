@@ -9,17 +9,24 @@ import re
 import time
 import traceback
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .browsers import Browsers
 from .log import log
+from .picture import LARGEST_BYTES
 from .protocol import HEADER, LARGEST_JSON
 from .service import Refusal, Service, said
 
 _OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # for probes, and a page that then asks for the token
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(r"[0-9]{1,19}")
+_INFER = re.compile(r"/v2/models/([^/]*)(?:/versions/[^/]*)?/infer")
+_NO_BODY = 16 << 10  # bytes: of routes that read none
+_DRAWING = 256 << 10  # of what to draw, and what a label takes in JSON
+_LABEL = 32
 _HELD = 4  # times the largest body: bytes of bodies that may be in memory at once
 
 
@@ -28,15 +35,16 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
-        token = service.settings.token
+        token, hosts = service.settings.token, service.settings.allowed_hosts
         self._digest = None if token is None else _digest(token)
+        self._browsers = None if hosts is None else Browsers(hosts)
         self._held = 0  # bytes of bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send, _request_id(scope))
+        answer = _Answer(send, scope)
         body = _Body(self, scope, receive)
         try:
             refusal = self._refusal(scope)
@@ -55,6 +63,8 @@ class Gate:
     def _refusal(self, scope: Scope) -> Refusal | None:
         """Why this request goes no further, from its headers alone."""
         headers = Headers(scope=scope)
+        if self._browsers is not None and (refusal := self._browsers.refusal(scope)) is not None:
+            return refusal
         if self._digest is not None and not _is_open(scope["path"]) and not self._authorised(headers):
             message = "this service asks for a token; send Authorization: Bearer TOKEN"
             return Refusal(401, message, {"WWW-Authenticate": "Bearer"})
@@ -74,11 +84,17 @@ class Gate:
         return right and scheme.lower() == "bearer"
 
     def limit(self, scope: Scope) -> int:
-        """The largest body: parsing JSON holds everybody up, so that is short. Of a binary request the JSON part is."""
-        infer = scope["path"].startswith("/v2/models/") and scope["path"].endswith("/infer")
-        if scope["path"] == "/v1/likelihood" or (infer and HEADER in Headers(scope=scope)):
-            return self.service.settings.largest_body
-        return min(LARGEST_JSON, self.service.settings.largest_body)
+        """The largest body of a route, in bytes: what it can use. JSON is short, even where binary tensors are not."""
+        settings, infer = self.service.settings, _INFER.fullmatch(scope["path"])
+        if scope["path"] == "/v1/likelihood":
+            largest = LARGEST_BYTES
+        elif scope["path"] == "/v1/samples" or (infer and infer[1] == "sample"):
+            largest = _DRAWING + _LABEL * settings.largest_n
+        elif infer:
+            largest = settings.largest_body if HEADER in Headers(scope=scope) else LARGEST_JSON
+        else:
+            largest = _NO_BODY
+        return min(largest, settings.largest_body)
 
     def hold(self, size: int) -> None:
         """Count bytes of a body. Raises Refusal when there are too many in memory."""
@@ -135,8 +151,9 @@ class _Body:
 class _Answer:
     """An answer on its way out: its status is remembered, the request's id is added."""
 
-    def __init__(self, send: Send, identity: str) -> None:
-        self._send, self.identity = send, identity
+    def __init__(self, send: Send, scope: Scope) -> None:
+        self._send, self.identity = send, _request_id(scope)
+        self._scope = scope
         self.status, self.started = 0, time.perf_counter()
 
     async def send(self, message: Message) -> None:
@@ -144,12 +161,20 @@ class _Answer:
             self.status = message["status"]
             headers = dict(message["headers"])
             headers |= {b"x-request-id": self.identity.encode(), b"x-content-type-options": b"nosniff"}
+            if self.status == 307:  # the router's, for a slash too many: relative, as a proxy may have its own prefix
+                headers[b"location"] = _without_slash(self._scope)
             message["headers"] = list(headers.items())
         await self._send(message)
 
 
+def _without_slash(scope: Scope) -> bytes:
+    query = b"?" + scope["query_string"] if scope["query_string"] else b""
+    return b"../" + quote(scope["path"].rstrip("/").rpartition("/")[2]).encode() + query
+
+
 def _too_large(limit: int) -> Refusal:
-    return Refusal(413, f"the body is larger than {limit} bytes; send less, or tensors as binary data")
+    most = f"{limit >> 10} KiB, which is the most this address takes"
+    return Refusal(413, f"the body is larger than {most}; send less, or tensors as binary data")
 
 
 def _is_open(path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..errors import MachineError
+from ..errors import MachineError, limit_of_machine
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LONGEST = 300  # characters of a message
@@ -16,7 +16,7 @@ def load_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MachineError(
+        raise limit_of_machine(error, "loading ONNX Runtime") or MachineError(
             f"ONNX Runtime is not installed ({error}); install one of its two builds: pip install onnxruntime, "
             "or pip install onnxruntime-gpu on a machine with CUDA"
         ) from None
