@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -27,6 +28,7 @@ _INFER = re.compile(r"/v2/models/([^/]*)(?:/versions/[^/]*)?/infer")
 _NO_BODY = 16 << 10  # bytes: of routes that read none
 _DRAWING = 256 << 10  # of what to draw, and what a label takes in JSON
 _LABEL = 32
+_LINGER = 5.0  # seconds
 _HELD = 4  # times the largest body: bytes of bodies that may be in memory at once
 
 
@@ -44,8 +46,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send, scope)
         body = _Body(self, scope, receive)
+        answer = _Answer(send, scope, body)
         try:
             refusal = self._refusal(scope)
             app = self.app if refusal is None else said(refusal)
@@ -124,7 +126,7 @@ class _Body:
     """A body on its way in: counted, and not waited for longer than a request may take."""
 
     def __init__(self, gate: Gate, scope: Scope, receive: Receive) -> None:
-        self._gate, self._receive = gate, receive
+        self._gate, self._receive, self._headers = gate, receive, Headers(scope=scope)
         self._limit, self._timeout = gate.limit(scope), gate.service.settings.timeout
         self._deadline = asyncio.get_running_loop().time() + self._timeout
         self.size, self._more = 0, True
@@ -136,6 +138,7 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
+            self._more = False
             raise Refusal(408, f"the body did not arrive within {self._timeout:g} s") from None
         if message["type"] == "http.disconnect":
             raise Refusal(499, "the client left before its body was here")
@@ -147,18 +150,32 @@ class _Body:
         self._more = message.get("more_body", False)
         return message
 
+    async def discard(self) -> None:
+        """Take what is still sent, for a while: who is cut off while sending may never see the answer."""
+        most = self._gate.service.settings.largest_body
+        length = self._headers.get("content-length", "0")
+        if "expect" in self._headers or not _LENGTH.fullmatch(length) or int(length) > most:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while self._more and most > 0:
+                    message = await self._receive()
+                    self._more = message.get("more_body", False)
+                    most -= len(message.get("body", b""))
+
 
 class _Answer:
     """An answer on its way out: its status is remembered, the request's id is added."""
 
-    def __init__(self, send: Send, scope: Scope) -> None:
+    def __init__(self, send: Send, scope: Scope, body: _Body) -> None:
         self._send, self.identity = send, _request_id(scope)
-        self._scope = scope
+        self._scope, self._body = scope, body
         self.status, self.started = 0, time.perf_counter()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            await self._body.discard()
             headers = dict(message["headers"])
             headers |= {b"x-request-id": self.identity.encode(), b"x-content-type-options": b"nosniff"}
             if self.status == 307:  # the router's, for a slash too many: relative, as a proxy may have its own prefix
