@@ -15,6 +15,7 @@ from ..runtime.opening import Opening
 from .options import DECODING, BundleArgument, Drawing, Ray, draws, opens
 
 TOKEN = "TARFLOW_TOKEN"
+_MULTIPROCESS = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")  # of servers of many processes; this is one
 
 
 @opens
@@ -33,6 +34,9 @@ def serve(
     token_file: Annotated[Path | None, Option(help=f"File with the bearer token of requests. Or set {TOKEN}.")] = None,
     certify: Annotated[bool, Option("--certify", help="Encode every sample again, for the metrics.")] = False,
     grace: Annotated[float, Option(min=0, help="Seconds from readiness going off to the last connection taken.")] = 1.0,
+    allowed_hosts: Annotated[
+        list[str] | None, Option(help="A name this server goes by, as in Host; again for more, * for any.")
+    ] = None,
     ray: Ray = None,
     replicas: Annotated[
         str | None, Option(help="With --ray: how many, or the least and the most that load decides between (1,4).")
@@ -47,10 +51,15 @@ def serve(
 
     Replicas on a Ray cluster: tarflow serve my-bundle --ray auto --replicas 1,4 --host 0.0.0.0
     """
+    from ..serve.log import keep_stderr_from_deciding
+
+    keep_stderr_from_deciding()
+    for name in _MULTIPROCESS:
+        os.environ.pop(name, None)
     from ..runtime.flow import Flow
     from ..runtime.machine import cores
     from ..serve.app import create_app
-    from ..serve.server import listen
+    from ..serve.server import listen, names_of
     from ..serve.server import serve as run
     from ..serve.settings import Settings
 
@@ -66,6 +75,7 @@ def serve(
     bounds = queue, batch, delay_ms / 1000, workers, timeout, max_n, max_body << 20
     settings = Settings(*bounds, _token(token_file), certify=certify, **drawing.said)
     listener = listen(host, port, stall=timeout)
+    settings = replace(settings, allowed_hosts=names_of(listener, tuple(allowed_hosts or ())))
     if ray is not None:
         from ..serve.replicas import Deployment, parse_replicas, serve_on_ray
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, Remedy
+from .errors import BundleError, Remedy, limit_of_machine
 from .files import sha256
 from .hidden import restore
 from .manifest import AGAIN, reader_of
@@ -208,7 +208,8 @@ class Bundle:
         try:
             yield
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})") from None
+            damaged = _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})")
+            raise limit_of_machine(error, f"reading '{self.folder / name}'") or damaged from None
 
 
 def _signature(found: os.stat_result) -> tuple[int, ...]:
@@ -222,8 +223,9 @@ def _require_inside(folder: Path, path: Path) -> None:
     """
     try:
         resolved = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise _damaged(folder, f"'{path}' is missing, though the manifest names it") from None
+    except (OSError, RuntimeError) as error:
+        missing = _damaged(folder, f"'{path}' is missing, though the manifest names it")
+        raise limit_of_machine(error, f"opening '{path}'") or missing from None
     home = folder.resolve()
     blobs = [up.parent.parent / "blobs" for up in (home, *home.parents) if up.parent.name == "snapshots"]
     if not (resolved.is_relative_to(home) or resolved.parent in blobs) or not resolved.is_file():

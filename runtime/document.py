@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .errors import BundleError, Remedy
+from .errors import BundleError, Remedy, limit_of_machine
 from .files import replacing
 
 _LARGEST, _LARGEST_INTEGER = sys.float_info.max, 2**63 - 1
@@ -57,7 +57,8 @@ class Reader(NamedTuple):
             with path.open("rb") as file:
                 content = file.read(most + 1)
         except OSError as error:
-            raise self._refused(f"'{self.source}' cannot be read: {error.strerror}; {self.advice}") from None
+            refused = self._refused(f"'{self.source}' cannot be read: {error.strerror}; {self.advice}")
+            raise limit_of_machine(error, f"reading '{self.source}'") or refused from None
         if len(content) > most:
             raise self.wrong(f"it is larger than {most >> 20} MiB; a {self.noun} is not")
         return content

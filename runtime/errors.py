@@ -7,11 +7,19 @@ What would help is a :class:`Remedy`, which a door that has a command for it can
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 _LONGEST_REASON = 300  # characters of a reason told in passing
+_LIMITS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+_LIMITS_IN_WORDS = re.compile(  # of engines and libraries, whose errors carry no number
+    r"bad_alloc|(failed|unable) to allocate|out of memory|pthread_create|start new thread|failed to map segment|"
+    r"cannot allocate memory|too many open files|resource temporarily unavailable",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,19 @@ class BundleError(TarflowError):
     """A file that is damaged, foreign, or made for another version."""
 
     exit_code = 4
+
+
+def limit_of_machine(error: Exception, doing: str) -> MachineError | None:
+    """The error of a machine that has no more memory, threads or open files for ``doing`` this; None for any other."""
+    text = str(error).strip() or "out of memory"
+    found = _LIMITS_IN_WORDS.search(text)
+    if not found and not isinstance(error, MemoryError) and getattr(error, "errno", None) not in _LIMITS:
+        return None
+    said = text[found.start() if found else 0 :].splitlines()[0][:_LONGEST_REASON]
+    return MachineError(
+        f"a limit of this machine or process was reached while {doing}: {said}; allow it more memory, threads or open "
+        "files (ulimit -a shows what it may have), or use fewer `threads`"
+    )
 
 
 def briefly(error: Exception) -> str:

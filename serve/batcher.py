@@ -45,11 +45,11 @@ class Drawn:
 
 
 class Full(Exception):
-    """The queue holds all it may. ``seconds`` until there should be room."""
+    """The queue holds all it may, so many. ``seconds`` until there should be room."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
+    def __init__(self, seconds: float, waiting: int) -> None:
+        super().__init__(seconds, waiting)
+        self.seconds, self.waiting = seconds, waiting
 
 
 class Abandoned(Exception):
@@ -115,7 +115,7 @@ class Batcher:
         """Queue work. Raises Full."""
         if len(self.waiting) >= self.settings.queue:
             rows = sum(one.rows for one in self.waiting)
-            raise Full(rows * self._row_seconds / self.settings.workers)
+            raise Full(rows * self._row_seconds / self.settings.workers, len(self.waiting))
         self.waiting.append(one)
         self._changed.set()
 

@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 REFUSALS = {
     "400": "The request cannot be what was meant; the message says what was expected.",
     "401": "The service asks for a token.",
+    "403": "Host is no name of this server, or a browser asks for the page of another site.",
     "404": "There is no such thing here.",
     "406": "None of the formats Accept names can be had.",
     "408": "The body did not arrive in time.",

@@ -37,7 +37,7 @@ class Drawing(Style):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     n: int | None = Field(None, ge=1, description="How many. Default: as many as labels, or 1.")
-    labels: Label | list[Label] | None = Field(
+    labels: Label | Annotated[list[Label], Field(fail_fast=True)] | None = Field(
         None, description="One class for all or one each; -1 or none: null class."
     )
     seed: Whole = Field(0, description="Of the noise.")

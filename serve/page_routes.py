@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from ..quality.scores import DRAWS, score
 from ..runtime.flow import Flow
+from ..runtime.picture import Picture
 from ..runtime.request import Resolved
 from .batcher import OnProgress
 from .drawing import LAST, Drawing, edition_of, request_of
@@ -244,22 +245,12 @@ def _add_likelihood(router: APIRouter, service: Service) -> None:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind not in MEDIA_TYPES:
             raise Refusal(415, f"the content type is '{kind[:80]}'; expected {' or '.join(MEDIA_TYPES)}")
-        data = await _read(request, min(LARGEST_BYTES, service.settings.largest_body))
-        return await service.compute(request, partial(_likelihood, service.flow, data, seed))
+        flow, data = service.flow, await request.body()
+        read = partial(open_picture, data, flow.config.channels, flow.config.image_size)
+        return await service.compute_of(request, read, partial(_likelihood, flow, seed))
 
 
-async def _read(request: Request, most: int) -> bytes:
-    """The body, unless it is larger than ``most`` bytes."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            raise Refusal(413, f"the picture is larger than {most >> 10} KiB, which is the most this server takes")
-    return bytes(data)
-
-
-def _likelihood(flow: Flow, data: bytes, seed: int, progress: OnProgress) -> Likelihood:
-    picture = open_picture(data, flow.config.channels, flow.config.image_size)
+def _likelihood(flow: Flow, seed: int, picture: Picture, progress: OnProgress) -> Likelihood:
     found = score(flow, picture.pixels, seed, progress)
     return Likelihood(
         bits_per_dim=found.bits_per_dim.mean(),

@@ -73,7 +73,7 @@ def read_asked(lengths: list[str], body: bytes) -> Asked:
     """Read a request; ``lengths`` are the values of HEADER. Raises Refusal for anything malformed."""
     split = _split(lengths, body)
     try:
-        request = InferRequest.model_validate(_json(body[:split]))
+        request = InferRequest.model_validate(read_object(body[:split], f"; binary tensors need {HEADER}"))
     except ValidationError as error:
         _refuse(validation_message(error.errors()))
     tail, tensors = memoryview(body)[split:], {}
@@ -135,12 +135,13 @@ def _split(lengths: list[str], body: bytes) -> int:
     return split
 
 
-def _json(content: bytes) -> dict[str, Any]:
+def read_object(content: bytes, advice: str = "") -> dict[str, Any]:
+    """A JSON object. Raises Refusal."""
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         said = "nested too deep" if isinstance(error, RecursionError) else str(error)[:100]
-        _refuse(f"the body is no JSON ({said}); binary tensors need {HEADER}")
+        _refuse(f"the body is no JSON ({said}){advice}")
     return found if isinstance(found, dict) else _refuse("the body is no JSON object")
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from ..runtime.request import Resolved
 from .drawing import LAST, Drawing, Format, Label, Strength, Style, Zoom, edition_of, request_of, style_of
 from .packing import MEDIA, Packing, array, headers_of
-from .service import Refusal, Service, aside
+from .protocol import read_object
+from .service import Refusal, Service, aside, validation_message
 
 _YEAR = 31_536_000  # seconds: what caches take for for ever
 _MINUTES = 300  # seconds: for how long a picture may be another bundle's, served here before
+_JSON = re.compile(r"application/([^;]*\+)?json\s*(;.*)?", re.IGNORECASE)
+_BODY = {"required": True, "content": {"application/json": {"schema": Drawing.model_json_schema()}}}
 
 
 class OneSample(Style):
@@ -36,9 +40,11 @@ class OneSample(Style):
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["samples"])
 
-    @router.post("/samples", response_class=Response)
-    async def draw_samples(request: Request, drawing: Drawing) -> Response:
+    @router.post("/samples", response_class=Response, openapi_extra={"requestBody": _BODY})
+    async def draw_samples(request: Request) -> Response:
         """Draw samples: a grid as PNG, single PNGs in a zip, or an array (n, channels, size, size) float32 as npy."""
+        body = await request.body()
+        drawing = await aside(len(body), read_drawing, request.headers.get("content-type", ""), body)
         form = drawing.format or accepted(request.headers.get("accept", "*/*"))
         wanted = request_of(service, drawing)
         if form == "npy":
@@ -79,6 +85,19 @@ def routes(service: Service) -> APIRouter:
         return Response(body, media_type="image/png", headers=headers_of(drawn) | caching)
 
     return router
+
+
+def read_drawing(content_type: str, body: bytes) -> Drawing:
+    """What a body of JSON says. Raises Refusal for the first that is wrong with it."""
+    if not _JSON.fullmatch(content_type.strip()):
+        raise Refusal(415, f"the content type is '{content_type[:80]}'; expected application/json")
+    said = read_object(body)
+    for name in said.keys() - Drawing.model_fields.keys():
+        raise Refusal(400, f"'{name[:80]}' is no field; expected some of {', '.join(Drawing.model_fields)}")
+    try:
+        return Drawing.model_validate(said)
+    except ValidationError as error:
+        raise Refusal(400, validation_message(error.errors(include_url=False))) from None
 
 
 def _etag(service: Service, request: Resolved, zoom: int | None) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
-import math
+import os
 import resource
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -20,11 +23,13 @@ from ..runtime.errors import InputError, MachineError
 from ..runtime.signals import ending
 from .log import Lines, log
 from .service import Service
+from .settings import ANY_HOST, LOOPBACK_HOSTS
 
 _BACKLOG = 1024  # connections of a burst that wait to be accepted
 _MOST_CONNECTIONS = 1000  # and 16 for each place in the queue
-_HEADER_SECONDS = 30.0  # until a new connection must have said what it wants
+_HEAD_SECONDS = 30.0  # until a new connection must have said what it wants, or a request's head be whole
 _OTHER_FILES = 100
+_STOP_SECONDS = 5.0  # beyond the time limit of the last request, until the process ends whatever still runs
 
 
 def listen(host: str, port: int, stall: float) -> socket.socket:
@@ -53,19 +58,30 @@ def listen(host: str, port: int, stall: float) -> socket.socket:
     return listener
 
 
+def names_of(listener: socket.socket, given: tuple[str, ...]) -> tuple[str, ...]:
+    """The names a server goes by: those given, those of loopback if it listens there, any if nothing is known."""
+    bound = listener.getsockname()[0]
+    if ipaddress.ip_address(bound).is_loopback:
+        return *LOOPBACK_HOSTS, f"[{bound}]" if ":" in bound else bound, *given
+    return given or (ANY_HOST,)
+
+
 def serve(app: FastAPI, listener: socket.socket, grace: float, announce: Callable[[], None]) -> None:
     """Serve until SIGTERM, SIGHUP or SIGINT: readiness goes off, after ``grace`` seconds no connection is taken any
-    more, what was accepted is answered. A second signal ends it at once.
+    more, what was accepted is answered. The process ends when that must have happened, whatever its threads do; a
+    second signal ends it at once.
     """
     service: Service = app.state.service
     for name in ("uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [Lines(logging.WARNING)], False
     most = _MOST_CONNECTIONS + 16 * service.settings.queue
-    _allow_files(most + _OTHER_FILES)
+    most = max(_OTHER_FILES, min(most, _allow_files(most + _OTHER_FILES) - _OTHER_FILES))
+    bounds = {"patience": min(_HEAD_SECONDS, service.settings.timeout), "most": most}
     config = uvicorn.Config(
         app,
-        http=type("Connection", (_Connection,), {"patience": min(_HEADER_SECONDS, service.settings.timeout)}),
+        http=type("Connection", (_Connection,), bounds),
+        workers=1,  # and not what WEB_CONCURRENCY says to others
         loop="asyncio",
         ws="none",
         lifespan="off",  # the server starts the service itself: what fails there is an error of the command
@@ -73,41 +89,79 @@ def serve(app: FastAPI, listener: socket.socket, grace: float, announce: Callabl
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,
-        limit_concurrency=most,
-        timeout_graceful_shutdown=int(service.settings.timeout) + 5,
+        timeout_graceful_shutdown=int(service.settings.timeout) + 2,
     )
     _Server(config, service, grace, announce).run([listener])
 
 
-def _allow_files(count: int) -> None:
-    """Let the process have so many files open, or as many as it may."""
+def _allow_files(count: int) -> int:
+    """Let the process have so many files open, or as many as it may; how many that are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
+def _end_after(seconds: float) -> None:
+    """End the process then, if it has not ended by itself: a thread of a decoder or an engine cannot be told to."""
+
+    def end() -> None:
+        log("ended", "warning", why="a thread did not return")
+        sys.stdout.flush()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 class _Connection(H11Protocol):
-    """A connection; one too many is cut off at once, one that asks for nothing after ``patience`` seconds."""
+    """A connection. One without a request in hand is cut off after ``patience`` seconds, and before that if there are
+    more than ``most`` and it has been so for longest.
+    """
 
     patience: float
-    silence: asyncio.TimerHandle | None = None
+    most: int
+    idle_since = 0.0
+    ending: asyncio.TimerHandle | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) >= (self.limit_concurrency or math.inf):
-            transport.abort()
-            return
-        self.silence = self.loop.call_later(self.patience, self._end_if_silent)
+        self._await_head()
+        if len(self.connections) > self.most:
+            idle = [one for one in self.connections if isinstance(one, _Connection) and one.idle and one is not self]
+            one_too_many = min(idle, key=lambda one: one.idle_since, default=self)
+            one_too_many.transport.abort()
+            self.connections.discard(one_too_many)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.idle:
+            self._stop_waiting()
+        elif self.ending is None:  # half a head, or of a body that nobody reads any more
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.silence is not None:
-            self.silence.cancel()  # and let go of what it holds
+        self._stop_waiting()  # and let go of what it holds
         super().connection_lost(exc)
 
-    def _end_if_silent(self) -> None:
-        if not self.headers:  # of a request
-            self.transport.close()
+    def on_response_complete(self) -> None:
+        self.idle_since = self.loop.time()
+        super().on_response_complete()
+
+    def _await_head(self) -> None:
+        self.idle_since = self.loop.time()
+        self.ending = self.loop.call_later(self.patience, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self.ending is not None:
+            self.ending.cancel()
+            self.ending = None
 
 
 class _Server(uvicorn.Server):
@@ -135,9 +189,11 @@ class _Server(uvicorn.Server):
     def _end(self, number: int) -> None:
         if self.service.draining:
             self.should_exit = self.force_exit = True
+            _end_after(1.0)
             return
         log("draining", signal=signal.Signals(number).name, grace=self.grace)
         self.service.draining = True
+        _end_after(self.grace + self.service.settings.timeout + _STOP_SECONDS)
         asyncio.get_running_loop().call_later(self.grace, self._close)
 
     def _close(self) -> None:

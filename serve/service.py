@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,12 +17,15 @@ from ..runtime.errors import TarflowError
 from ..runtime.flow import Flow
 from ..runtime.request import Resolved
 from .batcher import Abandoned, Batcher, Drawn, Full, OnProgress, Waiting
+from .decoding import Decoding
 from .metrics import Metrics
 from .settings import Settings
 from .words import http_words
 
 _SMALL = 16 << 10  # bytes packed or parsed in well under a millisecond: less than a thread costs
+D = TypeVar("D")
 T = TypeVar("T")
+Work = Resolved | Callable[[OnProgress], Any]
 
 
 class Refusal(HTTPException):
@@ -40,7 +44,7 @@ class Service:
     def __init__(self, flow: Flow, settings: Settings) -> None:
         self.flow, self.settings = flow, settings
         self.metrics = Metrics()
-        self.batcher = Batcher(flow, settings, self.metrics)
+        self.batcher, self.decoding = Batcher(flow, settings, self.metrics), Decoding()
         self.started = self.draining = False
 
     @property
@@ -53,6 +57,7 @@ class Service:
 
     async def stop(self) -> None:
         self.draining = True
+        self.decoding.stop()
         await self.batcher.stop()
 
     async def draw(self, request: Request, wanted: Resolved) -> Drawn:
@@ -66,21 +71,35 @@ class Service:
         What it is given is what ``Flow.sample`` takes as progress: it raises when nobody waits any more.
         Raises Refusal.
         """
+        result: T = await self._result(request, self.batcher, work, self._deadline())
+        return result
+
+    async def compute_of(self, request: Request, decode: Callable[[], D], work: Callable[[D, OnProgress], T]) -> T:
+        """The same of what ``decode`` gives, which has threads of its own, and the time limit of both together."""
+        until = self._deadline()
+        decoded: D = await self._result(request, self.decoding, lambda _: decode(), until)
+        result: T = await self._result(request, self.batcher, lambda progress: work(decoded, progress), until)
+        return result
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.settings.timeout
+
+    async def _result(self, request: Request, queue: Batcher | Decoding, work: Work, until: float) -> Any:
         if not self.started:
             raise Refusal(503, "the service is still starting; ask again in a moment", {"Retry-After": "1"})
         mine = Waiting(work)
         try:
-            self.batcher.put(mine)
+            queue.put(mine)
         except Full as full:
             after = str(max(1, min(60, math.ceil(full.seconds))))
-            message = f"{self.settings.queue} requests wait already; ask again in {after} s"
+            message = f"{full.waiting} requests wait already; ask again in {after} s"
             raise Refusal(429, message, {"Retry-After": after}) from None
         leaving = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({mine.done, leaving}, timeout=self.settings.timeout, return_when="FIRST_COMPLETED")
+            seconds = max(0.0, until - time.monotonic())
+            await asyncio.wait({mine.done, leaving}, timeout=seconds, return_when="FIRST_COMPLETED")
             if mine.done.done():
-                result: T = mine.done.result()
-                return result
+                return mine.done.result()
             self.metrics.abandoned.labels("left" if leaving.done() else "timeout").inc()
             if leaving.done():
                 raise Refusal(499, "the client left")
@@ -91,7 +110,7 @@ class Service:
             raise Refusal(400 if error.exit_code == 2 else 503, http_words(error)) from None
         finally:
             leaving.cancel()
-            self.batcher.abandon(mine)
+            queue.abandon(mine)
 
 
 async def aside(size: int, work: Callable[..., T], *arguments: Any) -> T:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..runtime.errors import InputError
+
+ANY_HOST = "*"
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +24,15 @@ class Settings:
     largest_n: int = 256  # samples or images in a request
     largest_body: int = 64 << 20  # bytes
     token: str | None = None  # what Authorization: Bearer must carry
+    allowed_hosts: tuple[str, ...] | None = None  # names in Host, or ANY_HOST; None: whoever asks from any page
     decode: str | None = None
     tolerance: float | None = None
     certify: bool = False  # every sample, asked for or not
 
     def __post_init__(self) -> None:
+        for host in self.allowed_hosts or ():
+            if host != ANY_HOST and host_of(host) is None:
+                raise InputError.of("allowed_hosts", f"'{host}'", f"a name (tarflow.example), or {ANY_HOST} for any")
         for name in ("queue", "batch", "workers", "largest_n"):
             if getattr(self, name) < 1:
                 raise InputError.of(name, getattr(self, name), "1 or more")
@@ -37,3 +46,9 @@ class Settings:
             raise InputError("the token is too short, too long or not ASCII; expected 8 to 4096 characters")
         if self.token is not None and any(character.isspace() for character in self.token):
             raise InputError("the token holds spaces or line ends, which no header carries; expected one word")
+
+
+def host_of(text: str) -> str | None:
+    """The name in ``name:port``, in the way that compares; None if there is none."""
+    found = _HOST.fullmatch(text.lower())
+    return found[1].rstrip(".") if found else None

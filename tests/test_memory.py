@@ -76,3 +76,33 @@ def test_the_gradient_of_long_sequences_stays_below_the_limit(tmp_path: Path, cl
     assert peak_of(limit) < limit < peak_of(None)
     refused = cli("denoise", tmp_path / "long", tmp_path / "x.npy", "--memory", "100MiB")
     assert (refused.returncode, "too little" in refused.stderr) == (2, True), refused.stderr
+
+
+_LIMITED = """
+import hashlib, os, resource, sys
+import onnxruntime, safetensors.numpy
+import tarflow.runtime.ort.backend
+from tarflow.runtime.errors import MachineError
+from tarflow.runtime.flow import Flow
+
+bundle, which, value = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if which == "AS":
+    value = (value << 20) + resource.getpagesize() * int(open("/proc/self/statm").read().split()[0])
+elif which == "NPROC" and not os.getuid():
+    os.setuid(65534)  # root has no such limit
+resource.setrlimit(getattr(resource, f"RLIMIT_{which}"), (value, value))
+try:
+    Flow.open(bundle, threads=2).sample(2)
+except (MachineError, MemoryError, OSError):
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    "limits", [("NOFILE", 3, 4), ("AS", 1, 8, 20, 60, 120), ("NPROC", 0, 1)], ids=lambda limits: limits[0]
+)
+def test_a_limit_of_the_machine_is_not_the_bundle_s_fault(limits: tuple[str, int]) -> None:
+    which, *values = limits
+    for value in values:
+        done = python("-c", _LIMITED, DEMO, which, value)
+        assert done.returncode == 3, (which, value, done.stderr)

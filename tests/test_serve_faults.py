@@ -175,7 +175,7 @@ def test_a_reader_that_stops_is_cut_off_and_others_are_served(tmp_path: Path) ->
         with socket.socket() as stuck:
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             stuck.connect(("127.0.0.1", service.port))
-            stuck.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+            stuck.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
             until(lambda: connections(service.process.pid) > before)
             until(lambda: service.ask("POST", "/v1/samples", {"seed": 6})[0] == 200)  # on a busy machine, not at once
             until(lambda: connections(service.process.pid) == before)
@@ -288,7 +288,8 @@ async def test_a_failure_nobody_foresaw_is_a_500_without_a_traceback(
 
 
 def head(request: str, length: int | None = None, *lines: str) -> bytes:
-    given = [f"Authorization: Bearer {TOKEN}", "Host: x", "Connection: close", "Content-Type: application/json", *lines]
+    kind = "Content-Type: application/json"
+    given = [f"Authorization: Bearer {TOKEN}", "Host: localhost", "Connection: close", kind, *lines]
     if length is not None:
         given.append(f"Content-Length: {length}")
     return "\r\n".join([f"{request} HTTP/1.1", *given, "", ""]).encode()

@@ -6,7 +6,7 @@ import functools
 import os
 from typing import Any
 
-from ..errors import InputError, MachineError
+from ..errors import InputError, MachineError, limit_of_machine
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LONGEST = 300  # characters of a message
@@ -17,7 +17,7 @@ def load_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MachineError(
+        raise limit_of_machine(error, "loading ONNX Runtime") or MachineError(
             f"ONNX Runtime is not installed ({error}); install one of its two builds: pip install onnxruntime, "
             "or pip install onnxruntime-gpu on a machine with CUDA"
         ) from None

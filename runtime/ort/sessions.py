@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import RESIDENT, Bundle
-from ..errors import BundleError, MachineError, Remedy, TarflowError
+from ..errors import BundleError, MachineError, Remedy, TarflowError, limit_of_machine
 from ..machine import cores, cpu_quota
 from ..opening import Opening
 from ..parts import Feeds
@@ -79,7 +79,7 @@ class Sessions:
 
     def failed(self, block: int, kind: str, error: Exception) -> TarflowError:
         """What a graph's failure is: the machine's, or the graph's own."""
-        if isinstance(error, MemoryError) or "allocate" in str(error).lower():
+        if limit_of_machine(error, "running") is not None:
             return MachineError(
                 f"out of memory in block {block}'s {kind} graph; use a smaller `batch_size`, or `memory` least",
                 field="batch_size",
@@ -92,7 +92,8 @@ class Sessions:
             session = self._session(path, self._options(kind, axes), kind)
         except Exception as error:
             self.bundle.confirm()
-            raise BundleError(f"'{path}' cannot be loaded by {self.description}: {first_line(error)}") from None
+            said = f"'{path}' cannot be loaded by {self.description}: {first_line(error)}"
+            raise limit_of_machine(error, f"loading '{path}'") or BundleError(said) from None
         self.bundle.confirm()
         if self._provider not in session.get_providers():  # ONNX Runtime falls back to the CPU without a word
             raise MachineError(
