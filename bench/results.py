@@ -13,12 +13,13 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 def machine() -> str:
     """What the numbers of a section were measured on."""
-    import onnxruntime  # here: what only writes sections runs before they are installed
-    import torch
+    import torch  # here: what only writes sections runs before they are installed
+
+    from tarflow.runtime.ort.library import load_onnxruntime
 
     return (
         f"{os.cpu_count()} cores ({processor()}), {torch.get_num_threads()} threads on both sides, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}."
+        f"{platform.python_version()}, torch {torch.__version__}, onnxruntime {load_onnxruntime().__version__}."
     )
 
 

@@ -61,6 +61,7 @@ class Comparison:
         """Raises InputError if the checkpoint is another model's; what opening either raises."""
         bundle = Bundle.open(self.folder)
         bundle.check()
+        bundle.check_graphs()
         watch("load the checkpoint")
         model = open_checkpoint(self.folder if self.checkpoint is None else self.checkpoint, self.hints)
         theirs, ours = asdict(model.config), asdict(bundle.manifest.config)

@@ -12,15 +12,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import DTypeLike, NDArray
 
 from ..runtime.backend import pad_rows
 from ..runtime.errors import BundleError, InputError
 from ..runtime.files import sha256
+from ..runtime.ort.library import load_onnxruntime
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 RANGES = ("-1,1", "0,1", "0,255", "imagenet")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in 0..1
@@ -147,12 +150,16 @@ def _hash(path: Path) -> str:
 
 
 def _open_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        opened: onnxruntime.InferenceSession = ort.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        return opened
     except Exception as error:  # onnxruntime's own exceptions have no public base
         raise BundleError(
             f"'{path}' cannot be opened as an ONNX network ({str(error)[:160]}); export it with torch.onnx.export"

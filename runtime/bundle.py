@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, Remedy, limit_of_machine
 from .files import sha256
+from .graph import check_graph
 from .hidden import restore
 from .manifest import AGAIN, reader_of
 from .manifest import FORMAT as FORMAT
@@ -143,8 +144,9 @@ class Bundle:
             )
 
     def check_runnable(self) -> None:
-        """Everything to know before an engine is given the graphs: hashes, no stranger among the files, and that the
-        manifest's configuration is the one the weights carry. Raises BundleError.
+        """Everything to know before an engine is given the graphs: hashes, no stranger among the files, nothing in a
+        graph that an export would not write, and that the manifest's configuration is the one the weights carry. Raises
+        BundleError.
         """
         from safetensors import safe_open
 
@@ -157,10 +159,17 @@ class Bundle:
                 f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
                 "copy the bundle again"
             )
+        self.check_graphs()
         with self._reading(WEIGHTS), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
             said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
         if said != asdict(self.manifest.config):
             raise _damaged(self.folder, f"'{self.folder}': the manifest describes another model than its weights do")
+
+    def check_graphs(self) -> None:
+        """Look into every graph, for what :func:`check_graph` refuses. Their hashes are right already."""
+        weights_size = self.manifest.files[WEIGHTS].size
+        for name in sorted({name for block in self.manifest.blocks for name in block.graphs.values()}):
+            check_graph(self.path(name), weights_size)
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""

@@ -154,6 +154,8 @@ def _read_block(reader: Reader, entry: object, files: Mapping[str, FileEntry], k
         name = graphs.get(kind)
         if not isinstance(name, str) or name not in files:
             raise reader.wrong(f"blocks[{k}].graphs.{kind} is {short(name)}, which is not among the files")
+        if "/" in name or not name.endswith(".onnx"):  # by other suffixes ONNX Runtime takes a file for something else
+            raise reader.wrong(f"blocks[{k}].graphs.{kind} is {short(name)}; expected an .onnx file beside the weights")
     if reader.get(block, "reversed", bool) != (k % 2 == 1):
         raise reader.wrong(f"blocks[{k}].reversed is {block['reversed']}; in schema {SCHEMA} odd blocks are, even not")
     return BlockEntry(reader.get(block, "reversed", bool), {kind: graphs[kind] for kind in kinds})

@@ -99,9 +99,10 @@ def manifests(draw: st.DrawFn) -> Manifest:
         noise_std=draw(st.none() | st.integers(0, 3) | st.floats(0, 10)),
         head_dim=head_dim,
     )
-    names = [*draw(st.lists(_names, min_size=1, max_size=6)), WEIGHTS, GOLDEN]
+    graphs = draw(st.lists(_component.map("{}.onnx".format), min_size=1, max_size=6))
+    names = [*graphs, *draw(st.lists(_names, max_size=3)), WEIGHTS, GOLDEN]
     entries = st.builds(FileEntry, st.text("0123456789abcdef", min_size=64, max_size=64), st.integers(0, 2**63 - 1))
-    graph = st.sampled_from(names)
+    graph = st.sampled_from(graphs)
     return Manifest(
         name=draw(st.text(max_size=20)),
         precision=draw(st.sampled_from(list(PRECISIONS))),
@@ -531,14 +532,15 @@ def relocate(graph: Path, location: str) -> int:
     return moved
 
 
-def test_a_graph_may_take_its_weights_from_another_file_the_manifest_names_and_from_no_other(folder: Path) -> None:
-    """Shows that :func:`relocate` makes graphs that work, so that the refusals below are about the place."""
+def test_a_graph_takes_its_weights_from_the_weights_file_and_from_no_other_of_the_bundle(folder: Path) -> None:
+    """Shows that :func:`relocate` makes graphs that work, so that the refusals are about the place."""
     before = Flow.open(folder).sample(1)
     shutil.copy(folder / WEIGHTS, folder / "copy.safetensors")
-    assert relocate(folder / STEP, "copy.safetensors") > 3
-    with refusal("copy.safetensors"):
-        Flow.open(folder)
     amend(folder, "copy.safetensors")
+    assert relocate(folder / STEP, "copy.safetensors") > 3
+    with refusal(STEP, "copy.safetensors"):
+        Flow.open(folder)
+    assert relocate(folder / STEP, WEIGHTS) > 3
     np.testing.assert_array_equal(Flow.open(folder).sample(1), before)
 
 

@@ -163,7 +163,7 @@ def test_verify_catches_a_graph_that_is_wrong_only_when_guided(copy: Exported) -
     folder = copy("cond")
     model = onnx.load(folder / "block_01.step.onnx", load_external_data=False)
     (node,) = [n for n in model.graph.node if n.op_type == "ReduceSum"]  # over the branches
-    node.op_type = "ReduceMax"
+    node.op_type = "ReduceMean"
     onnx.save(model, folder / "block_01.step.onnx")
     amend(folder, "block_01.step.onnx")
     wrong = verify_bundle(Comparison(folder)).failures()

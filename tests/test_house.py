@@ -50,10 +50,10 @@ ROOMS = {
     ),
     "tarflow.export.engines": Room("numpy onnx polygraphy", "runtime* quality* export.emulate"),
     "tarflow.runtime": Room("numpy safetensors PIL", "", {"providers": "runtime.ort.backend runtime.tensorrt.backend"}),
-    "tarflow.runtime.ort": Room("numpy onnxruntime", "runtime*"),
+    "tarflow.runtime.ort": Room("numpy", "runtime*", {"library": "onnxruntime"}),
     "tarflow.runtime.tensorrt": Room("numpy cuda", "runtime*"),
     "tarflow.shards": Room("numpy safetensors", "runtime*", {"cluster": "grpc ray"}),
-    "tarflow.quality": Room("numpy PIL", "runtime*", {"features": "onnxruntime"}),
+    "tarflow.quality": Room("numpy PIL", "runtime*"),
     "tarflow.serve": Room(
         "numpy fastapi starlette pydantic uvicorn prometheus_client",
         "runtime* quality.scores quality.card shards.cluster",

@@ -1,4 +1,4 @@
-"""The onnxruntime module: found, quiet, and with one pool of scratch memory."""
+"""The onnxruntime module, taken from here by all that need it: found, quiet, and with one pool of scratch memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _LONGEST = 300  # characters of a message
 
 
 def load_onnxruntime() -> Any:
-    """The onnxruntime module. Raises MachineError if there is none."""
+    """The onnxruntime module, its telemetry off. Raises MachineError if there is none."""
+    # Since 1.29 it writes below HOME and reports to its makers once it is imported. 0 would be the user's own wish.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -75,7 +75,8 @@ typedef int (*tarflow_progress)(void *user, int64_t done, int64_t total, int blo
 /* After each block: what `count` samples from index `first` on look like so far, as images. */
 typedef int (*tarflow_preview)(void *user, int block, uint64_t first, int64_t count, const float *images);
 
-/* Structs begin with their size as the caller knows it, so that they can grow. */
+/* Structs begin with their size as the caller knows it, so that they can grow. One that ends inside a field ends before
+   it. */
 typedef struct tarflow_open_options {
   size_t size;
   const char *provider;    /* "cpu", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda, cpu that works here */
@@ -151,6 +152,11 @@ TARFLOW_API int tarflow_decode(tarflow_flow *flow, int64_t n, const float *noise
 /* Of the last tarflow_sample or tarflow_decode, made with `certify`: for each of its n samples the largest difference
    between the noise it came from and the raw sample, before denoising, encoded again. */
 TARFLOW_API int tarflow_certificate(tarflow_flow *flow, int64_t n, float *errors);
+
+/* Of the last call that drew, encoded, denoised, or computed likelihoods or noise: which of its n results hold a number
+   that is not finite. Such a call returns TARFLOW_OK, and its buffers hold what was computed. The first `room` rows go into
+   `which`, counted from 0 and growing; `count` becomes how many there are. `which` may be NULL if `room` is 0. */
+TARFLOW_API int tarflow_nonfinite(tarflow_flow *flow, int64_t *which, int64_t room, int64_t *count);
 
 /* Images -> latents, and the log-determinant (n) in nats per dimension; either output may be NULL. */
 TARFLOW_API int tarflow_encode(tarflow_flow *flow, int64_t n, const float *images, const int64_t *labels,

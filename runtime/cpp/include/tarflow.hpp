@@ -76,6 +76,15 @@ class Flow {
     return errors;
   }
 
+  // Rows of the last call's results that are not finite.
+  std::vector<std::int64_t> nonfinite() {
+    std::int64_t found = 0;
+    check(tarflow_nonfinite(handle_.get(), nullptr, 0, &found));
+    std::vector<std::int64_t> rows(static_cast<std::size_t>(found));
+    check(tarflow_nonfinite(handle_.get(), rows.data(), found, &found));
+    return rows;
+  }
+
   // Latents (n, tokens, patch_dim) and log-determinants (n) in nats per dimension.
   std::pair<std::vector<float>, std::vector<float>> encode(const std::vector<float>& images,
                                                            const std::vector<std::int64_t>& labels) {

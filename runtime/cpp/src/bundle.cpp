@@ -1,17 +1,13 @@
 #include "bundle.hpp"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <memory>
 #include <set>
 
 #include "error.hpp"
+#include "graph.hpp"
 
 namespace tarflow::internal {
 namespace {
@@ -20,72 +16,37 @@ namespace fs = std::filesystem;
 
 constexpr const char* kCopyAgain = "Copy the bundle again, or export it again";
 
-class Sha256 {
- public:
-  Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
-    if (!context_ || EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) != 1) failed();
+// Where a hub's cache keeps the files that a folder's links lead to: REPOSITORY/blobs, of REPOSITORY/snapshots/REVISION
+// and folders in that. Empty for other folders.
+fs::path blobs_of(const fs::path& root) {
+  for (fs::path at = root; at.has_relative_path(); at = at.parent_path()) {
+    if (at.parent_path().filename() == "snapshots") return at.parent_path().parent_path() / "blobs";
   }
-
-  void add(const char* data, std::size_t size) {
-    if (EVP_DigestUpdate(context_.get(), data, size) != 1) failed();
-  }
-
-  std::string hex() {
-    std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
-    unsigned int size = 0;
-    if (EVP_DigestFinal_ex(context_.get(), digest.data(), &size) != 1) failed();
-    std::string text;
-    for (unsigned int i = 0; i < size; ++i) {
-      text += "0123456789abcdef"[digest[i] >> 4];
-      text += "0123456789abcdef"[digest[i] & 15];
-    }
-    return text;
-  }
-
- private:
-  [[noreturn]] static void failed() { throw machine_error("OpenSSL cannot compute SHA-256 on this machine"); }
-
-  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
-};
-
-std::ifstream open_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw bundle_error("'" + path + "' cannot be read: " + std::strerror(errno));
-  return file;
+  return {};
 }
 
-// Links followed, a regular file inside the folder.
+// Links followed, a regular file inside the folder, or a blob of the cache that the folder is in.
 void require_inside(const fs::path& folder, const fs::path& path) {
   std::error_code error;
   const fs::path resolved = fs::canonical(path, error);
-  if (error) throw bundle_error("'" + path.string() + "' is missing, though the manifest names it. " + kCopyAgain);
+  if (error == std::errc::no_such_file_or_directory || error == std::errc::too_many_symbolic_link_levels) {
+    throw bundle_error("'" + path.string() + "' is missing, though the manifest names it. " + kCopyAgain);
+  }
+  if (error) throw unreadable(path.string(), error.value());
   const fs::path root = fs::canonical(folder, error);
+  if (error) throw unreadable(folder, error.value());
   const auto [at, rest] = std::mismatch(root.begin(), root.end(), resolved.begin(), resolved.end());
-  if (error || at != root.end() || rest == resolved.end() || !fs::is_regular_file(resolved, error)) {
+  const bool inside = (at == root.end() && rest != resolved.end()) || resolved.parent_path() == blobs_of(root);
+  if (!inside || !fs::is_regular_file(resolved, error)) {
     throw bundle_error("'" + path.string() +
                        "' leads out of the bundle or is no regular file; a bundle's files lie inside it");
   }
 }
 
+// What people, hubs, editors and file systems leave in any folder. Nothing reads it.
+bool is_beside(const std::string& name) { return name[0] == '.' || name == "README.md" || name == "LICENSE"; }
+
 }  // namespace
-
-std::string sha256_of(const std::string& path) {
-  std::ifstream file = open_file(path);
-  Sha256 hash;
-  std::vector<char> chunk(1 << 20);
-  while (file) {
-    file.read(chunk.data(), static_cast<std::streamsize>(chunk.size()));
-    hash.add(chunk.data(), static_cast<std::size_t>(file.gcount()));
-  }
-  if (file.bad()) throw bundle_error("'" + path + "' cannot be read to its end");
-  return hash.hex();
-}
-
-std::string sha256(std::string_view content) {
-  Sha256 hash;
-  hash.add(content.data(), content.size());
-  return hash.hex();
-}
 
 std::vector<std::filesystem::path> entries_of(const std::string& folder, std::error_code& error) {
   std::vector<fs::path> found;
@@ -98,95 +59,101 @@ Bundle::Bundle(const std::string& folder) : folder(folder) {
   if (!fs::is_directory(folder, error)) {
     throw bundle_error("no bundle at '" + folder + "': expected a folder with " + kManifest + "; export one");
   }
-  const fs::path path = fs::path(folder) / kManifest;
-  if (!fs::exists(fs::symlink_status(path, error))) {
+  const fs::path at = fs::path(folder) / kManifest;
+  if (!fs::exists(fs::symlink_status(at, error))) {
     throw bundle_error("'" + folder + "' has no " + kManifest + ", so it is not a bundle; export one");
   }
-  require_inside(folder, path);
-  std::ifstream file = open_file(path.string());
-  std::string content(kManifestLimit + 1, '\0');
-  file.read(content.data(), static_cast<std::streamsize>(content.size()));
-  content.resize(static_cast<std::size_t>(file.gcount()));
-  if (content.size() > kManifestLimit) {
-    throw bundle_error("'" + path.string() + "' is larger than 16 MiB; a manifest is not. " + kCopyAgain);
+  require_inside(folder, at);
+  File file(at.string());
+  if (file.identity.size > kManifestLimit) {
+    throw bundle_error("'" + file.path + "' is larger than 16 MiB; a manifest is not. " + kCopyAgain);
   }
-  manifest = read_manifest(content, path.string());
+  const std::string content = file.read(file.identity.size);
+  manifest = read_manifest(content, file.path);
   hash = sha256(content);
-  check_files();
+  for (const auto& [name, entry] : manifest.files) check_size(name, entry);
+  for (const auto& [name, entry] : manifest.files) check_content(name, entry);
   refuse_strangers();
   read_prior();
 }
 
 std::string Bundle::path(const std::string& name) const { return (fs::path(folder) / name).string(); }
 
-void Bundle::check_files() const {
-  for (const auto& [name, entry] : manifest.files) {
-    require_inside(folder, path(name));
-    std::error_code error;
-    const std::uintmax_t size = fs::file_size(path(name), error);
-    if (error || size != entry.size) {
-      throw bundle_error("'" + path(name) + "' has " + std::to_string(error ? 0 : size) + " bytes; the manifest says " +
-                         std::to_string(entry.size) + ": it is truncated or changed. " + kCopyAgain);
-    }
+void Bundle::require_unchanged(const std::string& name) const {
+  try {
+    if (identity_of(path(name)) == identities_.at(name)) return;
+  } catch (const Error& error) {
+    if (error.status != TARFLOW_BUNDLE) throw;  // else it is gone
   }
-  for (const auto& [name, entry] : manifest.files) {
-    if (name == "golden.safetensors" || name == "PARITY.md") continue;  // nothing here reads them
-    const std::string found = sha256_of(path(name));
-    if (found != entry.sha256) {
-      throw bundle_error("'" + path(name) + "' is damaged or was changed: its SHA-256 is " + found.substr(0, 16) +
-                         "..., the manifest says " + entry.sha256.substr(0, 16) + "... " + kCopyAgain);
-    }
+  throw bundle_error("'" + path(name) + "' was replaced or changed after its hash was checked; open the bundle again");
+}
+
+void Bundle::check_size(const std::string& name, const FileEntry& entry) const {
+  require_inside(folder, path(name));
+  const std::uint64_t size = identity_of(path(name)).size;
+  if (size == entry.size) return;
+  throw bundle_error("'" + path(name) + "' has " + text_of(size) + " bytes; the manifest says " + text_of(entry.size) +
+                     ": it is truncated or changed. " + kCopyAgain);
+}
+
+// The hash, and of a graph what it may do. Golden pairs and the parity card are read by nothing here.
+void Bundle::check_content(const std::string& name, const FileEntry& entry) {
+  if (name == "golden.safetensors" || name == "PARITY.md") return;
+  File file(path(name));
+  const bool graph = manifest.graphs.count(name) == 1;
+  if (graph && entry.size > kGraphLimit) {
+    throw bundle_error("'" + file.path + "' has " + text_of(entry.size) + " bytes; expected a graph of " +
+                       text_of(kGraphLimit) + " at most. " + kCopyAgain);
   }
+  const std::string content = graph ? file.read(entry.size) : "";
+  const std::string found = graph ? sha256(content) : sha256(file);
+  if (found != entry.sha256) {
+    throw bundle_error("'" + file.path + "' is damaged or was changed: its SHA-256 is " + found.substr(0, 16) +
+                       "..., the manifest says " + entry.sha256.substr(0, 16) + "... " + kCopyAgain);
+  }
+  if (graph) check_graph(content, file.path, manifest.files.at(kWeights).size);
+  identities_.emplace(name, file.identity);
 }
 
 void Bundle::refuse_strangers() const {
   std::set<std::string> strange;
   std::error_code error;
   const std::vector<fs::path> entries = entries_of(folder, error);
-  if (error) throw bundle_error("'" + folder + "' cannot be listed: " + error.message());
+  if (error) throw unreadable(folder, error.value());
   for (const fs::path& entry : entries) {
     const std::string name = entry.filename().string();
-    if (!fs::is_directory(entry, error) && name != kManifest && !manifest.files.count(name)) strange.insert(name);
+    const bool known = name == kManifest || manifest.files.count(name) || is_beside(name);
+    if (!known && !fs::is_directory(entry, error)) strange.insert(name);
   }
-  if (!strange.empty()) {  // a graph could read its weights from there, unhashed
+  if (!strange.empty()) {
     throw bundle_error("'" + folder + "' holds files its manifest does not name, such as '" + *strange.begin() +
                        "'; remove them, or copy the bundle again");
   }
 }
 
 void Bundle::read_prior() {
-  const std::string where = path(kWeights);
-  std::ifstream file = open_file(where);
+  File file(path(kWeights));
   std::array<unsigned char, 8> length_bytes{};
-  file.read(reinterpret_cast<char*>(length_bytes.data()), 8);
+  const std::size_t read = file.read(reinterpret_cast<char*>(length_bytes.data()), 8);
   std::uint64_t length = 0;
   for (int i = 7; i >= 0; --i) length = length << 8 | length_bytes[static_cast<std::size_t>(i)];
   const std::uint64_t size = manifest.files.at(kWeights).size;
-  if (!file || size < 8 || length > size - 8 || length > kWeightsHeaderLimit) {
-    throw bundle_error("'" + where + "' is no safetensors file. " + kCopyAgain);
+  if (read < 8 || size < 8 || length > size - 8 || length > kWeightsHeaderLimit) {
+    throw bundle_error("'" + file.path + "' is no safetensors file. " + kCopyAgain);
   }
-  std::string header(length, '\0');
-  file.read(header.data(), static_cast<std::streamsize>(length));
-  const WeightsHeader weights = read_weights_header(header, size - 8 - length, where);
+  const WeightsHeader weights = read_weights_header(file.read(length), size - 8 - length, file.path);
   if (!(weights.shape == manifest.shape)) {
     throw bundle_error("'" + folder + "': the manifest describes another model than its weights do. " + kCopyAgain);
   }
-  const std::int64_t tokens = manifest.shape.tokens(), patch_dim = manifest.shape.patch_dim();
-  deviation.assign(static_cast<std::size_t>(tokens * patch_dim), 1.0F);
-  if (manifest.shape.nvp) return;
-  const std::uint64_t bytes = deviation.size() * sizeof(float);
-  const bool fits = weights.variance && weights.variance->type == "F32" &&
-                    weights.variance->shape == std::vector<std::int64_t>{tokens, patch_dim} &&
-                    weights.variance->end - weights.variance->begin == bytes;
-  if (fits) {
-    file.seekg(static_cast<std::streamoff>(8 + length + weights.variance->begin));
-    file.read(reinterpret_cast<char*>(deviation.data()), static_cast<std::streamsize>(bytes));
-  }
+  deviation.assign(static_cast<std::size_t>(manifest.shape.numbers()), 1.0F);  // 'var' is as large
+  if (manifest.shape.nvp) return require_unchanged(kWeights);
+  file.skip_to(8 + length + weights.variance);
+  const std::size_t bytes = deviation.size() * sizeof(float);
+  const bool whole = file.read(reinterpret_cast<char*>(deviation.data()), bytes) == bytes;
+  require_unchanged(kWeights);
   const auto sound = [](float variance) { return std::isfinite(variance) && variance >= 0; };
-  if (!fits || !file || !std::all_of(deviation.begin(), deviation.end(), sound)) {
-    throw bundle_error("'" + where + "': the prior variance 'var' is missing or not float32 (" +
-                       std::to_string(tokens) + ", " + std::to_string(patch_dim) + "), finite and not negative. " +
-                       kCopyAgain);
+  if (!whole || !std::all_of(deviation.begin(), deviation.end(), sound)) {
+    throw bundle_error("'" + file.path + "': the prior variance 'var' is not finite, or negative. " + kCopyAgain);
   }
   for (float& value : deviation) value = std::sqrt(value);
 }

@@ -17,20 +17,22 @@ Flow::Flow(std::shared_ptr<const Opened> opened)
 void Flow::sample(const Request& request, float* images) {
   Drawing drawing(chain_, request, images);
   drawing.draw();
-  warn_of_nonfinite(request, images);
+  for (std::int64_t row = 0; row < request.n; ++row) note(row, images + row * shape_.numbers(), shape_.numbers());
+  warn_of_nonfinite(request);
   certificate = std::move(drawing.certificate);  // of a call that ended well
 }
 
-void Flow::warn_of_nonfinite(const Request& request, const float* images) const {
+void Flow::note(std::int64_t row, const float* numbers, std::int64_t count) {
+  if (!finite(numbers, count) && (nonfinite.empty() || nonfinite.back() != row)) nonfinite.push_back(row);
+}
+
+void Flow::warn_of_nonfinite(const Request& request) const {
+  if (nonfinite.empty()) return;
+  const std::size_t broken = nonfinite.size();
   std::string indices;
-  std::int64_t broken = 0;
-  for (std::int64_t row = 0; row < request.n; ++row) {
-    if (finite(images + row * shape_.numbers(), shape_.numbers())) continue;
-    if (broken++ < 8) {
-      indices += (broken > 1 ? ", " : "") + text_of(request.first_sample + static_cast<std::uint64_t>(row));
-    }
+  for (std::size_t i = 0; i < std::min<std::size_t>(broken, 8); ++i) {
+    indices += (i > 0 ? ", " : "") + text_of(request.first_sample + static_cast<std::uint64_t>(nonfinite[i]));
   }
-  if (broken == 0) return;
   opened->say(TARFLOW_LOG_WARNING, text_of(broken) + " of " + text_of(request.n) + " samples are not finite (" +
                                        indices + (broken > 8 ? ", ..." : "") +
                                        "): weaker guidance, or redraw_nonfinite, avoids that");
@@ -40,8 +42,10 @@ void Flow::encode(const Images& images, float* latents, float* log_det) {
   in_batches(images, [&](std::int64_t start, Patches& x, const Branches& plain) {
     const std::vector<float> nats = chain_.encode(x, plain);
     if (latents != nullptr) std::copy(x.begin(), x.end(), latents + start * shape_.numbers());
-    for (std::int64_t i = 0; log_det != nullptr && i < plain.batch; ++i) {
-      log_det[start + i] = nats[size(i)] / static_cast<float>(shape_.numbers());
+    for (std::int64_t i = 0; i < plain.batch; ++i) {
+      note(start + i, x.data() + i * shape_.numbers(), shape_.numbers());
+      note(start + i, &nats[size(i)], 1);
+      if (log_det != nullptr) log_det[start + i] = nats[size(i)] / static_cast<float>(shape_.numbers());
     }
   });
 }
@@ -58,6 +62,7 @@ void Flow::log_likelihood(const Images& images, float* nats) {
         energy += 0.5 * latent * latent + half_log_two_pi;
       }
       nats[start + i] = static_cast<float>(log_det[size(i)] - energy);
+      note(start + i, nats + start + i, 1);
     }
   });
 }
@@ -67,10 +72,11 @@ void Flow::denoise(const Images& images, double strength, float* denoised) {
   in_batches(images, [&](std::int64_t start, Patches& x, const Branches& plain) {
     chain_.denoise(x, plain, checked, {});
     unpatchify(shape_, plain.batch, x.data(), denoised + start * shape_.numbers());
+    for (std::int64_t i = 0; i < plain.batch; ++i) note(start + i, x.data() + i * shape_.numbers(), shape_.numbers());
   });
 }
 
-void Flow::noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float* noise) const {
+void Flow::noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float* noise) {
   checked_count(shape_, n, first);
   for (std::int64_t i = 0; i < n; ++i) {
     call.check();

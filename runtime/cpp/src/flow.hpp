@@ -26,14 +26,16 @@ class Flow {
   void encode(const Images& images, float* latents, float* log_det);
   void log_likelihood(const Images& images, float* nats);
   void denoise(const Images& images, double strength, float* denoised);
-  void noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float* noise) const;
+  void noise(std::uint64_t seed, std::uint64_t first, std::int64_t n, float* noise);
 
   const std::shared_ptr<const Opened> opened;
   Call call;
-  std::vector<float> certificate;  // of the last sample(), if asked for
+  std::vector<float> certificate;       // of the last sample(), if asked for
+  std::vector<std::int64_t> nonfinite;  // rows of the last call's results that are not finite
 
  private:
-  void warn_of_nonfinite(const Request& request, const float* images) const;
+  void warn_of_nonfinite(const Request& request) const;
+  void note(std::int64_t row, const float* numbers, std::int64_t count);
   template <class Work>
   void in_batches(const Images& images, const Work& work) const;
 

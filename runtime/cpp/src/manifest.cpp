@@ -75,7 +75,13 @@ BlockEntry read_block(const JsonReader& reader, const Json& block, const Manifes
       throw reader.wrong(where + ".graphs." + kKindNames[kind] + " is " +
                          (found == graphs.end() ? "missing" : shown(*found)) + ", which is not among the files");
     }
-    entry.graphs[kind] = found->get<std::string>();
+    const std::string name = found->get<std::string>();
+    const bool is_onnx = name.size() >= 5 && name.compare(name.size() - 5, 5, ".onnx") == 0;
+    if (!is_onnx || name.find('/') != std::string::npos) {  // by other names ONNX Runtime takes it for something else
+      throw reader.wrong(where + ".graphs." + kKindNames[kind] + " is " + shown(*found) +
+                         "; expected an .onnx file beside the weights");
+    }
+    entry.graphs[kind] = name;
   }
   if (entry.reversed != (k % 2 == 1)) {
     throw reader.wrong(where + ".reversed is " + (entry.reversed ? "true" : "false") +
@@ -83,6 +89,32 @@ BlockEntry read_block(const JsonReader& reader, const Json& block, const Manifes
   }
   return entry;
 }
+
+// The tensors that the header of a safetensors file lists, `room` bytes of them.
+struct Tensors {
+  const JsonReader& reader;
+  const Json& document;
+  const std::uint64_t room;
+
+  // Where a tensor of float32 begins, which must have this shape.
+  std::uint64_t require(const std::string& name, const std::vector<std::int64_t>& shape) const {
+    const Json& tensor = reader.object(document, name.c_str());
+    std::uint64_t bytes = sizeof(float);
+    for (const std::int64_t size : shape) bytes *= static_cast<std::uint64_t>(size);  // read_shape keeps it countable
+    if (reader.text(tensor, "dtype") != "F32" || reader.array(tensor, "shape") != Json(shape)) {
+      throw reader.wrong("tensor '" + name + "' is " + shown(tensor) + "; expected F32 " + shown(Json(shape)) +
+                         " of the model that it describes");
+    }
+    const Json& offsets = reader.array(tensor, "data_offsets");
+    if (offsets.size() != 2) throw reader.wrong("tensor '" + name + "' has no two data_offsets");
+    const auto begin = static_cast<std::uint64_t>(reader.natural(offsets[0], name + ".data_offsets", 0));
+    const auto end = static_cast<std::uint64_t>(reader.natural(offsets[1], name + ".data_offsets", 0));
+    if (end > room || begin > end || end - begin != bytes) {
+      throw reader.wrong("tensor '" + name + "' of " + text_of(bytes) + " bytes lies outside the file");
+    }
+    return begin;
+  }
+};
 
 }  // namespace
 
@@ -108,7 +140,7 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
                        "; this tarflow reads version 1. Install the tarflow that wrote it, or export it again");
   }
   Manifest manifest{
-      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}};
+      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}, {}};
   for (const auto& [name, entry] : reader.object(document, "files").items()) {
     require_confined(reader, name);
     const std::string hash = reader.sha256(entry, "sha256");
@@ -121,6 +153,8 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
     throw reader.wrong(std::to_string(manifest.blocks.size()) + " blocks listed; config says " +
                        std::to_string(manifest.shape.blocks));
   }
+  for (const BlockEntry& block : manifest.blocks) manifest.graphs.insert(block.graphs.begin(), block.graphs.end());
+  manifest.graphs.erase("");
   for (const char* name : {kWeights, "golden.safetensors"}) {
     if (!manifest.files.count(name)) throw reader.wrong("files lacks " + std::string(name));
   }
@@ -141,18 +175,15 @@ WeightsHeader read_weights_header(std::string_view content, std::uint64_t room, 
   const JsonReader reader = reader_of(source);
   const Json document = reader.parse(content);
   const std::string config = reader.text(reader.object(document, "__metadata__"), "tarflow.config");
-  WeightsHeader header{read_shape(reader, reader.parse(config)), std::nullopt};
-  const auto found = document.find("var");
-  if (found == document.end()) return header;
-  WeightsHeader::Tensor tensor{reader.text(*found, "dtype"), {}, 0, 0};
-  const Json& offsets = reader.array(*found, "data_offsets");
-  if (offsets.size() != 2) throw reader.wrong("tensor 'var' has no two data_offsets");
-  for (const Json& size : reader.array(*found, "shape")) tensor.shape.push_back(reader.natural(size, "var.shape", 0));
-  tensor.begin = static_cast<std::uint64_t>(reader.natural(offsets[0], "var.data_offsets", 0));
-  tensor.end = static_cast<std::uint64_t>(reader.natural(offsets[1], "var.data_offsets", 0));
-  if (tensor.begin > tensor.end || tensor.end > room) throw reader.wrong("tensor 'var' lies outside the file");
-  header.variance = tensor;
-  return header;
+  const ModelShape shape = read_shape(reader, reader.parse(config));
+  const Tensors tensors{reader, document, room};
+  for (std::int64_t k = 0; k < shape.blocks; ++k) {
+    const std::string block = "blocks." + text_of(k) + ".", layers = block + "attn_blocks.";
+    tensors.require(block + "pos_embed", {shape.tokens(), shape.width});
+    if (shape.classes > 0) tensors.require(block + "class_embed", {shape.classes, 1, shape.width});
+    tensors.require(layers + text_of(shape.layers - 1) + ".attention.norm.weight", {shape.width});
+  }
+  return {shape, tensors.require("var", {shape.tokens(), shape.patch_dim()})};
 }
 
 }  // namespace tarflow::internal

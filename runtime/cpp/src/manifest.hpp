@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -55,6 +56,7 @@ struct Manifest {
   ModelShape shape;
   std::vector<BlockEntry> blocks;
   std::map<std::string, FileEntry> files;
+  std::set<std::string> graphs;  // names of all blocks' files that may be run
 };
 
 // Throws Error(TARFLOW_BUNDLE) with `source` and the place in it.
@@ -62,15 +64,12 @@ Manifest read_manifest(std::string_view content, const std::string& source);
 
 // The JSON header of a safetensors file, without the eight bytes before it; `room` bytes of tensors follow it.
 struct WeightsHeader {
-  struct Tensor {
-    std::string type;
-    std::vector<std::int64_t> shape;
-    std::uint64_t begin, end;  // bytes after the header
-  };
   ModelShape shape;
-  std::optional<Tensor> variance;  // "var"
+  std::uint64_t variance;  // where "var" (T, D) begins, bytes after the header; float32
 };
 
+// Throws Error(TARFLOW_BUNDLE) with `source` and the place in it, also if the tensors are not of the sizes that the
+// shape claims: nothing larger than the file need be made to find that out.
 WeightsHeader read_weights_header(std::string_view content, std::uint64_t room, const std::string& source);
 
 }  // namespace tarflow::internal

@@ -15,6 +15,7 @@ using tarflow::internal::field_error;
 using tarflow::internal::Flow;
 using tarflow::internal::Images;
 using tarflow::internal::input_error;
+using tarflow::internal::machine_error;
 using tarflow::internal::Opened;
 using tarflow::internal::Opening;
 using tarflow::internal::Request;
@@ -27,6 +28,41 @@ struct tarflow_flow {
 };
 
 namespace {
+
+// How much of a struct is whole fields, if its first `size` bytes are known: a pointer of which half is known is none.
+template <class T, class... Field>
+std::size_t whole_fields(std::size_t size, Field T::*... fields) {
+  if (size >= sizeof(T)) return sizeof(T);
+  const T probe{};
+  std::size_t whole = 0;
+  const auto keep = [&](const void* field, std::size_t length) {
+    const auto begin = static_cast<const unsigned char*>(field) - reinterpret_cast<const unsigned char*>(&probe);
+    const std::size_t end = static_cast<std::size_t>(begin) + length;
+    if (end <= size) whole = end;
+  };
+  (keep(&(probe.*fields), sizeof(probe.*fields)), ...);
+  return whole;
+}
+
+std::size_t whole_fields(const tarflow_open_options&, std::size_t size) {
+  using T = tarflow_open_options;
+  return whole_fields(size, &T::size, &T::provider, &T::onnxruntime, &T::threads, &T::spinning, &T::low_memory, &T::log,
+                      &T::user, &T::cuda_graph);
+}
+
+std::size_t whole_fields(const tarflow_sample_options&, std::size_t size) {
+  using T = tarflow_sample_options;
+  return whole_fields(size, &T::size, &T::seed, &T::first_sample, &T::guidance, &T::guided, &T::annealed, &T::certify,
+                      &T::attention_temperature, &T::denoise, &T::batch_size, &T::reproducible, &T::redraw_nonfinite,
+                      &T::progress, &T::preview, &T::user);
+}
+
+std::size_t whole_fields(const tarflow_shape&, std::size_t size) {
+  using T = tarflow_shape;
+  return whole_fields(size, &T::size, &T::channels, &T::image_size, &T::patch_size, &T::tokens, &T::patch_dim,
+                      &T::blocks, &T::layers, &T::width, &T::classes, &T::denoises, &T::image_numbers, &T::name,
+                      &T::precision, &T::backend, &T::bundle);
+}
 
 // A struct of the caller's, who may have been compiled with a shorter or longer one, as this library knows it. `name`
 // is that of its type and of the function that initialises it.
@@ -42,7 +78,7 @@ T understood(const T* given, T known, const std::string& name) {
     throw input_error(name + "_options ask for something that libtarflow " TARFLOW_VERSION
                              " does not know; install the version that the program was compiled with");
   }
-  std::memcpy(&known, given, std::min(sizeof(T), given->size));
+  std::memcpy(&known, given, whole_fields(known, given->size));
   return known;
 }
 
@@ -89,6 +125,15 @@ int run(tarflow_flow* handle, const Work& work) noexcept {
   return status;
 }
 
+// The same for a call whose results may not be finite: what an earlier one left is gone.
+template <class Work>
+int compute(tarflow_flow* handle, const Work& work) noexcept {
+  return run(handle, [&](Flow& on) {
+    on.nonfinite.clear();
+    work(on);
+  });
+}
+
 template <class T>
 void require(const T* pointer, const char* name, int64_t n = 1) {
   if (n < 1) throw field_error("n", n, "1 or more");
@@ -113,7 +158,11 @@ int tarflow_open(const char* bundle, const tarflow_open_options* options, tarflo
   const int status = guarded((*flow)->open_error, [&] {
     require(bundle, "bundle");
     const Opening opening(understood(options, tarflow_open_defaults(), "tarflow_open"));
-    (*flow)->flow = std::make_unique<Flow>(std::make_shared<const Opened>(bundle, opening));
+    try {
+      (*flow)->flow = std::make_unique<Flow>(std::make_shared<const Opened>(bundle, opening));
+    } catch (const std::bad_alloc&) {
+      throw machine_error("out of memory while the bundle was opened; free some, or raise the process's limit");
+    }
   });
   std::swap((*flow)->error, (*flow)->open_error);
   if (status != TARFLOW_OK) guarded((*flow)->open_error, [&] { (*flow)->open_error = (*flow)->error; });
@@ -154,13 +203,13 @@ int tarflow_get_shape(tarflow_flow* flow, tarflow_shape* shape) {
                                  manifest.precision->name,
                                  from.opened->description.c_str(),
                                  from.opened->bundle.hash.c_str()};
-    std::memcpy(shape, &known, std::min(size, sizeof known));
+    std::memcpy(shape, &known, whole_fields(known, size));
   });
 }
 
 int tarflow_sample(tarflow_flow* flow, int64_t n, const int64_t* labels, const tarflow_sample_options* options,
                    float* images) {
-  return run(flow, [&](Flow& on) {
+  return compute(flow, [&](Flow& on) {
     require(images, "images", n);
     on.sample(request(on, n, nullptr, labels, options), images);
   });
@@ -168,7 +217,7 @@ int tarflow_sample(tarflow_flow* flow, int64_t n, const int64_t* labels, const t
 
 int tarflow_decode(tarflow_flow* flow, int64_t n, const float* noise, const int64_t* labels,
                    const tarflow_sample_options* options, float* images) {
-  return run(flow, [&](Flow& on) {
+  return compute(flow, [&](Flow& on) {
     require(noise, "noise", n);
     require(images, "images", n);
     on.sample(request(on, n, noise, labels, options), images);
@@ -186,16 +235,26 @@ int tarflow_certificate(tarflow_flow* flow, int64_t n, float* errors) {
   });
 }
 
+int tarflow_nonfinite(tarflow_flow* flow, int64_t* which, int64_t room, int64_t* count) {
+  return run(flow, [&](Flow& of) {
+    if (room < 0) throw field_error("room", room, "0 or more rows");
+    if (room > 0) require(which, "which");
+    require(count, "count");
+    *count = static_cast<int64_t>(of.nonfinite.size());
+    std::copy_n(of.nonfinite.begin(), std::min(room, *count), which);
+  });
+}
+
 int tarflow_encode(tarflow_flow* flow, int64_t n, const float* images, const int64_t* labels, float* latents,
                    float* log_det) {
-  return run(flow, [&](Flow& on) {
+  return compute(flow, [&](Flow& on) {
     require(images, "images", n);
     on.encode(Images(on.model().shape, n, images, labels), latents, log_det);
   });
 }
 
 int tarflow_log_likelihood(tarflow_flow* flow, int64_t n, const float* images, const int64_t* labels, float* nats) {
-  return run(flow, [&](Flow& on) {
+  return compute(flow, [&](Flow& on) {
     require(images, "images", n);
     require(nats, "nats", n);
     on.log_likelihood(Images(on.model().shape, n, images, labels), nats);
@@ -204,7 +263,7 @@ int tarflow_log_likelihood(tarflow_flow* flow, int64_t n, const float* images, c
 
 int tarflow_denoise(tarflow_flow* flow, int64_t n, const float* images, const int64_t* labels, double strength,
                     float* denoised) {
-  return run(flow, [&](Flow& on) {
+  return compute(flow, [&](Flow& on) {
     require(images, "images", n);
     require(denoised, "denoised", n);
     on.denoise(Images(on.model().shape, n, images, labels), strength, denoised);
@@ -212,7 +271,7 @@ int tarflow_denoise(tarflow_flow* flow, int64_t n, const float* images, const in
 }
 
 int tarflow_noise(tarflow_flow* flow, uint64_t seed, uint64_t first, int64_t n, float* noise) {
-  return run(flow, [&](Flow& of) {
+  return compute(flow, [&](Flow& of) {
     require(noise, "noise", n);
     of.noise(seed, first, n, noise);
   });

@@ -1,6 +1,8 @@
 // Bad input of every kind: a status and a message, never a crash.
 #include "bundle.hpp"
 
+#include <sys/resource.h>
+
 #include "support.hpp"
 
 using support::Copy;
@@ -75,6 +77,55 @@ TEST_CASE("links that lead out of the bundle, and strangers inside it, are refus
   CHECK_NOTHROW(tarflow::Flow(copy.folder.string()));
   fs::create_directory_symlink(copy.folder, copy.root / "link");
   CHECK_NOTHROW(tarflow::Flow((copy.root / "link").string()));
+}
+
+TEST_CASE("a folder as a hub's cache lays it out is a bundle, with what lies beside the files") {
+  const Copy copy;
+  const fs::path cache = copy.root / "models--a--b", blobs = cache / "blobs", at = cache / "snapshots" / "1a2b" / "demo";
+  fs::create_directories(blobs);
+  fs::create_directories(at);
+  for (const auto& file : fs::directory_iterator(copy.folder)) {
+    fs::rename(file.path(), blobs / file.path().filename());
+    fs::create_symlink(fs::path("../../../blobs") / file.path().filename(), at / file.path().filename());
+  }
+  for (const char* name : {".gitattributes", "README.md", "LICENSE", ".DS_Store", ".nfs0001"}) support::write(at / name, "x");
+  CHECK_NOTHROW(tarflow::Flow(at.string()).sample({1}));
+  fs::remove(at / "weights.safetensors");
+  fs::rename(blobs / "weights.safetensors", cache / "weights.safetensors");  // beside the blobs is outside
+  fs::create_symlink("../../../weights.safetensors", at / "weights.safetensors");
+  CHECK(opening(at).says("leads out of the bundle"));
+}
+
+TEST_CASE("a bundle that is replaced while it is open is never mixed with the other") {
+  const Copy copy, other;
+  tarflow::Flow flow(copy.folder.string());
+  const std::vector<float> before = flow.sample({1});
+  CHECK(flow.sample({1}) == before);
+  const std::vector<float> images(64, 0.0F);
+  fs::rename(copy.folder, copy.root / "old");
+  fs::copy(other.folder, copy.folder);  // the same bytes, but who knows
+  CHECK(flow.sample({1}) == before);    // all that this takes is open
+  tarflow::Flow late(other.folder.string());
+  support::write(other.folder / "block_03.step.onnx", support::read(other.folder / "block_01.step.onnx"));
+  auto found = failure([&] { late.sample({1}); });
+  CHECK(found.status == TARFLOW_BUNDLE);
+  CHECK(found.says("block_03.step.onnx' was replaced or changed after its hash was checked; open the bundle again"));
+  const Copy gone;
+  tarflow::Flow left(gone.folder.string());
+  fs::remove_all(gone.folder);
+  CHECK(failure([&] { left.sample({1}); }).says("was replaced or changed"));
+}
+
+TEST_CASE("a limit of the machine is not called the bundle's fault") {
+  rlimit before{};
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  rlimit few = before;
+  few.rlim_cur = 3;  // those that are open already
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &few) == 0);
+  const auto found = failure([&] { tarflow::Flow flow(TARFLOW_DEMO); });
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &before) == 0);
+  CHECK(found.status == TARFLOW_MACHINE);
+  CHECK_MESSAGE(found.says("Too many open files"), found.message);
 }
 
 TEST_CASE("weights of another model are refused") {

@@ -160,13 +160,53 @@ TEST_CASE("samples that overflow are named in the log, and drawn again if asked"
   const auto broken = [](const std::vector<float>& images) {
     return std::count_if(images.begin(), images.end(), [](float x) { return !std::isfinite(x); });
   };
-  const auto before = broken(flow.sample(Labels(32, 8), how));
+  const std::vector<float> images = flow.sample(Labels(32, 8), how);
+  const auto before = broken(images);
+  std::vector<std::int64_t> rows;
+  for (std::int64_t row = 0; row < 32; ++row) {
+    if (broken({images.begin() + 64 * row, images.begin() + 64 * (row + 1)}) > 0) rows.push_back(row);
+  }
+  CHECK(!rows.empty());
+  CHECK(flow.nonfinite() == rows);
+  CHECK(flow.nonfinite() == rows);  // asking changes nothing
   CHECK(said.find("of 32 samples are not finite (") != std::string::npos);
   how.redraw_nonfinite = 1;
   const auto after = broken(flow.sample(Labels(32, 8), how));
   CHECK(before > 0);
   CHECK(after < before);
   CHECK(failure([&] { flow.decode(flow.noise(0, 0, 1), {1}, how); }).says("cannot be redrawn"));
+}
+
+TEST_CASE("results that are not finite are named after every call, and only after that") {
+  tarflow::Flow flow(TARFLOW_DEMO);
+  std::vector<float> images(3 * 64, 0.0F);
+  images[64 + 7] = 3e38F;  // finite, and nothing that comes of it is
+  const Labels labels(3, 1), second{1};
+  CHECK(flow.nonfinite().empty());
+  flow.encode(images, labels);
+  CHECK(flow.nonfinite() == second);
+  flow.sample({1});
+  CHECK(flow.nonfinite().empty());
+  flow.log_likelihood(images, labels);
+  CHECK(flow.nonfinite() == second);
+  CHECK(failure([&] { flow.encode(images, Labels(3, 99)); }).status == TARFLOW_INPUT);
+  CHECK(flow.nonfinite().empty());
+  flow.denoise(images, labels);
+  CHECK(flow.nonfinite() == second);
+  flow.noise(0, 0, 2);
+  CHECK(flow.nonfinite().empty());
+  tarflow_flow* handle = nullptr;
+  REQUIRE(tarflow_open(TARFLOW_DEMO, nullptr, &handle) == TARFLOW_OK);
+  std::int64_t which = 9, count = 9;
+  CHECK(tarflow_encode(handle, 3, images.data(), nullptr, nullptr, nullptr) == TARFLOW_OK);
+  CHECK(tarflow_nonfinite(handle, nullptr, 0, &count) == TARFLOW_OK);
+  CHECK(count == 1);
+  CHECK(tarflow_nonfinite(handle, &which, 1, &count) == TARFLOW_OK);
+  CHECK(which == 1);
+  CHECK(tarflow_nonfinite(handle, nullptr, 1, &count) == TARFLOW_INPUT);
+  CHECK(tarflow_nonfinite(handle, &which, -1, &count) == TARFLOW_INPUT);
+  CHECK(tarflow_nonfinite(handle, &which, 1, nullptr) == TARFLOW_INPUT);
+  tarflow_close(handle);
 }
 
 TEST_CASE("the log callback can cancel too") {
@@ -198,6 +238,26 @@ TEST_CASE("a program compiled with a shorter or longer struct is understood") {
   CHECK(tarflow_get_shape(handle, &shape) == TARFLOW_OK);
   CHECK(shape.image_size == 8);
   CHECK(shape.tokens == 0);
+  tarflow_shape partial{};
+  for (partial.size = sizeof(std::size_t); partial.size <= sizeof partial; ++partial.size) {  // whole fields, or nothing
+    partial.name = partial.bundle = nullptr;
+    CHECK(tarflow_get_shape(handle, &partial) == TARFLOW_OK);
+    CHECK((partial.name != nullptr) == (partial.size >= offsetof(tarflow_shape, precision)));
+    CHECK((partial.bundle != nullptr) == (partial.size == sizeof partial));
+  }
+  tarflow_close(handle);
+  auto* const wild = reinterpret_cast<const char*>(0x41);  // half of it is said to be known
+  tarflow_open_options open = tarflow_open_defaults();
+  open.provider = wild;
+  for (open.size = sizeof open.size; open.size < offsetof(tarflow_open_options, onnxruntime); ++open.size) {
+    REQUIRE(tarflow_open(TARFLOW_DEMO, &open, &handle) == TARFLOW_OK);
+    if (open.size + 1 < offsetof(tarflow_open_options, onnxruntime)) tarflow_close(handle);
+  }
+  tarflow_sample_options ask = tarflow_sample_defaults();
+  ask.guided = wild;
+  float image[64];
+  for (ask.size = offsetof(tarflow_sample_options, guided); ask.size < offsetof(tarflow_sample_options, annealed); ++ask.size)
+    CHECK(tarflow_sample(handle, 1, nullptr, &ask, image) == TARFLOW_OK);
   shape.size = 0;
   CHECK(tarflow_get_shape(handle, &shape) == TARFLOW_INPUT);
   tarflow_close(handle);

@@ -51,6 +51,12 @@ TEST_CASE("a manifest that is not one is refused with the place") {
       {[](Json& m) { m["blocks"][1]["reversed"] = false; }, "odd blocks are, even not"},
       {[](Json& m) { m["blocks"][2]["graphs"]["step"] = "manifest.json"; }, "not among the files"},
       {[](Json& m) { m["blocks"][2]["graphs"]["resident"] = nullptr; }, "not among the files"},
+      {[](Json& m) { m["blocks"][2]["graphs"]["step"] = "weights.safetensors"; }, "expected an .onnx file"},
+      {[](Json& m) {
+         m["files"]["a/b.onnx"] = m["files"]["weights.safetensors"];
+         m["blocks"][2]["graphs"]["step"] = "a/b.onnx";
+       },
+       "expected an .onnx file beside the weights"},
       {[](Json& m) { m["config"]["channels"] = 0; }, "'channels' is 0"},
       {[](Json& m) { m["config"]["channels"] = true; }, "'channels' is true"},
       {[](Json& m) { m["config"]["width"] = 1e300; }, "'width'"},
@@ -102,28 +108,36 @@ TEST_CASE("text that is no JSON, or too deep, is refused") {
   CHECK(refusal(manifest.dump()).empty());  // 63 levels: unknown keys are left alone
 }
 
-TEST_CASE("the weights' header is read, and refused where it lies") {
-  const Json config = demo()["config"];
-  const auto header = [&](const Json& variance) {
-    Json document = {{"__metadata__", {{"tarflow.config", config.dump()}}}};
-    if (!variance.is_null()) document["var"] = variance;
-    return document.dump();
+TEST_CASE("the weights' header is read, and refused where it lies or claims more than there is") {
+  const std::string file = support::read(support::fs::path(TARFLOW_DEMO) / "weights.safetensors");
+  std::uint64_t length = 0;
+  std::memcpy(&length, file.data(), 8);
+  const Json right = Json::parse(file.substr(8, length));
+  const std::uint64_t room = file.size() - 8 - length;
+  CHECK(read_weights_header(right.dump(), room, "w").variance == right["var"]["data_offsets"][0]);
+  const auto refused = [&](const std::function<void(Json&)>& change, const char* words) {
+    Json header = right;
+    change(header);
+    CHECK_THROWS_WITH_AS(read_weights_header(header.dump(), room, "w"), doctest::Contains(words), Error);
   };
-  CHECK(!read_weights_header(header(nullptr), 100, "w").variance);
-  const Json right = {{"dtype", "F32"}, {"shape", {16, 4}}, {"data_offsets", {0, 256}}};
-  CHECK(read_weights_header(header(right), 256, "w").variance->end == 256);
-  const auto refused = [&](Json variance) { CHECK_THROWS_AS(read_weights_header(header(variance), 256, "w"), Error); };
-  refused(7);
-  for (const auto& [key, value] : {std::pair<const char*, Json>{"data_offsets", {0, 257}},
-                                   {"data_offsets", {9, 8}},
-                                   {"data_offsets", {-1, 8}},
-                                   {"data_offsets", {0}},
-                                   {"shape", "x"},
-                                   {"shape", {-1}},
-                                   {"dtype", 1}}) {
-    Json wrong = right;
-    wrong[key] = value;
-    refused(wrong);
+  for (const char* name : {"var", "blocks.3.pos_embed", "blocks.0.class_embed"}) {
+    refused([&](Json& h) { h.erase(name); }, "is missing");
+    refused([&](Json& h) { h[name] = 7; }, "is number");
+    for (const Json& offsets : {Json{0, room + 1}, Json{9, 8}, Json{-1, 8}, Json{0}, Json{0, 4}})
+      refused([&](Json& h) { h[name]["data_offsets"] = offsets; }, name);
+    refused([&](Json& h) { h[name]["dtype"] = "F16"; }, "expected F32");
+    refused([&](Json& h) { h[name]["shape"] = {1 << 20, 1 << 20}; }, "expected F32");
+  }
+  for (const auto& [key, value] : {std::pair{"image_size", 16000}, {"layers", 4}, {"layers", 1 << 20}, {"blocks", 5},
+                                   {"blocks", 1 << 24}, {"classes", 1 << 24}, {"width", 1 << 20}}) {
+    CAPTURE(key);
+    refused(
+        [&](Json& h) {
+          Json config = Json::parse(h["__metadata__"]["tarflow.config"].get<std::string>());
+          config[key] = value;
+          h["__metadata__"]["tarflow.config"] = config.dump();
+        },
+        "blocks.");
   }
   CHECK_THROWS_AS(read_weights_header("{}", 0, "w"), Error);
   CHECK_THROWS_AS(read_weights_header(R"({"__metadata__": {"tarflow.config": "{"}})", 0, "w"), Error);

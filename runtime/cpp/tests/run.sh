@@ -48,9 +48,10 @@ build tsan "$@"
 start tsan build/tsan/tests/tests --test-suite=threads
 build fuzz "$@"
 finish
-for target in manifest weights engines; do
+for target in manifest weights engines graph; do
   mkdir "$logs/found-$target"
+  case $target in graph) dictionary=graph ;; *) dictionary=manifest ;; esac
   start "fuzz-$target" build/fuzz/fuzz/fuzz_$target -max_total_time="${FUZZ_SECONDS:-15}" -max_len=8192 -verbosity=0 \
-    -print_final_stats=1 -dict=fuzz/manifest.dict -artifact_prefix=build/fuzz/ "$logs/found-$target" fuzz/corpus/$target
+    -print_final_stats=1 -dict=fuzz/$dictionary.dict -artifact_prefix=build/fuzz/ "$logs/found-$target" fuzz/corpus/$target
 done
 finish

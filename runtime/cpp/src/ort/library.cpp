@@ -14,6 +14,9 @@ constexpr std::uint32_t kApi = 21;  // the oldest table of functions that has al
 
 // The library stays loaded: ONNX Runtime's threads and registries do not survive being unloaded.
 const OrtApiBase* load(const std::string& chosen) {
+  // Since 1.29 it writes below HOME and reports to its makers once it has an environment, before a program can say no by
+  // its API. A value that is there already is the user's own wish.
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   std::vector<std::string> names = {"libonnxruntime.so.1", "libonnxruntime.so"};
   const char* environment = std::getenv("TARFLOW_ONNXRUNTIME");
   if (!chosen.empty()) {

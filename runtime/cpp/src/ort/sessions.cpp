@@ -11,6 +11,15 @@ const char* provider_name(const Opening& opening) {
   return opening.on_cpu() ? "CPUExecutionProvider" : "CUDAExecutionProvider";
 }
 
+bool says(const std::string& message, const char* words) { return message.find(words) != std::string::npos; }
+
+// Whether ONNX Runtime met a limit of memory, threads or open files.
+bool of_the_machine(const std::string& message) {
+  constexpr const char* kLimits[] = {"llocat",         "bad_alloc",           "emory",
+                                     "pthread_create", "temporarily unavail", "Too many open files"};
+  return std::any_of(std::begin(kLimits), std::end(kLimits), [&](const char* words) { return says(message, words); });
+}
+
 }  // namespace
 
 Sessions::Sessions(const Bundle& bundle, const Opening& opening)
@@ -73,16 +82,18 @@ void Sessions::check_run(OrtStatus* status, const Pass& pass, Kind kind) const {
 }
 
 Session Sessions::open(std::size_t block, Kind kind) const {
-  const std::string path = bundle.graph(block, kind);
+  const std::string& name = bundle.graph(block, kind);
+  const std::string path = bundle.path(name);
   const Owned<OrtSessionOptions> options = this->options(kind);
-  OrtSession* session = nullptr;
-  OrtStatus* status = library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), &session);
-  if (status == nullptr) return Session(session, Release{library.api});
-  const std::string message = library.message(status);
-  const auto says = [&](const char* words) { return message.find(words) != std::string::npos; };
-  const bool memory = says("llocat") || says("bad_alloc"),
-             device = !opening.on_cpu() && (says("CUDA") || says("rovider"));
-  throw Error(memory || device ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
+  OrtSession* made = nullptr;
+  OrtStatus* status = library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), &made);
+  const Session session(made, Release{library.api});
+  const std::string message = status != nullptr ? library.message(status) : "";
+  bundle.require_unchanged(name);  // after it was read, so that what was read is what was hashed
+  bundle.require_unchanged(kWeights);
+  if (status == nullptr) return session;
+  const bool device = !opening.on_cpu() && (says(message, "CUDA") || says(message, "rovider"));
+  throw Error(device || of_the_machine(message) ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
               "'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300));
 }
 

@@ -1,0 +1,18 @@
+// What a graph of a stranger may do: read weights from one file, and compute with the operators that exports write.
+// FORMAT.md, "Graphs".
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace tarflow::internal {
+
+constexpr std::uint64_t kGraphLimit = std::uint64_t{256} << 20;  // bytes; kilobytes are normal, and a mask of T * T
+
+// Throws Error(TARFLOW_BUNDLE) for a graph with an operator, in functions and sub-graphs too, that is not in
+// runtime/operators.txt, an opset of another domain, or a tensor whose numbers are neither in the graph nor among the
+// `weights_size` bytes of the weights file beside it.
+void check_graph(std::string_view content, const std::string& source, std::uint64_t weights_size);
+
+}  // namespace tarflow::internal
