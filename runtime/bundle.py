@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .claims import unsupported
 from .errors import BundleError, Remedy
 from .files import sha256
 from .manifest import AGAIN
@@ -112,10 +113,13 @@ class Bundle:
         try:
             with safe_open(str(self.path(WEIGHTS)), framework="np") as file:
                 said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
-        except (SafetensorError, OSError, ValueError) as error:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' cannot be read ({error})") from None
         if said != asdict(self.manifest.config):
             raise _damaged(self.folder, f"'{self.folder}': the manifest describes another model than its weights do")
+        if wrong := unsupported(self.manifest.config, shapes):
+            raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' holds another model than it describes: {wrong}")
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""

@@ -45,6 +45,8 @@ class Reader:
 
     def read(self, path: Path, most: int) -> dict[str, Any]:
         """The document in a file of at most so many bytes."""
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise self.wrong("it is no regular file")
         try:
             with path.open("rb") as file:
                 content = file.read(most + 1)

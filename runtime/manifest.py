@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ GOLDEN = "golden.safetensors"
 KINDS = ("step", "forward", "gradient")
 RESIDENT = "resident"  # for devices; a bundle written before there were any has none
 AGAIN = "copy the bundle again, or export it again"
-_LARGEST_FLOAT = sys.float_info.max
+_LARGEST_NOISE = 1e18  # its square is a float32; images are in [-1, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +137,11 @@ def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
         raise reader.wrong("'noise_std' is missing")
     noise_std = numbers["noise_std"]
     if noise_std is not None and not (
-        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_FLOAT
+        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_NOISE
     ):
-        raise reader.wrong(f"config.noise_std is {short(noise_std)}; expected null or a number of 0 or more")
+        raise reader.wrong(
+            f"config.noise_std is {short(noise_std)}; expected null or a number from 0 to {_LARGEST_NOISE:g}"
+        )
     positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
     config = ModelShape(
         **{name: reader.natural(numbers, name, 1) for name in positive},

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import Config, ConfigError, Hints, infer, parse_noise
 from .model import TarFlow
+from .runtime.claims import check_archive, check_size
 from .runtime.errors import BundleError
 from .runtime.files import replacing_by_name
 
@@ -76,6 +77,7 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     else:
         state, config = _read_pickle(path), None
     state = _strip(state)
+    _must_hold(path, state)
     if config is None:
         _require_core(path, state)
         config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints or Hints())
@@ -98,9 +100,11 @@ def build(config: Config, state: Mapping[str, Tensor], source: str) -> TarFlow:
         model = TarFlow(config)
     wanted = {reference_name(name): name for name in model.state_dict()}
     state = dict(state)
+    shapes = {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in wanted.items()}
     if "var" not in state and config.nvp:
-        state["var"] = torch.ones(config.tokens, config.patch_dim)
-    _compare(source, state, {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in wanted.items()})
+        _compare(source, state, {name: shape for name, shape in shapes.items() if name != "var"})
+        state["var"] = torch.ones(shapes["var"])
+    _compare(source, state, shapes)
     model.load_state_dict(
         {ours: state[theirs].detach().float().contiguous() for theirs, ours in wanted.items()}, assign=True
     )
@@ -130,6 +134,7 @@ def save(model: TarFlow, path: str | os.PathLike[str]) -> None:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums its own files carry
+            check_archive(path)
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -167,7 +172,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
             metadata = file.metadata() or {}
             state = _dequantised({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
         config = Config(**json.loads(metadata[CONFIG_KEY])) if CONFIG_KEY in metadata else None
-        if config is not None and max(config.blocks, config.layers) > len(state):
+        if config is not None and config.blocks * config.layers > len(state):
             raise ValueError(f"{config.blocks} blocks of {config.layers} layers for {len(state)} weights")
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         why = str(error).replace("`", "")  # fields of the file, which nobody gave
@@ -183,6 +188,14 @@ def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is int8 without scales for its {tuple(levels.shape)[-1:]} outputs")
         state[name] = (levels.float() * scale).T.contiguous()
     return state
+
+
+def _must_hold(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that say they are larger than the file: many over one storage, or one stretched."""
+    try:
+        check_size(sum(tensor.numel() * tensor.element_size() for tensor in state.values()), path)
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is no TarFlow checkpoint: {error}") from None
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .runtime.errors import InputError
 
+_LARGEST_NOISE = 1e18  # its square is a float32
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
     r"^(?P<dataset>.+)_model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)"
@@ -43,10 +44,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"):
-            if getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**63:
                 raise ConfigError.of(name, getattr(self, name), "a positive number")
-        if self.classes < 0:
+        if type(self.classes) is not int or not 0 <= self.classes < 2**63:
             raise ConfigError.of("classes", self.classes, "0 (unconditional) or more")
+        if type(self.nvp) is not bool:
+            raise ConfigError.of("nvp", self.nvp, "true or false")
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}; "
@@ -58,8 +61,12 @@ class Config:
         if self.width % self.head_dim:
             message = f"width {self.width} is not a multiple of the head dimension {self.head_dim}"
             raise ConfigError(message, field="width", found=self.width, expected=f"a multiple of {self.head_dim}")
-        if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
-            raise ConfigError.of("noise_std", self.noise_std, "0 or a positive number")
+        if self.noise_std is not None and not (
+            isinstance(self.noise_std, (int, float))
+            and not isinstance(self.noise_std, bool)
+            and 0 <= self.noise_std <= _LARGEST_NOISE
+        ):
+            raise ConfigError.of("noise_std", self.noise_std, f"a number from 0 to {_LARGEST_NOISE:g}")
 
     @property
     def tokens(self) -> int:

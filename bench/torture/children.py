@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-SECONDS = 10.0  # that a case may take
+SECONDS = 10.0  # of the processor that a case may take
+_WAITING = 120.0  # seconds after which it waits for what never comes, however busy the machine is
 MEMORY = 300 << 20  # bytes that a case may take beyond what the whole file takes
 _FAR = 4 * MEMORY  # beyond which a child is not waited for
 _CHUNK = 1000  # cases a child; what leaks in one goes with it
@@ -42,13 +43,14 @@ class _Child:
         self.since = time.monotonic()
         self.ready = False  # not before it says so: making ready may take longer than a case
         self.gone = False
-        self.before = 0  # bytes resident when its case began
+        self.before, self.worked = 0, 0.0  # bytes resident, and seconds of the processor, when its case began
 
     def overdue(self) -> str | None:
         """Why it is not to be waited for any longer."""
         if not self.ready:
             return None
-        if time.monotonic() - self.since > SECONDS:
+        waited, worked = time.monotonic() - self.since, _worked(self.process.pid or 0) - self.worked
+        if worked > SECONDS or waited > _WAITING:
             return f"hang: it took more than {SECONDS:g} s"
         if _resident(self.process.pid or 0) - self.before > _FAR:
             return f"memory: more than {_FAR >> 20} MiB"
@@ -96,7 +98,7 @@ def _heard(child: _Child) -> Iterator[Outcome]:
             child.gone = True
             return
         child.since, child.ready = time.monotonic(), True
-        child.before = _resident(child.process.pid or 0)
+        child.before, child.worked = _resident(child.process.pid or 0), _worked(child.process.pid or 0)
         if verdict:
             child.left.remove(number)
             yield Outcome(number, verdict, memory)
@@ -126,6 +128,15 @@ def _forget_peak() -> int:
 def _peak() -> int:
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0]) << 10
+
+
+def _worked(process: int) -> float:
+    """Seconds of the processor that a process took so far."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident(process: int) -> int:

@@ -51,7 +51,7 @@ class Scene:
 
 
 def digests(folder: Path, hidden: bool = True) -> dict[str, str]:
-    """SHA-256 of all files of a folder; of a plan and a log, which hold times, that they are there."""
+    """SHA-256 of all files of a folder; of a log the losses, of a plan, which holds times, that it is there."""
     return {
         path.relative_to(folder).as_posix(): _digest(path)
         for path in sorted(folder.rglob("*"))
@@ -64,6 +64,8 @@ def _digest(path: Path) -> str:
         return str([json.loads(text)["loss"] for text in path.read_text().splitlines()])
     if path.parent.name == FOLDER and path.suffix == ".json":
         return "a plan"
+    if path.name == "state.pt":  # a state that was read and saved again holds the same in other bytes
+        return hashlib.sha256(repr(torch.load(path, weights_only=True)).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
