@@ -100,7 +100,7 @@ def beside(model: TarFlow, bundle: Bundle, opening: Opening = ONE_BLOCK) -> Iter
             backend, resident = OrtBackend(here, opening), None
             if here is not bundle:
                 backend.description += ", bfloat16 emulated by rounding float32"
-            if bundle.manifest.blocks[0].has(RESIDENT):
+            if RESIDENT in bundle.manifest.blocks[0].graphs:
                 resident = OrtBackend(here, opening, resident=True)
             yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, resident)
 

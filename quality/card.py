@@ -68,11 +68,8 @@ class Card:
 
     def rows(self) -> list[tuple[str, Difference]]:
         """Every difference with its name, in the order of reading."""
-        parts = [(part, getattr(self, part)) for part in PARTS]
-        return [
-            *((f"block {block}", difference) for block, difference in self.blocks.items()),
-            *((part, difference) for part, difference in parts if difference is not None),
-        ]
+        blocks = [(f"block {block}", difference) for block, difference in self.blocks.items()]
+        return blocks + [(part, found) for part in PARTS if (found := getattr(self, part)) is not None]
 
     def failures(self) -> list[str]:
         """Sentences about what is out of tolerance; empty if all is well."""
@@ -96,11 +93,11 @@ class Card:
         tolerance = reader.get(document, "tolerance", dict)
         entries = reader.get(document, "blocks", list) if "blocks" in document else []
         blocks = [reader.typed(entry, dict, "a block") for entry in entries]
-        shift = "bits_per_dim_shift"
-
-        def part(name: str) -> Difference | None:
-            return _difference(reader, reader.get(document, name, dict)) if name in document else None
-
+        parts: dict[str, Any] = {
+            name: _difference(reader, reader.get(document, name, dict)) for name in PARTS if name in document
+        }
+        if "bits_per_dim_shift" in document:
+            parts["bits_per_dim_shift"] = reader.number(document, "bits_per_dim_shift")
         return cls(
             oracle=reader.get(document, "oracle", str),
             backend=reader.get(document, "backend", str),
@@ -108,13 +105,8 @@ class Card:
             samples=reader.natural(document, "samples", 1),
             tolerance=Tolerance(*(reader.number(tolerance, name) for name in Tolerance.__slots__)),
             blocks={reader.natural(block, "block", 0): _difference(reader, block) for block in blocks},
-            guided=part("guided"),
-            bits_per_dim_shift=reader.number(document, shift) if shift in document else None,
-            resident=part("resident"),
-            sample=part("sample"),
             certificate=reader.number(document, "certificate"),
-            denoised=part("denoised"),
-            golden=part("golden"),
+            **parts,
         )
 
 

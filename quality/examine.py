@@ -17,7 +17,6 @@ from ..runtime.request import Resolved
 from ..runtime.samples import Preview, Report, Watch
 
 SHOWN = 10  # samples followed from block to block
-_ENCODED = 256  # images encoded at a time: their states after every block are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +59,14 @@ def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] 
     first, labels, guidance = request.first_sample, request.classes(), request.guidance
     flow.draw(replace(request.part(first, 1), certify=True))  # opens the graphs
     seen = _Seen(flow.config.blocks, first)
-    drawn = flow.draw(replace(request, denoise=False, certify=False), watch=Watch(preview=seen.add))
+    drawn = flow.draw(replace(request, denoise=False, certify=True), watch=Watch(preview=seen.add))
     assert drawn.report is not None
+    assert drawn.report.certificate is not None
     raw = np.asarray(drawn)
     finite = np.flatnonzero(np.isfinite(raw).all((1, 2, 3)))
     if not len(finite):
         raise CheckFailed(f"none of {request.n} samples is finite: lower the guidance, which is {guidance.scale:g}")
 
-    noise = flow.noise(request.seed, range(first, first + request.n))
-    parts = np.array_split(finite, -(-len(finite) // _ENCODED))
-    errors = [flow.certify(raw[part], noise[part], labels[part], guidance) for part in parts]
     started = time.perf_counter()
     populations = [_population(flow, "samples", raw[finite], labels[finite])]
     encode_seconds = time.perf_counter() - started
@@ -80,7 +77,7 @@ def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] 
     if flow.config.noise_std:
         images[finite] = flow.denoise(raw[finite], labels[finite])
     denoise_seconds = time.perf_counter() - started if flow.config.noise_std else 0.0
-    z = noise[:SHOWN] * flow.deviation
+    z = flow.noise(request.seed, range(first, first + min(SHOWN, request.n))) * flow.deviation
     stages = [("noise", unpatchify(z, flow.config.patch_size, flow.config.channels)), *seen.stages()]
     return Examination(
         bundle=flow.bundle,
@@ -89,7 +86,7 @@ def examine(flow: Flow, request: Resolved, data: tuple[Array, NDArray[np.int64] 
         images=images,
         stages=(*stages, ("denoised", images[:SHOWN])) if flow.config.noise_std else tuple(stages),
         nonfinite=tuple(np.flatnonzero(~np.isfinite(images).all((1, 2, 3))).tolist()),
-        certificate=np.nan_to_num(np.concatenate(errors), nan=np.inf),
+        certificate=np.nan_to_num(drawn.report.certificate[finite], nan=np.inf),
         block_seconds=tuple(seen.seconds),
         encode_seconds=encode_seconds,
         denoise_seconds=denoise_seconds,
@@ -114,11 +111,7 @@ class _Seen:
 
 
 def _population(flow: Flow, name: str, images: Array, labels: NDArray[np.int64] | None) -> Population:
-    parts = [
-        flow.encode(images[start : start + _ENCODED], None if labels is None else labels[start : start + _ENCODED])
-        for start in range(0, len(images), _ENCODED)
-    ]
-    latent, log_det = (np.concatenate(column) for column in zip(*parts, strict=True))
+    latent, log_det = flow.encode(images, labels)
     bits = flow.bits_of(latent, log_det)
     sound = np.isfinite(bits) & np.isfinite(latent).all((1, 2))
     if not sound.any():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ..runtime.backend import pad_rows
 from ..runtime.errors import BundleError, InputError
@@ -24,11 +24,7 @@ from ..runtime.files import sha256
 
 RANGES = ("-1,1", "0,1", "0,255", "imagenet")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in 0..1
-_TYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(uint8)": np.uint8,
-}
+_TYPES: dict[str, DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _EXTERNAL = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])", re.S)  # of a tensor's external_data; its name follows
 _BATCH = 64
 _LARGEST = 4096  # pixels a side
@@ -65,7 +61,7 @@ class Preparation:
     range: str
     channels: int
     channels_last: bool
-    dtype: type[np.generic]
+    dtype: DTypeLike
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         x = images if images.shape[1] == self.channels else np.repeat(images, self.channels, 1)

@@ -116,12 +116,8 @@ def estimate(
     plain = distance(found, reference, root)
     dice = np.random.default_rng(seed)
     even = np.full(len(features), 1 / len(features))
-    again = np.array(
-        [
-            distance(Statistics.of(features, dice.multinomial(len(features), even)), reference, root)
-            for _ in range(resamples)
-        ]
-    )
+    draws = (dice.multinomial(len(features), even) for _ in range(resamples))
+    again = np.array([distance(Statistics.of(features, times), reference, root) for times in draws])
     low, high = plain + np.quantile(again - again.mean(), [0.025, 0.975])
     return Estimate(
         distance=plain,
@@ -138,9 +134,7 @@ def estimate(
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics, network: str) -> None:
     """Write statistics as .npz, whole or not at all: ``mu``, ``sigma`` (the names others use), count and network."""
     with replacing(path) as file:
-        np.savez(
-            file, mu=statistics.mean, sigma=statistics.covariance, count=statistics.count, network=np.array(network)
-        )
+        np.savez(file, mu=statistics.mean, sigma=statistics.covariance, count=statistics.count, network=network)
 
 
 def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | None]:
@@ -163,24 +157,15 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | Non
     if not {"mu", "sigma"} <= arrays.keys():
         raise _no_statistics(path, f"holds {', '.join(sorted(arrays)) or 'nothing'}; expected mu and sigma")
     mean, covariance = arrays["mu"], arrays["sigma"]
-    if (
-        mean.dtype.kind != "f"
-        or covariance.dtype.kind != "f"
-        or mean.ndim != 1
-        or covariance.shape != (len(mean), len(mean))
-        or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
-    ):
+    floats = mean.dtype.kind == covariance.dtype.kind == "f"
+    fits = floats and mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
+    if not (fits and np.isfinite(mean).all() and np.isfinite(covariance).all()):
         found = f"holds mu {mean.dtype} {mean.shape} and sigma {covariance.dtype} {covariance.shape}"
         raise _no_statistics(path, f"{found}; expected finite floats, (F,) and (F, F)")
     symmetric = (covariance.astype(np.float64) + covariance.T) / 2
-    count = arrays.get("count", np.array(0))
-    network = arrays.get("network")
-    return (
-        Statistics(
-            mean.astype(np.float64), symmetric, int(count) if count.ndim == 0 and count.dtype.kind in "iu" else 0
-        ),
-        None if network is None else str(network),
-    )
+    count, network = arrays.get("count", np.array(0)), arrays.get("network")
+    counted = int(count) if count.ndim == 0 and count.dtype.kind in "iu" else 0
+    return Statistics(mean.astype(np.float64), symmetric, counted), None if network is None else str(network)
 
 
 def _no_statistics(path: str | os.PathLike[str], why: str) -> InputError:

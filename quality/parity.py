@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -73,10 +73,8 @@ def make_pairs(oracle: Flow, parameters: int, watch: Watch = lambda stage: None)
         images = unpatchify(states[-1], config.patch_size, config.channels)
     else:
         images = np.tanh(unpatchify(noise, config.patch_size, config.channels)).astype(np.float32)
-        encoded = [patchify(images, config.patch_size)]
-        for block in range(config.blocks):
-            watch(f"PyTorch encodes block {block}")
-            encoded.append(oracle.backend.forward(block, encoded[-1], plain)[0])
+        watch("PyTorch encodes")
+        encoded, _ = oracle.chain.encode(patchify(images, config.patch_size), plain)
         states = encoded[::-1]
         noise = (states[0] / np.where(deviation > 0, deviation, 1)).astype(np.float32)
     watch("PyTorch denoises")
@@ -182,13 +180,8 @@ def _denoised(flow: Flow, images: Array, labels: NDArray[np.int64], expected: Ar
 def _sweep(decoding: Decoding, x: Array) -> Array:
     """What the steps make of z when every window reads the true patches x: x again, if the graph is right."""
     decoding.guess(x)
-    for start, stop in _windows(x.shape[1]):
+    last = x.shape[1] - 1
+    starts = [*range(min(_SERIAL_STEPS, last)), *range(_SERIAL_STEPS, last, _SWEEP_WINDOW)]
+    for start, stop in pairwise([*starts, last]):
         decoding.step(start, stop - start)
     return decoding.patches()
-
-
-def _windows(tokens: int) -> Iterator[tuple[int, int]]:
-    for start in range(min(_SERIAL_STEPS, tokens - 1)):
-        yield start, start + 1
-    for start in range(_SERIAL_STEPS, tokens - 1, _SWEEP_WINDOW):
-        yield start, min(start + _SWEEP_WINDOW, tokens - 1)

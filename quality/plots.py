@@ -71,7 +71,7 @@ def histogram(series: dict[str, Numbers], label: str, title: str, decades: bool 
             if h
         )
         parts.append(f'<path class="fill s{k}" d="{bars}"/>')
-    return _plot(220, title, [*_grid(across, up, label, "", False), *parts, *_legend(list(shown))])
+    return _plot(220, title, [*_grid(across, up, label), *parts, *_legend(list(shown))])
 
 
 def quantiles(series: dict[str, Numbers], title: str) -> str:
@@ -85,8 +85,8 @@ def quantiles(series: dict[str, Numbers], title: str) -> str:
         points = zip(normal_quantile(u), np.clip(np.quantile(values, u), -reach, reach), strict=True)
         dots = "".join(f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="2"/>' for x, y in points)
         parts.append(f'<g class="dots s{k}">{dots}</g>')
-    labels = ("standard normal quantile", "latent quantile")
-    return _plot(340, title, [*_grid(across, up, *labels, True), *parts, *_legend(list(series))])
+    frame = _grid(across, up, "standard normal quantile", "latent quantile")
+    return _plot(340, title, [*frame, *parts, *_legend(list(series))])
 
 
 def bars(rows: Sequence[tuple[str, float, str]], title: str) -> str:
@@ -138,8 +138,8 @@ def _up(low: float, high: float, height: int) -> Axis:
     return Axis(low, high, height - _BOTTOM, _TOP)
 
 
-def _grid(across: Axis, up: Axis, label: str, side: str, numbered: bool) -> list[str]:
-    """The frame: marks and numbers below, and, if ``numbered``, at the left, with lines across."""
+def _grid(across: Axis, up: Axis, label: str, side: str = "") -> list[str]:
+    """The frame: marks and numbers below, and, if that ``side`` has a label, at the left, with lines across."""
     parts = [f'<path class="frame" d="M{across.start} {up.start}H{across.stop}"/>']
     for value, text in across.ticks():
         x = across.at(value)
@@ -147,13 +147,14 @@ def _grid(across: Axis, up: Axis, label: str, side: str, numbered: bool) -> list
         parts.append(f'<text class="below" x="{x:.1f}" y="{up.start + 19:.1f}">{text}</text>')
     middle = (across.start + across.stop) / 2
     parts.append(f'<text class="below label" x="{middle}" y="{up.start + 37:.1f}">{html.escape(label)}</text>')
-    for value, text in up.ticks(6) if numbered else ():
+    if not side:
+        return parts
+    for value, text in up.ticks(6):
         y = up.at(value)
         parts.append(f'<path class="grid" d="M{across.start} {y:.1f}H{across.stop}"/>')
         parts.append(f'<text class="name" x="{across.start - 8}" y="{y + 4:.1f}">{text}</text>')
-    if side:
-        y = (up.start + up.stop) / 2
-        parts.append(f'<text class="below label" transform="translate(14 {y}) rotate(-90)">{html.escape(side)}</text>')
+    y = (up.start + up.stop) / 2
+    parts.append(f'<text class="below label" transform="translate(14 {y}) rotate(-90)">{html.escape(side)}</text>')
     return parts
 
 

@@ -11,7 +11,7 @@ from string import Template
 import numpy as np
 
 from ..runtime.backend import Array
-from ..runtime.bundle import MANIFEST, Bundle
+from ..runtime.bundle import MANIFEST
 from ..runtime.errors import BundleError
 from . import plots
 from .card import Card
@@ -34,22 +34,13 @@ class Making:
 
 def render(found: Examination, making: Making) -> str:
     """The page: self-contained HTML that asks no network for anything."""
-    sections = [
-        _samples(found),
-        _blocks(found),
-        _latents(found),
-        _likelihood(found),
-        _certificates(found),
-        _times(found),
-        _parity(found.bundle),
-        _provenance(found, making),
-    ]
+    sections = [_samples, _blocks, _latents, _likelihood, _certificates, _times, _parity]
     return _PAGE.substitute(
         name=html.escape(found.bundle.manifest.name),
         style=_STYLE,
         model=html.escape(_model(found)),
         figures=_key_figures(found),
-        sections="".join(sections),
+        sections="".join([*(section(found) for section in sections), _provenance(found, making)]),
         version=html.escape(making.versions.get("tarflow", "")),
         date=html.escape(making.date),
     )
@@ -112,15 +103,15 @@ def _blocks(found: Examination) -> str:
 def _latents(found: Examination) -> str:
     c = found.bundle.manifest.config
     side = c.image_size // c.patch_size
+    latents = {p.name: p.latent.astype(np.float64) for p in found.populations}
     rows, by_position = [], []
-    for p in found.populations:
-        z = p.latent.astype(np.float64)
+    for name, z in latents.items():
         mean, variance = z.mean((0, 2)), z.var((0, 2))
         kurtosis = np.mean((z - z.mean()) ** 4) / max(z.var() ** 2, 1e-300) - 3
         numbers = (f"{z.mean():+.4f}", f"{z.var():.4f}", f"{kurtosis:+.3f}", f"{np.abs(z).max():.2f}")
         spans = (f"{mean.min():+.3f} to {mean.max():+.3f}", f"{variance.min():.3f} to {variance.max():.3f}")
-        rows.append((p.name, str(len(z)), *numbers, *spans))
-        by_position.append((p.name, (mean, variance - 1)))
+        rows.append((name, str(len(z)), *numbers, *spans))
+        by_position.append((name, (mean, variance - 1)))
     maps = []
     for k, (what, middle) in enumerate((("mean", 0), ("variance", 1))):
         reach = max(0.1, *(float(np.abs(values[k]).max()) for _, values in by_position))
@@ -135,9 +126,7 @@ def _latents(found: Examination) -> str:
         "themselves show the inverse at work and what guidance changed, not how well the model fits"
         + (". " if len(found.populations) > 1 else "; that takes real images, and none were given. ")
     )
-    plot = plots.quantiles(
-        {p.name: p.latent.astype(np.float64).ravel() for p in found.populations}, "Quantiles of latents"
-    )
+    plot = plots.quantiles({name: z.ravel() for name, z in latents.items()}, "Quantiles of latents")
     figures = f'<figure class="plot">{plot}</figure><div class="maps">{"".join(maps)}</div>'
     return _section("Latents", text, _table(names, rows) + figures)
 
@@ -154,12 +143,8 @@ def _likelihood(found: Examination) -> str:
 
 
 def _certificates(found: Examination) -> str:
-    plot = plots.histogram(
-        {"samples": found.certificate.astype(np.float64)},
-        "largest difference from the noise",
-        "Histogram of round-trip errors",
-        decades=True,
-    )
+    errors, label = {"samples": found.certificate.astype(np.float64)}, "largest difference from the noise"
+    plot = plots.histogram(errors, label, "Histogram of round-trip errors", decades=True)
     text = (
         "Each raw sample encoded again, with the guidance it was drawn with, must give back its noise. The largest "
         f"difference of any number of a sample: median {np.median(found.certificate):.1e}, at most "
@@ -187,8 +172,8 @@ def _times(found: Examination) -> str:
     return _section("Time", text, f'<figure class="plot">{plots.bars(rows, "Seconds by block")}</figure>')
 
 
-def _parity(bundle: Bundle) -> str:
-    document = bundle.manifest.parity
+def _parity(found: Examination) -> str:
+    document = found.bundle.manifest.parity
     if not document:
         return _section("Parity", "This export was not verified against PyTorch.", "")
     try:
@@ -208,9 +193,9 @@ def _parity(bundle: Bundle) -> str:
 
 
 def _provenance(found: Examination, making: Making) -> str:
-    versions = [(name, version) for name, version in making.versions.items()]
     made = [(f"exported with {name}", version) for name, version in found.bundle.manifest.exporter.items()]
-    rows = [("bundle", found.bundle.hash), ("backend", found.report.backend), ("date", making.date), *versions, *made]
+    rows = [("bundle", found.bundle.hash), ("backend", found.report.backend), ("date", making.date)]
+    rows += [*making.versions.items(), *made]
     items = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
     command = f"<p>The same report again:</p><pre>{html.escape(making.command)}</pre>"
     return _section("Where this comes from", "", f'{command}<table class="facts">{items}</table>')

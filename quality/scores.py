@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.errors import InputError
-from ..runtime.flow import Flow, Progress
+from ..runtime.flow import Flow
+from ..runtime.samples import Progress
 
 DRAWS = 4  # of the dequantisation noise: enough to see how much an answer depends on it
 _ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits

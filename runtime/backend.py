@@ -12,7 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import InputError, Remedy
+
 Array = NDArray[np.float32]
+Labels = NDArray[np.int64]  # below 0 for the null class
+Mask = NDArray[np.bool_]
 REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
 WINDOW = 64  # on a device a pass costs the same for any small window; larger ones gain little more
 
@@ -25,12 +29,12 @@ class Branches:
     branches' log_scale (row 0) and shift (row 1). ``inverse_temperature`` (G,) multiplies attention logits.
     """
 
-    labels: NDArray[np.int64]
+    labels: Labels
     mix: Array
     inverse_temperature: Array
 
     @staticmethod
-    def plain(labels: NDArray[np.int64], tokens: int) -> Branches:
+    def plain(labels: Labels, tokens: int) -> Branches:
         """One unguided branch; ``labels`` (B,)."""
         return Branches(labels[None], np.ones((2, 1, tokens), np.float32), np.ones(1, np.float32))
 
@@ -52,9 +56,7 @@ class Decoding(Protocol):
     def step(self, position: int, window: int = 1) -> None:
         """From the patches at ``position ... position + window - 1`` (block order), compute the next ones."""
 
-    def evaluate(
-        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
-    ) -> Array:
+    def evaluate(self, position: int, window: int, rows: Mask | None = None, steady: bool = False) -> Array:
         """What :meth:`step` would write, (B, W, D), without writing it; valid until the next call.
 
         Keys and values of the window are stored. Images not in ``rows`` (B,) need not be computed, and what is returned
@@ -85,7 +87,7 @@ class Backend(Protocol):
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         """x (B, T, D) -> z (B, T, D) and log-determinant in nats (B,)."""
 
-    def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
+    def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         """Vector-Jacobian product of an unguided ``forward``: (B, T, D)."""
 
 
@@ -93,6 +95,13 @@ def check_window(position: int, window: int, tokens: int) -> None:
     """Raise IndexError for a window whose last position has no next patch: a device drops such writes silently."""
     if position < 0 or window < 1 or position + window >= tokens:
         raise IndexError(f"window {position}...{position + window - 1} has no next patch in {tokens}")
+
+
+def check_batch(images: int, most: int | None, remedy: Remedy) -> None:
+    """Raise InputError for more images than engines take at once."""
+    if most is not None and images > most:
+        expected = f"{most} at most, which is what these engines take"
+        raise InputError.of("batch_size", images, expected, "or build others", remedy)
 
 
 def block_order(sequence: NDArray[Any], reverse: bool) -> NDArray[Any]:

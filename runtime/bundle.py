@@ -5,9 +5,10 @@ Nothing here needs an engine. Hashes are checked before anything in a bundle is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .claims import unsupported
 from .errors import BundleError, Remedy
 from .files import sha256
-from .manifest import AGAIN
+from .manifest import AGAIN, reader_of
 from .manifest import FORMAT as FORMAT
 from .manifest import GOLDEN as GOLDEN
 from .manifest import KINDS as KINDS
@@ -51,6 +52,8 @@ class Bundle:
 
         Raises BundleError for anything that is not a whole bundle this version understands.
         """
+        import hashlib
+
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(
@@ -63,13 +66,7 @@ class Bundle:
                 f"'{folder}' has no {MANIFEST}, so it is not a bundle; export one", remedy=Remedy("export")
             )
         _require_inside(folder, path)
-        try:
-            with path.open("rb") as file:
-                content = file.read(MANIFEST_LIMIT + 1)
-        except OSError as error:
-            raise BundleError(f"'{path}' cannot be read: {error.strerror}") from None
-        if len(content) > MANIFEST_LIMIT:
-            raise _damaged(folder, f"'{path}' is larger than {MANIFEST_LIMIT >> 20} MiB; a manifest is not")
+        content = reader_of(str(path)).content(path, MANIFEST_LIMIT)
         bundle = cls(folder, read_manifest(content, str(path)), hashlib.sha256(content).hexdigest())
         for name, entry in bundle.manifest.files.items():
             size = bundle.path(name).stat().st_size
@@ -87,20 +84,16 @@ class Bundle:
     def check(self, *names: str) -> None:
         """Compare SHA-256 of the named files (all of them by default) with the manifest. Raises BundleError."""
         for name in names or tuple(self.manifest.files):
-            found = sha256(self.path(name))
-            if found != self.manifest.files[name].sha256:
-                said = self.manifest.files[name].sha256
-                raise _damaged(
-                    self.folder,
-                    f"'{self.folder / name}' is damaged or was changed: its SHA-256 is {found[:16]}..., the manifest "
-                    f"says {said[:16]}...",
-                )
+            found, said = sha256(self.path(name)), self.manifest.files[name].sha256
+            if found != said:
+                differ = f"its SHA-256 is {found[:16]}..., the manifest says {said[:16]}..."
+                raise _damaged(self.folder, f"'{self.folder / name}' is damaged or was changed: {differ}")
 
     def check_runnable(self) -> None:
         """Everything to know before an engine is given the graphs: hashes, no stranger among the files, and that the
         manifest's configuration is the one the weights carry. Raises BundleError.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         self.check(*(name for name in self.manifest.files if name not in (GOLDEN, PARITY)))
         named = {*self.manifest.files, MANIFEST}
@@ -110,12 +103,9 @@ class Bundle:
                 f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
                 "copy the bundle again"
             )
-        try:
-            with safe_open(str(self.path(WEIGHTS)), framework="np") as file:
-                said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' cannot be read ({error})") from None
+        with self._reading(WEIGHTS), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
+            said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if said != asdict(self.manifest.config):
             raise _damaged(self.folder, f"'{self.folder}': the manifest describes another model than its weights do")
         if wrong := unsupported(self.manifest.config, shapes):
@@ -123,14 +113,11 @@ class Bundle:
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""
-        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         self.check(name)
-        try:
+        with self._reading(name):
             return load_file(self.path(name))
-        except (SafetensorError, OSError, KeyError) as error:
-            raise _damaged(self.folder, f"'{self.folder / name}' cannot be read ({error})") from None
 
     def prior_variance(self) -> NDArray[np.float32]:
         """(T, D): the variance of each latent; ones but for volume-preserving models."""
@@ -147,23 +134,28 @@ class Bundle:
                     f"'{self.folder / MANIFEST}' describes images of {config.image_size} pixels a side, more than this "
                     "machine can hold: it was edited, or made for another machine",
                 ) from None
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(str(self.path(WEIGHTS)), framework="np") as file:
-                variance: NDArray[np.float32] = file.get_tensor("var")
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' holds no prior variance 'var' ({error})") from None
-        if (
-            variance.shape != shape
-            or variance.dtype != np.float32
-            or not (np.isfinite(variance) & (variance >= 0)).all()
-        ):
+        missing = "holds no prior variance 'var'"
+        with self._reading(WEIGHTS, missing), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
+            variance: NDArray[np.float32] = file.get_tensor("var")
+        fits = variance.shape == shape and variance.dtype == np.float32
+        if not fits or not (np.isfinite(variance) & (variance >= 0)).all():
             raise BundleError(
                 f"'{self.folder / WEIGHTS}': the prior variance is {variance.dtype} {variance.shape}; "
                 f"expected float32 {shape}, finite and not negative"
             )
         return variance
+
+    @contextmanager
+    def _reading(self, name: str, failed: str = "cannot be read") -> Iterator[None]:
+        """Turn what is said of a file that holds no such tensors into one sentence."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+            raise _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})") from None
 
 
 def _require_inside(folder: Path, path: Path) -> None:

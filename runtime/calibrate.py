@@ -4,10 +4,12 @@ experience: which block is hard differs from checkpoint to checkpoint.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,9 +28,8 @@ _SCREENED = 4  # samples on which every window is tried; the best of them is mea
 Watch = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """One way of solving a block, beside serial decoding of the same batches, interleaved."""
+class _Outcome(NamedTuple):
+    """One way of solving a block, beside serial decoding of the same batches, interleaved: a column of a row."""
 
     window: int
     passes: int  # most of any batch
@@ -111,10 +112,7 @@ class _Work:
 
 
 def calibrate(
-    flow: Flow,
-    batches: Sequence[int] = BATCHES,
-    samples: int = SAMPLES,
-    watch: Watch = lambda stage: None,
+    flow: Flow, batches: Sequence[int] = BATCHES, samples: int = SAMPLES, watch: Watch = lambda stage: None
 ) -> Plan:
     """Draw ``samples`` samples serially and in every window that can win, by batch size; choose the fastest. Single
     images of a model with classes are measured guided too.
@@ -150,40 +148,28 @@ def _measure(flow: Flow, batch: int, guidance: Guidance, samples: int, watch: Wa
         work = _Work(flow, block, states, branches, [])
         work.solutions.extend(work.time(i, None)[2] for i in range(len(states)))
         serial = work.serial()  # after what warmed the session up
-        windows = work.windows(serial.seconds)
+        hopeful = work.windows(serial.seconds)
         for mode, tolerance in TOLERANCES.items():
             watch(f"{what}, block {block}, {mode}")
-            chosen[mode].append(_choose(work, mode, tolerance, windows) or serial)
+            chosen[mode].append(_choose(work, mode, tolerance, hopeful) or serial)
         divided += [found for found in (work.lanes(),) if found is not None]
         states = work.solutions
     rows = {}
     for mode, found in chosen.items():
         wins = divided and sum(o.ratio for o in divided) <= _GAIN * sum(o.ratio for o in found)
         lanes = flow.lanes.count if wins and flow.lanes is not None else 1
-        rows[mode] = _row(batch, len(branches[0].labels), lanes, (divided if wins else found)[::-1])
+        windows, passes, seconds, serials, errors = zip(*reversed(divided if wins else found), strict=True)
+        count = len(branches[0].labels)
+        rows[mode] = Row(batch * count, windows, passes, seconds, serials, errors, count, lanes)
     return rows
 
 
 def _choose(work: _Work, mode: str, tolerance: float, windows: dict[int, int]) -> _Outcome | None:
     """The fastest window, if it is faster than serial decoding on every sample there is."""
-    few = -(-_SCREENED // len(work.starts[0]))
-    few = min(few, len(work.starts))
+    few = min(math.ceil(_SCREENED / len(work.starts[0])), len(work.starts))
     tried = [work.compare(window, tolerance, most, few) for window, most in windows.items()]
     best = min(tried, key=lambda outcome: outcome.ratio, default=None)
     if best is None or best.ratio > _GAIN:
         return None
     best = work.compare(best.window, tolerance, windows[best.window], len(work.starts))
     return best if best.ratio <= _GAIN and (mode != "exact" or best.error <= _EXACT_ERROR) else None
-
-
-def _row(batch: int, branches: int, lanes: int, blocks: list[_Outcome]) -> Row:
-    return Row(
-        rows=batch * branches,
-        branches=branches,
-        lanes=lanes,
-        windows=tuple(outcome.window for outcome in blocks),
-        passes=tuple(outcome.passes for outcome in blocks),
-        seconds=tuple(outcome.seconds for outcome in blocks),
-        serial_seconds=tuple(outcome.serial_seconds for outcome in blocks),
-        errors=tuple(outcome.error for outcome in blocks),
-    )

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .backend import Array, Backend, Branches
+from .backend import Array, Backend, Branches, Labels
 from .bundle import ModelShape
 from .decode import Parallel, solve
 from .lanes import Lanes
@@ -22,8 +21,7 @@ OnStep = Callable[[int, int], None]  # told of block and position when a positio
 OnBlock = Callable[[int, Array, float], None]  # told of block, patches (B, T, D), and seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Ways:
+class Ways(NamedTuple):
     """How each block is solved (None: serially), or in lanes all of them serially; and that in ``words``."""
 
     words: str
@@ -69,9 +67,7 @@ class Chain:
             log_det = log_det + block_log_det
         return states, log_det
 
-    def denoise(
-        self, x: Array, classes: NDArray[np.int64], strength: float, states: list[Array] | None = None
-    ) -> Array:
+    def denoise(self, x: Array, classes: Labels, strength: float, states: list[Array] | None = None) -> Array:
         """x + strength * sigma^2 * gradient, walked back through the blocks from the ``states`` of an unguided
         :meth:`encode` of x, which are used up.
         """
@@ -86,5 +82,4 @@ class Chain:
 
     def round_trip(self, found: Array, z: Array) -> Array:
         """(B,): largest difference of encoded samples from the noise they were decoded from."""
-        error: Array = np.abs(found - z * self.deviation).max((1, 2))
-        return error
+        return np.asarray(np.abs(found - z * self.deviation).max((1, 2)))

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .backend import Array, Decoding
+from .backend import Array, Decoding, Mask
 from .errors import InputError
 
 TOLERANCES = {"exact": 1e-5, "fast": 1e-3}  # largest change of a patch, in units of the flow's state
@@ -35,12 +34,6 @@ class Parallel:
     tolerance: float
     limit: int
     steady: bool = False
-
-
-def check_mode(mode: str | None, tolerance: float | None) -> None:
-    """Raise InputError for a mode or tolerance that is none; None is what the plan says."""
-    if mode is not None or tolerance is not None:
-        tolerance_of(mode or "fast", tolerance)
 
 
 def tolerance_of(mode: str, tolerance: float | None) -> float:
@@ -142,8 +135,8 @@ def _start(decoding: Decoding, position: int, window: int) -> int:
     return min(position, tokens - 1 - window)
 
 
-def _unchanged(found: Array, read: Array, tolerance: float) -> NDArray[np.bool_]:
+def _unchanged(found: Array, read: Array, tolerance: float) -> Mask:
     """Patches (..., D) that a pass reproduced; never those that are not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
-        same: NDArray[np.bool_] = (np.abs(found - read) <= tolerance).all(-1)
+        same: Mask = (np.abs(found - read) <= tolerance).all(-1)
     return same

@@ -1,24 +1,28 @@
-"""Reading JSON that may be damaged, edited or made to deceive: typed, bounded, and every refusal names the place."""
+"""JSON documents: written whole or not at all; read as what may be damaged, edited or made to deceive: typed, bounded,
+and every refusal names the place.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .errors import BundleError, Remedy
+from .files import replacing
 
+_LARGEST, _LARGEST_INTEGER = sys.float_info.max, 2**63 - 1
 _DEEPEST = 64  # levels of a document; ours have five
+_UNSAFE = re.compile(r"[\\:\0\ud800-\udfff]")  # half a surrogate pair too: JSON may hold one, a file system not
 _HEX = re.compile(r"[0-9a-f]{64}")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
+class Reader(NamedTuple):
     """Typed access to a JSON document that names the place when something is wrong.
 
     ``noun`` is what the document is, ``advice`` what to do about a damaged one, ``remedy`` the same as an operation.
@@ -35,7 +39,7 @@ class Reader:
     def parse(self, content: bytes) -> dict[str, Any]:
         """The document, whose outermost value is an object. Numbers are finite, nesting is shallow."""
         try:
-            document = json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+            document = json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
             if _depth(document) > _DEEPEST:
                 raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -45,6 +49,10 @@ class Reader:
 
     def read(self, path: Path, most: int) -> dict[str, Any]:
         """The document in a file of at most so many bytes."""
+        return self.parse(self.content(path, most))
+
+    def content(self, path: Path, most: int) -> bytes:
+        """What a file of at most so many bytes holds."""
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise self.wrong("it is no regular file")
         try:
@@ -54,7 +62,15 @@ class Reader:
             raise self._refused(f"'{self.source}' cannot be read: {error.strerror}; {self.advice}") from None
         if len(content) > most:
             raise self.wrong(f"it is larger than {most >> 20} MiB; a {self.noun} is not")
-        return self.parse(content)
+        return content
+
+    def versioned(self, path: Path, most: int, format: str, schema: int) -> dict[str, Any]:
+        """The document in a file of this format and schema version."""
+        document = self.read(path, most)
+        self.one_of(document, "format", (format,))
+        if self.natural(document, "schema", 1) != schema:
+            raise self.wrong(f"'schema' is {short(document['schema'])}; this version reads {schema}")
+        return document
 
     def typed(self, value: object, kind: type[T], where: str) -> T:
         if not isinstance(value, kind):
@@ -66,10 +82,11 @@ class Reader:
             raise self.wrong(f"'{key}' is missing")
         return self.typed(mapping[key], kind, f"'{key}'")
 
-    def natural(self, mapping: Mapping[str, Any], key: str, least: int) -> int:
+    def natural(self, mapping: Mapping[str, Any], key: str, least: int, most: int = _LARGEST_INTEGER) -> int:
         value = self.get(mapping, key, int)
-        if isinstance(value, bool) or not least <= value < 2**63:
-            raise self.wrong(f"'{key}' is {short(value)}; expected an integer of {least} or more")
+        if isinstance(value, bool) or not least <= value <= most:
+            bound = f"of {least} or more" if most == _LARGEST_INTEGER else f"from {least} to {most}"
+            raise self.wrong(f"'{key}' is {short(value)}; expected an integer {bound}")
         return value
 
     def one_of(self, mapping: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
@@ -78,15 +95,15 @@ class Reader:
             raise self.wrong(f"'{key}' is {short(value)}; expected one of {', '.join(names)}")
         return value
 
-    def number(self, mapping: Mapping[str, Any], key: str, least: float = -math.inf) -> float:
+    def number(self, mapping: Mapping[str, Any], key: str, least: float = -_LARGEST) -> float:
         """A number of at least so much; integers count as numbers, true and false do not."""
         value = mapping.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-            bound = "" if least == -math.inf else f" of {least:g} or more"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= _LARGEST:
+            bound = "" if least == -_LARGEST else f" of {least:g} or more"
             raise self.wrong(f"'{key}' is {short(value)}; expected a number{bound}")
         return float(value)
 
-    def numbers(self, mapping: Mapping[str, Any], key: str, least: float = -math.inf) -> tuple[float, ...]:
+    def numbers(self, mapping: Mapping[str, Any], key: str, least: float = -_LARGEST) -> tuple[float, ...]:
         """A list of numbers, each at least so large."""
         return tuple(self.number({key: item}, key, least) for item in self.get(mapping, key, list))
 
@@ -104,15 +121,7 @@ class Reader:
 
     def confined(self, name: str) -> str:
         """A relative path of plain components, with forward slashes, that stays inside the bundle."""
-        parts = name.split("/")
-        if (
-            not name
-            or "\\" in name
-            or ":" in name
-            or "\0" in name
-            or any(part in ("", ".", "..") for part in parts)
-            or not _encodes(name)
-        ):
+        if {"", ".", ".."} & set(name.split("/")) or _UNSAFE.search(name):
             raise BundleError(
                 f"'{self.source}' names the file {short(name)}, which is not a plain relative path inside the "
                 "bundle; it was not opened"
@@ -123,14 +132,10 @@ class Reader:
         return BundleError(message, remedy=self.remedy)
 
 
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
 def _finite(text: str) -> float:
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is beyond a float64")
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is no number that a float64 holds")
     return number
 
 
@@ -144,13 +149,10 @@ def _depth(document: object) -> int:
     return depth
 
 
-def _encodes(name: str) -> bool:
-    """Whether a file can have this name: JSON may hold half a surrogate pair, a file system not."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
 
 def short(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from .samples import Preview, Progress, Watch
 REDRAWS = 8  # attempts at a sample that is not finite
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """Sample indices ``start ... stop - 1`` computed together; those ``inside`` (rows of the tile) are wanted, and are
     the rows ``output`` of the result.
     """

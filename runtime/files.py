@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -44,16 +41,12 @@ def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InputError(f"'{path}' is a device or a pipe; expected the name of a file to write")
     if not path.parent.is_dir():
         raise InputError(f"the folder of '{path}' does not exist; create it first: mkdir -p '{path.parent}'")
-    with disk_errors(path):
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            partial = folder / f"{path.name}.partial"
-            yield partial
-            _flush(partial)
-            partial.replace(path)
-            _sync(path.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with disk_errors(path), _hidden_beside(path) as folder:
+        partial = folder / f"{path.name}.partial"
+        yield partial
+        _finish(partial)
+        partial.replace(path)
+        _sync(path.parent)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -77,24 +70,29 @@ def replacing_folder(path: str | os.PathLike[str], force: bool, marker: str | No
     missing = [parent for parent in path.parents if not parent.exists()]  # innermost first
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_symlink():
-                    continue
-                if file.is_dir():
-                    _sync(file)
-                    continue
-                _flush(file)
-            partial.chmod(0o777 & ~_UMASK)
-            _sync(partial)
-            _swap(partial, path, force)
+            with _hidden_beside(path) as partial:
+                yield partial
+                for inside in partial.rglob("*"):
+                    if not inside.is_symlink():
+                        finish = _sync if inside.is_dir() else _finish
+                        finish(inside)
+                partial.chmod(0o777 & ~_UMASK)
+                _sync(partial)
+                _swap(partial, path, force)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
             for parent in missing:
                 with contextlib.suppress(OSError):  # the bundle is in it
                     parent.rmdir()
+
+
+@contextlib.contextmanager
+def _hidden_beside(path: Path) -> Iterator[Path]:
+    """A new folder that is gone at the end, unless it was renamed."""
+    import tempfile  # most runs only read
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str | None = "manifest.json") -> None:
@@ -132,6 +130,8 @@ def _has_format(marker: Path) -> bool:
 
 def _swap(partial: Path, path: Path, force: bool) -> None:
     """Rename ``partial`` to ``path``; a folder already there steps aside first and is removed last."""
+    import shutil
+
     if not force and (path.exists() or path.is_symlink()):
         raise InputError(f"'{path}' appeared meanwhile and was kept; use `force` to replace it", field="force")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -147,16 +147,15 @@ def _swap(partial: Path, path: Path, force: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(file: Path) -> None:
-    """Make a finished file last beyond a power failure, and as shared as its user says: some make it private."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+def _finish(file: Path) -> None:
+    """Make a finished file last, and as shared as its user says: some libraries make it private."""
+    _sync(file)
     file.chmod(0o666 & ~_UMASK)
 
 
-def _sync(folder: Path) -> None:
-    """Make renames in a folder last beyond a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make what a file holds, or renames in a folder, last beyond a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -165,6 +164,8 @@ def _sync(folder: Path) -> None:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """The file's SHA-256, in hexadecimal."""
+    import hashlib
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -175,7 +176,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or _short_write(error):
+        # numpy's ndarray.tofile says 'N requested and M written' and no errno when the disk is full.
+        short_write = error.errno is None and "requested and" in str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or short_write:
             raise MachineError(
                 f"the disk is full: '{path}' was not written, nothing was left behind; free some space"
             ) from None
@@ -186,15 +189,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _short_write(error: OSError) -> bool:
-    """numpy's ndarray.tofile says 'N requested and M written' and no errno when the disk is full."""
-    return error.errno is None and "requested and" in str(error)
-
-
 def size_text(size: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
-    raise AssertionError
+    return f"{size:.1f} GiB"

@@ -17,14 +17,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Unpack
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import noise as noise_source
 from .backend import REPRODUCIBLE_TILE as REPRODUCIBLE_TILE
-from .backend import Array, Backend, Branches
+from .backend import Array, Backend, Branches, check_batch
 from .bundle import Bundle, ModelShape
 from .chain import Chain, Ways
 from .decode import Parallel, tolerance_of
@@ -35,17 +35,11 @@ from .image import unpatchify
 from .inputs import check_images, check_labels, check_noise, check_strength
 from .lanes import Lanes
 from .memory import USUAL, Budget, cache_row, peak, spend
-from .opening import Keywords as OpeningKeywords
-from .opening import Opening, opening_of
+from .opening import Opening, OpeningKeywords, opening_of
 from .plan import Plan, find_plan
 from .providers import open_backend
-from .request import UNGUIDED, Request, Resolved
-from .request import Keywords as RequestKeywords
-from .samples import Preview as Preview
-from .samples import Progress as Progress
-from .samples import Report as Report
-from .samples import Samples as Samples
-from .samples import Watch
+from .request import UNGUIDED, Request, RequestKeywords, Resolved
+from .samples import Preview, Progress, Report, Samples, Watch
 
 _LARGEST_BATCH = 64
 _UNWATCHED = Watch()
@@ -69,7 +63,7 @@ class Flow:
         provider: str | Opening = "cpu",
         threads: int | None = None,  # third, as Triton repositories written earlier give it
         **opening: Unpack[OpeningKeywords],  # typed: the fields of Opening are in one place
-    ) -> Flow:
+    ) -> Self:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
         ``provider`` is "cpu", "cuda", "tensorrt" or "auto"; with it go ``threads``, ``spinning``, ``memory`` and
@@ -119,7 +113,8 @@ class Flow:
         if noise is not None and request.redraw_nonfinite:
             raise InputError("samples of given noise cannot be redrawn: drop `redraw_nonfinite`, or draw by seed")
         size = REPRODUCIBLE_TILE if request.reproducible else (request.batch_size or self._default_batch(request))
-        self._check_size(size)
+        others = Remedy("build", {"bundle": self.bundle.folder, "batch": (1, size, size)})
+        check_batch(size, self.backend.largest_batch, others)
         drawing = Drawing(self.chain, request, self._ways(request, min(size, request.n)), noise, watch)
         parts = list(tiles(request.first_sample, request.n, size, aligned=request.reproducible))
         drawing.total = len(parts) * self.config.blocks * (self.config.tokens - 1)
@@ -135,11 +130,7 @@ class Flow:
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
 
     def certify(
-        self,
-        images: ArrayLike,
-        noise: ArrayLike,
-        labels: ArrayLike | None = None,
-        guidance: Guidance | None = None,
+        self, images: ArrayLike, noise: ArrayLike, labels: ArrayLike | None = None, guidance: Guidance | None = None
     ) -> Array:
         """(N,): the round-trip error of raw samples, made anywhere from ``noise`` (N, T, D); see :class:`Report`."""
         x, classes = check_images(self.config, images, labels)
@@ -178,8 +169,7 @@ class Flow:
     def bits_of(self, latent: Array, log_det: Array) -> Array:
         """Bits per dimension, (N,), from what :meth:`encode` returned."""
         energy = 0.5 * np.square(latent, dtype=np.float64).mean((1, 2)) + 0.5 * math.log(2 * math.pi) + math.log(128)
-        bits: Array = ((energy - log_det) / math.log(2)).astype(np.float32)
-        return bits
+        return np.asarray((energy - log_det) / math.log(2), np.float32)
 
     def nats_of(self, bits: Array) -> Array:
         """Log-likelihoods in nats, (N,), from bits per dimension; see :meth:`log_likelihood`."""
@@ -214,17 +204,6 @@ class Flow:
     def _default_batch(self, request: Request) -> int:
         row = cache_row(self.config, self.bundle.manifest.precision) * (2 if request.guidance.scale else 1)
         return min(_LARGEST_BATCH, self.backend.largest_batch or _LARGEST_BATCH, self.budget.batch(row))
-
-    def _check_size(self, size: int) -> None:
-        largest = self.backend.largest_batch
-        if largest is not None and size > largest:
-            raise InputError.of(
-                "batch_size",
-                size,
-                f"{largest} at most, which is what these engines take",
-                "or build others",
-                Remedy("build", {"bundle": self.bundle.folder, "batch": (1, size, size)}),
-            )
 
     def _ways(self, request: Request, images: int) -> Ways:
         """How each block is decoded. A reproducible run does not follow what was measured here."""

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .backend import Branches
+from .backend import Branches, Labels
 from .bundle import ModelShape
 from .errors import InputError
 
@@ -35,7 +34,7 @@ class Guidance:
         if not 0 < self.attention_temperature < math.inf:
             raise InputError.of("attention_temperature", self.attention_temperature, "a positive number")
 
-    def branches(self, tokens: int, classes: NDArray[np.int64]) -> Branches:
+    def branches(self, tokens: int, classes: Labels) -> Branches:
         """The branches that draw samples of ``classes`` (B,), below 0 for the null class; ``tokens`` is T."""
         if not self.scale:
             return Branches.plain(classes, tokens)
@@ -47,7 +46,7 @@ class Guidance:
             inverse_temperature=np.array([1, 1 / self.attention_temperature], np.float32),
         )
 
-    def check(self, config: ModelShape, classes: NDArray[np.int64]) -> None:
+    def check(self, config: ModelShape, classes: Labels) -> None:
         """Raise InputError if it does nothing for samples of these classes, below 0 for the null class."""
         if not self.scale and self.attention_temperature != 1:
             raise InputError(

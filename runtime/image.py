@@ -33,8 +33,7 @@ def unpatchify(patches: NDArray[Any], patch_size: int, channels: int) -> NDArray
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
     """[-1, 1] -> 0..255, clipped; what is not a number becomes black."""
     bounded = np.clip(np.nan_to_num(np.asarray(images, np.float32), nan=-1.0), -1, 1)
-    pixels: NDArray[np.uint8] = np.rint((bounded + 1) * 127.5).astype(np.uint8)
-    return pixels
+    return np.asarray(np.rint((bounded + 1) * 127.5), np.uint8)
 
 
 def grid(images: NDArray[Any], columns: int | None = None, gap: int = 2, background: int = 255) -> NDArray[np.uint8]:

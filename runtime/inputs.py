@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .backend import Array
+from .backend import Array, Labels
 from .bundle import ModelShape
 from .errors import InputError
 from .image import patchify
@@ -37,10 +36,10 @@ def check_noise(config: ModelShape, n: int | None, noise: ArrayLike | None) -> t
         raise InputError.of("noise", f"of type {array.dtype}", "float32")
     if n is not None and n != len(array):
         raise InputError.of("n", n, f"{len(array)}, as many as `noise` holds", "drop one of the two")
-    return _finite(np.ascontiguousarray, array, "noise"), len(array)
+    return _finite(array, "noise"), len(array)
 
 
-def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> NDArray[np.int64]:
+def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> Labels:
     """A class for each of ``count`` samples, below 0 for the null class."""
     if labels is None:
         return np.full(count, -1, np.int64)
@@ -62,14 +61,14 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> ND
     return np.broadcast_to(array.astype(np.int64), (count,)).copy()
 
 
-def check_images(config: ModelShape, images: ArrayLike, labels: ArrayLike | None) -> tuple[Array, NDArray[np.int64]]:
+def check_images(config: ModelShape, images: ArrayLike, labels: ArrayLike | None) -> tuple[Array, Labels]:
     """Images as patches (N, T, D), and a class for each."""
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[1:] != config.image or not len(array):
         raise InputError.of("images", f"of shape {array.shape}", f"(N, {', '.join(map(str, config.image))})")
     if array.dtype.kind != "f":
         raise InputError.of("images", f"of type {array.dtype}", "floats in [-1, 1]", "dequantise 8-bit images first")
-    patches = patchify(_finite(np.asarray, array, "images"), config.patch_size)
+    patches = patchify(_finite(array, "images"), config.patch_size)
     return patches, check_labels(config, labels, len(array))
 
 
@@ -91,10 +90,10 @@ def check_strength(config: ModelShape, denoise: bool | float | None, field: str 
     return float(denoise)
 
 
-def _finite(convert: Callable[..., Array], array: NDArray[Any], field: str) -> Array:
+def _finite(array: NDArray[Any], field: str) -> Array:
     """The array in float32; InputError if it is not finite, before or after."""
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
-        found = convert(array, np.float32)
+        found = np.ascontiguousarray(array, np.float32)
     rows = np.flatnonzero(~np.isfinite(found).all(tuple(range(1, found.ndim))))
     if len(rows):
         raise InputError(

@@ -28,6 +28,5 @@ def added(request: Request) -> dict[str, Any]:
 
 
 def _later(options: Request | Guidance, first: Container[str]) -> dict[str, Any]:
-    later = [field for field in fields(options) if field.name not in first]
-    found = {field.name: getattr(options, field.name) for field in later}
-    return {field.name: found[field.name] for field in later if found[field.name] != field.default}
+    values = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {name: value for name, (value, default) in values.items() if name not in first and value != default}

@@ -19,7 +19,7 @@ GOLDEN = "golden.safetensors"
 KINDS = ("step", "forward", "gradient")
 RESIDENT = "resident"  # for devices; a bundle written before there were any has none
 AGAIN = "copy the bundle again, or export it again"
-_LARGEST_NOISE = 1e18  # its square is a float32; images are in [-1, 1]
+LARGEST_NOISE = 1e18  # its square is a float32; images are in [-1, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,7 @@ class BlockEntry:
     """One flow block: the direction it reads the sequence in, and its graphs by kind."""
 
     reversed: bool
-    graphs: Mapping[str, str]
-
-    def has(self, kind: str) -> bool:
-        """Whether there is a graph of this kind: each of KINDS always, RESIDENT maybe."""
-        return kind in self.graphs
+    graphs: Mapping[str, str]  # each of KINDS always, RESIDENT maybe
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +89,14 @@ class Manifest:
         return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
 
 
+def reader_of(source: str) -> Reader:
+    """What reads a manifest."""
+    return Reader(source, "manifest", AGAIN, Remedy("export"))
+
+
 def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
     """Parse and validate a manifest. Unknown keys are left alone; a missing or wrong one raises BundleError."""
-    reader = Reader(source, "manifest", AGAIN, Remedy("export"))
+    reader = reader_of(source)
     top = reader.parse(content)
     if top.get("format") != FORMAT:
         raise BundleError(f"'{source}' says format {short(top.get('format'))}; expected {FORMAT!r}: this is no bundle")
@@ -108,8 +109,7 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
     config = _read_config(reader, reader.get(top, "config", dict))
     files = {
         reader.confined(name): FileEntry(
-            reader.hash(reader.get(reader.typed(entry, dict, name), "sha256", str)),
-            reader.natural(entry, "size", 0),
+            reader.hash(reader.get(reader.typed(entry, dict, name), "sha256", str)), reader.natural(entry, "size", 0)
         )
         for name, entry in reader.get(top, "files", dict).items()
     }
@@ -133,21 +133,14 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
 
 
 def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
-    if "noise_std" not in numbers:
-        raise reader.wrong("'noise_std' is missing")
-    noise_std = numbers["noise_std"]
-    if noise_std is not None and not (
-        isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool) and 0 <= noise_std <= _LARGEST_NOISE
-    ):
-        raise reader.wrong(
-            f"config.noise_std is {short(noise_std)}; expected null or a number from 0 to {_LARGEST_NOISE:g}"
-        )
+    if reader.get(numbers, "noise_std", object) is not None and reader.number(numbers, "noise_std", 0) > LARGEST_NOISE:
+        raise reader.wrong(f"config.noise_std is {short(numbers['noise_std'])}; expected {LARGEST_NOISE:g} at most")
     positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
     config = ModelShape(
         **{name: reader.natural(numbers, name, 1) for name in positive},
         classes=reader.natural(numbers, "classes", 0),
         nvp=reader.get(numbers, "nvp", bool),
-        noise_std=noise_std,
+        noise_std=numbers["noise_std"],
     )
     if config.image_size % config.patch_size or config.width % config.head_dim:
         raise reader.wrong("config: patch_size must divide image_size, and head_dim must divide width")

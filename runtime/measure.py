@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .backend import Array
+from .backend import Array, Labels
 from .bundle import WEIGHTS, Bundle
 from .flow import Flow, Guidance
 
 _SETTLE = 0.1  # seconds: the last one's idle threads may spin for a while, on cores that are the next one's
-Draw = Callable[[Array, NDArray[np.int64], Guidance], Array]
+Draw = Callable[[Array, Labels, Guidance], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def of_flow(flow: Flow, name: str, mode: str) -> Contender:
     """A flow decoding in one mode."""
     spent: list[tuple[int, ...]] = [()]
 
-    def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
+    def draw(noise: Array, labels: Labels, guidance: Guidance) -> Array:
         samples = flow.sample(
             noise=noise, labels=labels, guidance=guidance, denoise=False, batch_size=len(noise), decode=mode
         )

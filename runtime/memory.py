@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import resource
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .bundle import WEIGHTS, Bundle, ModelShape
 from .errors import InputError
@@ -20,8 +20,7 @@ _SPENT = 0.8  # of what is left: allocators round up
 _CACHE_COPIES = 2  # a cache grows by moving to another buffer
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(NamedTuple):
     """Bytes for the KV cache of a batch, and for what forward and gradient hold at once.
 
     ``one_block`` opens one block's graphs at a time.

@@ -53,10 +53,7 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int] | NDArray[np.ui
     k0, k1 = np.asarray(key, np.uint64).T
     for _ in range(10):
         low_product, high_product = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = (
-            (high_product >> _SHIFT) ^ c1 ^ k0,
-            (low_product >> _SHIFT) ^ c3 ^ k1,
-        )
+        c0, c2 = (high_product >> _SHIFT) ^ c1 ^ k0, (low_product >> _SHIFT) ^ c3 ^ k1
         c1, c3 = high_product & _WORD, low_product & _WORD
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return np.stack([c0, c1, c2, c3], 1).astype(np.uint32)

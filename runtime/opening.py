@@ -42,7 +42,7 @@ class Opening:
             raise InputError.of("memory", self.memory, "1 byte or more")
 
 
-class Keywords(TypedDict, total=False):
+class OpeningKeywords(TypedDict, total=False):
     """Fields of :class:`Opening` but the first two, as keywords of ``Flow.open``."""
 
     spinning: bool | None
@@ -50,7 +50,7 @@ class Keywords(TypedDict, total=False):
     cuda_graph: bool
 
 
-def opening_of(provider: str | Opening, threads: int | None, keywords: Keywords) -> Opening:
+def opening_of(provider: str | Opening, threads: int | None, keywords: OpeningKeywords) -> Opening:
     """An opening that was given whole, or the one that its provider and other fields make. Raises InputError."""
     if not isinstance(provider, Opening):
         return Opening(provider, threads, **keywords)

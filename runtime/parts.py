@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, pad_rows
+from .backend import Array, Branches, Labels, pad_rows
 from .manifest import ModelShape
 from .ports import inputs
 
@@ -21,14 +21,12 @@ def forward_feeds(config: ModelShape, x: Array, branches: Branches) -> Feeds:
     return {"x": x, "labels": labels, "mix": branches.mix, "inverse_temperature": branches.inverse_temperature}
 
 
-def gradient_feeds(
-    config: ModelShape, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array
-) -> Feeds:
+def gradient_feeds(config: ModelShape, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Feeds:
     """What a gradient graph reads."""
     return {"x": x, "labels": classes(config, labels[None]), "grad_z": grad_z, "grad_log_det": grad_log_det}
 
 
-def classes(config: ModelShape, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def classes(config: ModelShape, labels: Labels) -> Labels:
     """Labels as the graphs take them: the null class comes after the last."""
     return np.where(labels < 0, config.classes, labels)
 

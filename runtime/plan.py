@@ -6,7 +6,6 @@ decide speed alone: what a sample may differ by is the mode's tolerance. See FOR
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,9 +14,8 @@ from typing import Any
 
 from .bundle import Bundle
 from .decode import TOLERANCES, Parallel
-from .document import Reader
+from .document import Reader, write_document
 from .errors import Remedy
-from .files import replacing
 
 FOLDER = "plans"
 FORMAT = "tarflow-plan"
@@ -86,9 +84,7 @@ class Plan:
         """Keep the plan in the bundle's folder; one of the same machine is replaced."""
         path = plan_path(bundle, self.machine)
         path.parent.mkdir(exist_ok=True)
-        document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
-        with replacing(path) as file:
-            file.write((json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        write_document(path, {"format": FORMAT, "schema": SCHEMA, **asdict(self)})
         return path
 
 
@@ -104,14 +100,11 @@ def find_plan(bundle: Bundle, machine: str) -> Plan | None:
         return None
     again = Remedy("calibrate", {"bundle": bundle.folder})
     reader = Reader(str(path), "plan", f"remove '{path}', or measure again what is fastest here", again)
-    plan = _read(reader, reader.read(path, _LARGEST), bundle.manifest.config.blocks)
+    plan = _read(reader, reader.versioned(path, _LARGEST, FORMAT, SCHEMA), bundle.manifest.config.blocks)
     return plan if (plan.bundle, plan.machine) == (bundle.hash, machine) else None
 
 
 def _read(reader: Reader, document: dict[str, Any], blocks: int) -> Plan:
-    reader.one_of(document, "format", (FORMAT,))
-    if reader.natural(document, "schema", 1) != SCHEMA:
-        raise reader.wrong(f"'schema' is {document['schema']}; this version reads {SCHEMA}")
     modes = reader.get(document, "modes", dict)
     return Plan(
         reader.get(document, "bundle", str),
@@ -130,8 +123,5 @@ def _rows(reader: Reader, modes: dict[str, Any], mode: str, blocks: int) -> Iter
         if {len(column) for column in (windows, passes, seconds, serial, errors)} != {blocks}:
             raise reader.wrong(f"modes.{mode}[{number}] does not describe {blocks} blocks")
         counts = {"branches": 1, "lanes": 1} | row  # of before there were any
-        branches = reader.natural(counts, "branches", 1)
-        if branches > 2:
-            raise reader.wrong(f"'branches' is {branches}; expected 1, or 2 under guidance")
-        count, lanes = reader.natural(row, "rows", 1), reader.natural(counts, "lanes", 1)
-        yield Row(count, windows, passes, seconds, serial, errors, branches, lanes)
+        branches, lanes = reader.natural(counts, "branches", 1, most=2), reader.natural(counts, "lanes", 1)
+        yield Row(reader.natural(row, "rows", 1), windows, passes, seconds, serial, errors, branches, lanes)

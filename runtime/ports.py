@@ -5,7 +5,6 @@ Below all providers, and below the exporter, which gives its graphs these names.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,19 +35,17 @@ class Sizes:
     window: int = 1
     slots: int = 0
 
+    @property
+    def rows(self) -> int:
+        return self.branches * self.batch
+
+    @property
+    def patches(self) -> int:
+        return self.batch * self.window
+
     def of(self, axis: Axis) -> int:
         """An axis in numbers."""
-        if isinstance(axis, int):
-            return axis
-        known = {
-            "batch": self.batch,
-            "branches": self.branches,
-            "window": self.window,
-            "slots": self.slots,
-            "rows": self.branches * self.batch,
-            "patches": self.batch * self.window,
-        }
-        return sum(known[part] for part in axis.split(" + "))
+        return axis if isinstance(axis, int) else sum(getattr(self, part) for part in axis.split(" + "))
 
 
 def inputs(config: ModelShape, kind: str) -> tuple[Port, ...]:
@@ -75,11 +72,6 @@ def shapes(config: ModelShape, kind: str, sizes: Sizes) -> dict[str, tuple[int, 
 
 def shape(port: Port, sizes: Sizes) -> tuple[int, ...]:
     return tuple(sizes.of(axis) for axis in port.axes)
-
-
-def count(port: Port, sizes: Sizes) -> int:
-    """Numbers in a tensor."""
-    return math.prod(shape(port, sizes))
 
 
 def is_state(name: str) -> bool:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import noise
+from .backend import Labels
 from .bundle import ModelShape
-from .decode import check_mode
+from .decode import tolerance_of
 from .errors import InputError
 from .guidance import Guidance
 from .inputs import check_labels, check_strength
@@ -56,7 +56,8 @@ class Request:
             raise InputError.of("batch_size", self.batch_size, "1 or more")
         if self.labels is not None and not self.labels:
             raise InputError.of("labels", "empty", "one label or more, to deal out in turn")
-        check_mode(self.decode, self.tolerance)
+        if self.decode is not None or self.tolerance is not None:
+            tolerance_of(self.decode or "fast", self.tolerance)
 
     def resolved(self, config: ModelShape) -> Resolved:
         """The request as this model draws it. Raises InputError for labels it does not have, guidance that does nothing
@@ -74,7 +75,7 @@ class Request:
         return found
 
 
-class Keywords(TypedDict, total=False):
+class RequestKeywords(TypedDict, total=False):
     """Fields of :class:`Request` but ``n`` and ``labels``, as keywords of ``Flow.sample``; None is the default."""
 
     guidance: Guidance | None
@@ -101,7 +102,7 @@ class Resolved(Request):
             labels = tuple(labels[(turn + k) % len(labels)] for k in range(n))
         return replace(self, n=n, first_sample=first_sample, labels=labels)
 
-    def classes(self, count: int | None = None) -> NDArray[np.int64]:
+    def classes(self, count: int | None = None) -> Labels:
         """A class for each sample, or for the first few, (n,): below 0 for the null class."""
         return np.resize(np.array(self.labels or (-1,), np.int64), self.n if count is None else count)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, block_order, check_window, pad_rows
+from .backend import Array, Branches, Labels, Mask, block_order, check_window, pad_rows
 from .ports import POSITION
 
 
@@ -38,13 +38,7 @@ class ResidentDecoding:
     """
 
     def __init__(
-        self,
-        steps: Steps,
-        reverse: bool,
-        z: Array,
-        labels: NDArray[np.int64],
-        branches: Branches,
-        least: int = 1,
+        self, steps: Steps, reverse: bool, z: Array, labels: Labels, branches: Branches, least: int = 1
     ) -> None:
         self._steps, self._reversed, self._least = steps, reverse, least
         self._batch, self._tokens, _ = z.shape
@@ -69,19 +63,15 @@ class ResidentDecoding:
         self._mirror = None
         self._steps.write("x", self._ordered(patches)[:, None])
 
-    def evaluate(
-        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
-    ) -> Array:  # all rows, always: what was captured has one shape
+    def evaluate(self, position: int, window: int, rows: Mask | None = None, steady: bool = False) -> Array:
+        """Of all rows, always: what was captured has one shape."""
         before = self.x
-        self._launch(position, window)
+        self.step(position, window)
         found: Array = self._steps.read("x")[: self._batch, 0, position + 1 : position + 1 + window]
         self._mirror = pad_rows(before, self._least)
         return found
 
     def step(self, position: int, window: int = 1) -> None:
-        self._launch(position, window)
-
-    def _launch(self, position: int, window: int) -> None:
         check_window(position, window, self._tokens)
         if self._mirror is not None:
             self._steps.write("x", np.ascontiguousarray(self._mirror[:, None]))

@@ -143,16 +143,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError, OSError):  # files older than the zip format cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+    except (MemoryError, PermissionError, CheckpointError):
+        raise
+    except Exception as error:  # damage makes torch raise almost anything: struct.error, OSError, IndexError ...
+        if isinstance(error, pickle.UnpicklingError) and ("weights_only" in str(error) or "Unsupported" in str(error)):
             raise CheckpointError(
                 f"'{path}' holds more than tensors and was not loaded: unpickling it could run code. Expected a "
                 "state_dict of tensors; save one with torch.save(model.state_dict(), path)"
             ) from None
-        raise CheckpointError(f"'{path}' is not a PyTorch checkpoint, or is damaged") from None
-    except (MemoryError, PermissionError, CheckpointError):
-        raise
-    except Exception as error:  # damage makes torch raise almost anything: struct.error, OSError, IndexError ...
         raise CheckpointError(
             f"'{path}' is truncated, damaged or no PyTorch checkpoint ({_first_line(error)}); "
             "copy it again and compare checksums"
@@ -212,12 +210,9 @@ def _require_core(path: Path, state: Mapping[str, Tensor]) -> None:
     missing += [f"{n} (as a matrix)" for n in core if n in state and state[n].dim() != 2]
     if "blocks.0.class_embed" in state and not state["blocks.0.class_embed"].dim():
         missing += ["blocks.0.class_embed (a row a class)"]
-    relative = _relative(state)
-    marks = _RELATIVES.get(relative or "", ())
-    strange = [n for n in state if any(mark in n.lower() for mark in marks)] or [
-        n for n in sorted(state) if not _is_placed(n, len(state))
-    ]
-    if missing or relative or strange:
+    relative, strange = _relative(state)
+    strange = strange or [n for n in sorted(state) if not _is_placed(n, len(state))]
+    if missing or strange:
         raise CheckpointError(_foreign(str(path), missing, strange, relative))
 
 
@@ -231,7 +226,7 @@ def _compare(source: str, state: Mapping[str, Tensor], wanted: Mapping[str, tupl
     missing = sorted(wanted.keys() - state.keys())
     extra = sorted(state.keys() - wanted.keys())
     if missing or extra:
-        raise CheckpointError(_foreign(source, missing, extra, _relative(state)))
+        raise CheckpointError(_foreign(source, missing, extra, _relative(state)[0]))
     for name, shape in wanted.items():
         if tuple(state[name].shape) != shape:
             raise CheckpointError(
@@ -239,11 +234,12 @@ def _compare(source: str, state: Mapping[str, Tensor], wanted: Mapping[str, tupl
             )
 
 
-def _relative(state: Mapping[str, Tensor]) -> str | None:
+def _relative(state: Mapping[str, Tensor]) -> tuple[str | None, list[str]]:
+    """A later family that these weights look like, and the names that tell."""
     for family, marks in _RELATIVES.items():
-        if any(mark in name.lower() for name in state for mark in marks):
-            return family
-    return None
+        if names := [name for name in state if any(mark in name.lower() for mark in marks)]:
+            return family, names
+    return None, []
 
 
 def _first_line(error: Exception) -> str:

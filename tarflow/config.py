@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .runtime.errors import InputError
+from .runtime.manifest import LARGEST_NOISE, ModelShape
 
-_LARGEST_NOISE = 1e18  # its square is a float32
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
     r"^(?P<dataset>.+)_model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)"
@@ -23,20 +23,14 @@ class ConfigError(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
-    """The shape of a TarFlow model (arXiv 2412.06329).
+class Config(ModelShape):
+    """The shape of a TarFlow model (arXiv 2412.06329), checked. Raises :class:`ConfigError`.
 
     ``noise_std`` is the Gaussian training noise in [-1, 1] image units, or None for a model trained with
     uniform dequantisation. ``classes`` is 0 for an unconditional model. ``nvp=False`` is the
     volume-preserving variant with a learned prior variance.
     """
 
-    image_size: int
-    channels: int
-    patch_size: int
-    width: int
-    blocks: int
-    layers: int
     classes: int = 0
     nvp: bool = True
     noise_std: float | None = None
@@ -51,36 +45,12 @@ class Config:
         if type(self.nvp) is not bool:
             raise ConfigError.of("nvp", self.nvp, "true or false")
         if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}; "
-                f"pass a `patch_size` that divides {self.image_size}",
-                field="patch_size",
-                found=self.patch_size,
-                expected=f"a divisor of {self.image_size}",
-            )
+            raise ConfigError.of("patch_size", self.patch_size, f"a divisor of the image size, {self.image_size}")
         if self.width % self.head_dim:
-            message = f"width {self.width} is not a multiple of the head dimension {self.head_dim}"
-            raise ConfigError(message, field="width", found=self.width, expected=f"a multiple of {self.head_dim}")
-        if self.noise_std is not None and not (
-            isinstance(self.noise_std, (int, float))
-            and not isinstance(self.noise_std, bool)
-            and 0 <= self.noise_std <= _LARGEST_NOISE
-        ):
-            raise ConfigError.of("noise_std", self.noise_std, f"a number from 0 to {_LARGEST_NOISE:g}")
-
-    @property
-    def tokens(self) -> int:
-        """T: patches in an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def patch_dim(self) -> int:
-        """D: numbers in a patch."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_dim
+            raise ConfigError.of("width", self.width, f"a multiple of the head dimension, {self.head_dim}")
+        noise = self.noise_std
+        if noise is not None and not (type(noise) in (int, float) and 0 <= noise <= LARGEST_NOISE):
+            raise ConfigError.of("noise_std", noise, f"a number from 0 to {LARGEST_NOISE:g}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,17 +112,8 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
     if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
         advice = f"these weights have patches of {patch_dim} numbers"
         raise ConfigError.of("patch_size", patch_size, _patch_choices(patch_dim), advice)
-    return Config(
-        image_size=grid * patch_size,
-        channels=channels,
-        patch_size=patch_size,
-        width=width,
-        blocks=blocks,
-        layers=layers,
-        classes=classes,
-        nvp=nvp,
-        noise_std=parse_noise(noise),
-    )
+    shape = (grid * patch_size, channels, patch_size, width, blocks, layers)
+    return Config(*shape, classes, nvp, parse_noise(noise))
 
 
 def parse_noise(noise: float | str) -> float | None:

@@ -6,7 +6,7 @@ with the graphs it judges.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,18 +15,8 @@ from torch import Tensor
 
 from .model import Block, Branch, Cache, TarFlow
 
-Array = NDArray[np.float32]
-
-
-class Branches(Protocol):
-    """What the twin needs to know of a batch's guidance; see the runtime's type of the same name."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]: ...
-    @property
-    def mix(self) -> Array: ...
-    @property
-    def inverse_temperature(self) -> Array: ...
+if TYPE_CHECKING:
+    from .runtime.backend import Array, Branches
 
 
 class Twin:

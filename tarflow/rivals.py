@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Config
 from .model import Block, TarFlow
 
-GrowingCache = list[tuple[Tensor, Tensor]]
-StaticCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (rows, heads, T, head_dim)
-_PROGRAMS = 200  # blocks times shapes
-Caches = tuple[list[GrowingCache], list[GrowingCache]]  # a layer each, with labels and without
+Cache = list[tuple[Tensor, Tensor]]  # keys and values: of each position if it grows, else of each layer, full length
+Caches = tuple[list[Cache], list[Cache]]  # growing ones, a layer each, with labels and without
+_PROGRAMS = 200  # blocks times shapes: by default PyTorch gives up after eight, and runs the rest eagerly
 
 
 @torch.inference_mode()
@@ -29,14 +26,10 @@ def published(model: TarFlow, noise: Tensor, labels: Tensor | None, guidance: fl
     """
     x = noise * model.prior.sqrt()
     for block in reversed(model.blocks):
-        x = _published_block(block, x, labels, guidance)
+        x = block.order(x).clone()
+        published_steps(block, x, labels, guidance, grown(block, len(x), 0, x), range(x.shape[1] - 1))
+        x = block.order(x)
     return x
-
-
-def _published_block(block: Block, z: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-    x = block.order(z).clone()
-    published_steps(block, x, labels, guidance, grown(block, len(x), 0, x), range(x.shape[1] - 1))
-    return block.order(x)
 
 
 @torch.inference_mode()
@@ -64,14 +57,14 @@ def grown(block: Block, batch: int, positions: int, like: Tensor) -> Caches:
         _, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return key, value
 
-    def branch() -> list[GrowingCache]:
+    def branch() -> list[Cache]:
         return [[entry() for _ in range(positions)] for _ in block.layers]
 
     return branch(), branch()
 
 
 def _growing_step(
-    block: Block, x: Tensor, position: Tensor, labels: Tensor | None, caches: list[GrowingCache]
+    block: Block, x: Tensor, position: Tensor, labels: Tensor | None, caches: list[Cache]
 ) -> tuple[Tensor, Tensor]:
     h = block.embed(x, labels) + position
     for layer, cache in zip(block.layers, caches, strict=True):
@@ -83,96 +76,41 @@ def _growing_step(
     return block.read_out(h)
 
 
-def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for every block and shape: by default PyTorch gives up after eight, and runs the rest eagerly."""
-    torch._dynamo.config.recompile_limit = _PROGRAMS
-    return torch.compile(step, dynamic=False)
-
-
-def _static_cache(config: Config, rows: int, like: Tensor) -> StaticCache:
-    """Empty, a tensor for the keys of each layer and one for its values: the compiler writes those in place, but copies
-    all of one tensor that holds them together.
-    """
-    shape = (rows, config.heads, config.tokens, config.head_dim)
-    new = partial(torch.zeros, shape, dtype=like.dtype, device=like.device)
-    return [(new(), new()) for _ in range(config.layers)]
-
-
 class Compiled:
-    """A step on a cache of full length, position as a tensor, compiled once for all positions of a block.
+    """A step on a cache of full length, its position and all its state in place, compiled once for all positions of a
+    block; on a CUDA device recorded as a graph, so that between steps the host does nothing but start the next.
 
-    Guidance runs both branches as one batch. Compiling takes a minute a block and batch size, at first use.
-    """
-
-    def __init__(self, model: TarFlow) -> None:
-        self.model = model
-        self.step = _compiled(_static_step)
-
-    @torch.inference_mode()
-    def __call__(self, noise: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-        """Noise (B, T, D) -> raw patches (B, T, D)."""
-        config, x = self.model.config, noise * self.model.prior.sqrt()
-        rows = len(x) * (2 if guidance > 0 else 1)
-        cache = _static_cache(config, rows, x)
-        doubled = labels
-        if guidance > 0 and labels is not None:
-            doubled = torch.cat([labels, torch.full_like(labels, -1)])
-        places = torch.arange(config.tokens, device=x.device)
-        for block in reversed(self.model.blocks):
-            z = block.order(x)
-            x, positions = z.clone(), block.order(block.pos_embed, 0)
-            for i in range(config.tokens - 1):
-                at = places[i : i + 1]
-                patch = x[:, i : i + 1].repeat(2, 1, 1) if guidance > 0 else x[:, i : i + 1].clone()
-                log_scale, shift = self.step(block, patch, positions[i : i + 1].clone(), doubled, cache, at)
-                if guidance > 0:
-                    log_scale, shift = (
-                        part[: len(x)] * (1 + guidance) - part[len(x) :] * guidance for part in (log_scale, shift)
-                    )
-                x[:, i + 1] = x[:, i + 1] * log_scale[:, 0].exp() + shift[:, 0]
-            x = block.order(x)
-        return x
-
-
-class Captured:
-    """The static-cache step with its state in place, recorded once a block as a CUDA graph: between steps the host
-    does nothing but start the next. The model may be half, the sequence stays float32. On a CPU the step is called.
-
-    ``compiled`` False records PyTorch's own kernels. Serves one batch size and guidance, those of the first call.
+    Guidance runs both branches as one batch. The model may be half, the sequence stays float32. Compiling takes a
+    minute a block and batch size, at first use; ``compiled`` False runs PyTorch's own kernels.
     """
 
     def __init__(self, model: TarFlow, compiled: bool = True) -> None:
         self.model = model
-        self._step = _compiled(_whole_step) if compiled else _whole_step
+        self._step: Callable[..., object] = _static_step
+        if compiled:
+            torch._dynamo.config.recompile_limit = _PROGRAMS
+            self._step = torch.compile(_static_step, dynamic=False)
         self._state: _State | None = None
-        self._steps: dict[int, Callable[[], object]] = {}
-        self._places: dict[int, Tensor] = {}  # a recording knows addresses only: what lies there must stay
+        self._steps: list[Callable[[], object]] = []
 
     @torch.inference_mode()
     def __call__(self, noise: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
         """Noise (B, T, D) float32 -> raw patches (B, T, D)."""
-        if self._state is None:
+        if self._state is None or not self._state.fits(noise, labels, guidance):
             self._state = _State(self.model, noise, labels, guidance)
+            self._steps = [self._recorded(k, self._state) for k in range(len(self.model.blocks))]
         state, x = self._state, noise * self.model.prior.float().sqrt()
-        state.label(labels)
         for k in reversed(range(len(self.model.blocks))):
             block = self.model.blocks[k]
-            if k not in self._steps:
-                self._places[k] = block.order(block.pos_embed, 0).contiguous()
-                self._steps[k] = self._record(block, self._places[k], state, guidance)
-            ordered = block.order(x)
-            state.x.copy_(ordered)
-            state.z.copy_(ordered)
-            state.position.zero_()
+            state.begin(block.order(x), labels)
             for _ in range(x.shape[1] - 1):
                 self._steps[k]()
             x = block.order(state.x).clone()
         return x
 
-    def _record(self, block: Block, places: Tensor, state: _State, guidance: float) -> Callable[[], object]:
-        def step() -> None:
-            self._step(block, state.x, state.z, state.position, state.labels, places, state.cache, guidance)
-
+    def _recorded(self, k: int, state: _State) -> Callable[[], object]:
+        """Block ``k``'s step on this state."""
+        step = partial(self._step, self.model.blocks[k], state.places[k], state)
         if state.x.device.type != "cuda":
             return step
         state.position.zero_()
@@ -189,51 +127,53 @@ class Captured:
 
 
 class _State:
-    """What :class:`Captured` steps read and write, at fixed addresses."""
+    """What the steps of :class:`Compiled` read and write, at fixed addresses: a recording knows no others.
+
+    The cache has a tensor for the keys of each layer and one for its values: the compiler writes those in place, but
+    copies all of one tensor that holds them together.
+    """
 
     def __init__(self, model: TarFlow, noise: Tensor, labels: Tensor | None, guidance: float) -> None:
-        config, branches = model.config, 2 if guidance > 0 else 1
+        config, like, self.guidance = model.config, model.blocks[0].proj_in.weight, guidance
+        branches = 2 if guidance > 0 else 1
         self.x, self.z = torch.empty_like(noise), torch.empty_like(noise)
         self.position = torch.zeros(1, dtype=torch.int64, device=noise.device)
         self.labels = None if labels is None else torch.full_like(labels, -1).repeat(branches)
-        self.cache = _static_cache(config, len(noise) * branches, model.blocks[0].proj_in.weight)
+        self.places = [block.order(block.pos_embed, 0).contiguous() for block in model.blocks]
+        shape = (len(noise) * branches, config.heads, config.tokens, config.head_dim)
+        new = partial(torch.zeros, shape, dtype=like.dtype, device=like.device)
+        self.cache: Cache = [(new(), new()) for _ in range(config.layers)]
 
-    def label(self, labels: Tensor | None) -> None:
+    def fits(self, noise: Tensor, labels: Tensor | None, guidance: float) -> bool:
+        return (self.x.shape, self.labels is None, self.guidance) == (noise.shape, labels is None, guidance)
+
+    def begin(self, z: Tensor, labels: Tensor | None) -> None:
+        """A block on z (B, T, D) in block order, with the labels of the first branch."""
+        self.x.copy_(z)
+        self.z.copy_(z)
+        self.position.zero_()
         if self.labels is not None and labels is not None:
             self.labels[: len(labels)] = labels
 
 
-def _whole_step(
-    block: Block,
-    x: Tensor,
-    z: Tensor,
-    position: Tensor,
-    labels: Tensor | None,
-    places: Tensor,
-    cache: StaticCache,
-    guidance: float,
-) -> None:
-    batch, following = len(x), position + 1
+def _static_step(block: Block, places: Tensor, state: _State) -> None:
+    x, position, batch = state.x, state.position, len(state.x)
     patch = x.index_select(1, position).to(places.dtype)
-    if guidance > 0:
+    if state.guidance > 0:
         patch = patch.repeat(2, 1, 1)
-    outputs = _static_step(block, patch, places.index_select(0, position), labels, cache, position)
-    log_scale, shift = (part.float() for part in outputs)
-    if guidance > 0:
-        log_scale, shift = (part[:batch] * (1 + guidance) - part[batch:] * guidance for part in (log_scale, shift))
-    x.index_copy_(1, following, z.index_select(1, following) * log_scale.exp() + shift)
-    position.copy_(following)
-
-
-def _static_step(
-    block: Block, x: Tensor, place: Tensor, labels: Tensor | None, cache: StaticCache, at: Tensor
-) -> tuple[Tensor, Tensor]:
-    h = block.embed(x, labels) + place
-    seen = (torch.arange(block.config.tokens, device=x.device) <= at).unsqueeze(0)  # (1, T)
-    for layer, (keys, values) in zip(block.layers, cache, strict=True):
+    h = block.embed(patch, state.labels) + places.index_select(0, position)
+    seen = (torch.arange(block.config.tokens, device=x.device) <= position).unsqueeze(0)  # (1, T)
+    for layer, (keys, values) in zip(block.layers, state.cache, strict=True):
         query, key, value = layer.attention.split(h)
-        keys.index_copy_(2, at, key)
-        values.index_copy_(2, at, value)
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
         h = h + layer.attention.merge(F.scaled_dot_product_attention(query, keys, values, attn_mask=seen))
         h = h + layer.mlp(h)
-    return block.read_out(h)
+    log_scale, shift = (part.float() for part in block.read_out(h))
+    if state.guidance > 0:
+        log_scale, shift = (
+            part[:batch] * (1 + state.guidance) - part[batch:] * state.guidance for part in (log_scale, shift)
+        )
+    following = position + 1
+    x.index_copy_(1, following, state.z.index_select(1, following) * log_scale.exp() + shift)
+    position.copy_(following)

@@ -46,13 +46,15 @@ class Drawer(Protocol):
     """What is asked of all of them."""
 
     def sample(self, n: int | None = None, *, guidance: Guidance = UNGUIDED, **how: Any) -> Drawn: ...
-    def encode(self, images: Array, labels: Any) -> tuple[Array, Array]: ...
-    def denoise(self, images: Array, labels: Any) -> Array: ...
+    @property
+    def encode(self) -> Callable[..., tuple[Array, Array]]: ...
+    @property
+    def denoise(self) -> Callable[..., Array]: ...
 
 
 class OfPython:
     def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+        self.flow, self.encode, self.denoise = flow, flow.encode, flow.denoise
 
     def sample(self, n: int | None = None, *, guidance: Guidance = UNGUIDED, **how: Any) -> Drawn:
         with np.errstate(all="ignore"):
@@ -60,16 +62,10 @@ class OfPython:
         assert found.report is not None
         return Drawn(np.asarray(found), found.report.certificate)
 
-    def encode(self, images: Array, labels: Any) -> tuple[Array, Array]:
-        return self.flow.encode(images, labels)
-
-    def denoise(self, images: Array, labels: Any) -> Array:
-        return self.flow.denoise(images, labels)
-
 
 class OfC:
     def __init__(self, flow: CppFlow) -> None:
-        self.flow = flow
+        self.flow, self.encode, self.denoise = flow, flow.encode, flow.denoise
 
     def sample(self, n: int | None = None, *, guidance: Guidance = UNGUIDED, **how: Any) -> Drawn:
         certify, progress = how.get("certify", False), how.pop("progress", None)
@@ -87,12 +83,6 @@ class OfC:
                 raise
             raise Cancelled from None
         return Drawn(images, self.flow.certificate(len(images)) if certify else None)
-
-    def encode(self, images: Array, labels: Any) -> tuple[Array, Array]:
-        return self.flow.encode(images, labels)
-
-    def denoise(self, images: Array, labels: Any) -> Array:
-        return self.flow.denoise(images, labels)
 
 
 def _told(progress: Callable[[int], None], done: int) -> int:

@@ -25,11 +25,8 @@ LOG = ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_char_p)
 class OpenOptions(ctypes.Structure):
     _fields_ = [
         ("size", c_size_t),
-        ("provider", c_char_p),
-        ("onnxruntime", c_char_p),
-        ("threads", c_int32),
-        ("spinning", c_int32),
-        ("low_memory", c_int32),
+        *((name, c_char_p) for name in ("provider", "onnxruntime")),
+        *((name, c_int32) for name in ("threads", "spinning", "low_memory")),
         ("log", LOG),
         ("user", c_void_p),
         ("cuda_graph", c_int32),
@@ -49,17 +46,13 @@ class Shape(ctypes.Structure):
 class SampleOptions(ctypes.Structure):
     _fields_ = [
         ("size", c_size_t),
-        ("seed", c_uint64),
-        ("first_sample", c_uint64),
+        *((name, c_uint64) for name in ("seed", "first_sample")),
         ("guidance", c_double),
         ("guided", c_char_p),
-        ("annealed", c_int32),
-        ("certify", c_int32),
-        ("attention_temperature", c_double),
-        ("denoise", c_double),
+        *((name, c_int32) for name in ("annealed", "certify")),
+        *((name, c_double) for name in ("attention_temperature", "denoise")),
         ("batch_size", c_int64),
-        ("reproducible", c_int32),
-        ("redraw_nonfinite", c_int32),
+        *((name, c_int32) for name in ("reproducible", "redraw_nonfinite")),
         ("progress", PROGRESS),
         ("preview", PREVIEW),
         ("user", c_void_p),
@@ -85,10 +78,8 @@ class CppError(Exception):
 
 def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
-    library.tarflow_error.restype = c_char_p
-    library.tarflow_version.restype = c_char_p
-    for name in ("error", "close"):
-        getattr(library, f"tarflow_{name}").argtypes = [c_void_p]
+    library.tarflow_error.restype = library.tarflow_version.restype = c_char_p
+    library.tarflow_error.argtypes = library.tarflow_close.argtypes = [c_void_p]
     library.tarflow_open.argtypes = [c_char_p, POINTER(OpenOptions), POINTER(c_void_p)]
     library.tarflow_get_shape.argtypes = [c_void_p, POINTER(Shape)]
     library.tarflow_sample.argtypes = [c_void_p, c_int64, c_void_p, POINTER(SampleOptions), c_void_p]

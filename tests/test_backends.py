@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,7 @@ def test_samples_denoised_and_certificates_are_the_references(
     device: None, kind: str, folder: Exported, golden: Goldens, name: str, run: int
 ) -> None:
     case, drawer = golden(name), open_drawer(kind, folder(name))
-    how: dict[str, Any] = {
-        "noise": case.vectors["noise"],
-        "labels": case.labels,
-        "guidance": guidance_of(case, run),
-    }
+    how: dict[str, Any] = {"noise": case.vectors["noise"], "labels": case.labels, "guidance": guidance_of(case, run)}
     raw = drawer.sample(**how, denoise=False, certify=True)
     assert largest(raw.images, case.raw(run)) < SAMPLES
     assert raw.certificate is not None
@@ -155,18 +151,12 @@ def test_several_threads_draw_what_one_draws(device: None, kind: str, folder: Ex
     def draw(by: Drawer, k: int) -> Any:
         return by.sample(6, labels=k, seed=k, guidance=GUIDED, reproducible=True).images
 
+    def one_of_several(k: int) -> Any:
+        return draw(open_drawer(kind, folder()) if kind == "libtarflow" else drawer, k)
+
     expected = [draw(drawer, k) for k in range(4)]
-    found: dict[int, Any] = {}
-
-    def work(k: int) -> None:
-        found[k] = draw(open_drawer(kind, folder()) if kind == "libtarflow" else drawer, k)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(found[k], expected[k]) for k in range(4))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(np.array_equal, pool.map(one_of_several, range(4)), expected))
 
 
 @every

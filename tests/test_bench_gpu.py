@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +26,7 @@ from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import MachineError
 from tarflow.runtime.flow import Flow
 
-from .conftest import DEMO
+from .conftest import DEMO, python
 
 
 @pytest.fixture(autouse=True)
@@ -124,15 +122,13 @@ def test_wheels_come_before_what_is_installed(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "onnxruntime_gpu-9.0-py3-none-any.whl", "w") as wheel:
         for path, content in files.items():
             wheel.writestr(path, content)
-    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--wheels", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    done = python("-m", "bench.gpu", "--device", "cpu", "--quick", "--wheels", tmp_path, timeout=300, cwd=ROOT)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "the wheel was imported")
 
 
 def test_all_checks_of_a_device_hold_on_a_cpu(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "bench.gpu.checks", str(results), "--provider", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = python("-m", "bench.gpu.checks", results, "--provider", "cpu", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == results.read_text()
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -143,11 +139,8 @@ def test_all_checks_of_a_device_hold_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu.checks", str(tmp_path / "results"), "--provider", "cpu"]
-    environment = {**os.environ, "TARFLOW_LIBRARY": "/nowhere/libtarflow.so"}
-    done = subprocess.run(
-        [*command, "--only", "cpp", "growth"], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
-    )
+    asked = ["-m", "bench.gpu.checks", tmp_path / "results", "--provider", "cpu", "--only", "cpp", "growth"]
+    done = python(*asked, cwd=ROOT, env=os.environ | {"TARFLOW_LIBRARY": "/nowhere/libtarflow.so"})
     failed, held = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1
     assert (failed["check"], failed["ok"], failed["failed"]) == ("cpp", False, "exit code 1")

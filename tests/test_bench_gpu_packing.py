@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lzma
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from bench.gpu.standin import log
 from bench.gpu.unpack import unpack
 from bench.weights import random_model, repeat
 from tarflow.config import Config
+
+from .conftest import python
 
 HEADER, CODE = 64, 24
 ADDRESS = 0x5000  # where the section is loaded
@@ -49,11 +50,8 @@ def test_only_code_for_the_capability_in_the_containers_asked_for_is_left() -> N
     first, second = container((80, b"a" * CODE), (90, b"b" * CODE)), container((90, b"c" * CODE))
     whole = library(first + bytes(8) + second)
     found = list(images(whole))
-    assert [(image.capability, whole[image.start : image.start + image.size]) for image in found] == [
-        (80, b"a" * CODE),
-        (90, b"b" * CODE),
-        (90, b"c" * CODE),
-    ]
+    codes = [(image.capability, whole[image.start : image.start + image.size]) for image in found]
+    assert codes == [(80, b"a" * CODE), (90, b"b" * CODE), (90, b"c" * CODE)]
     assert [image.address - ADDRESS for image in found] == [0, 0, len(first) + 8]
     lean = bytearray(whole)
     assert blank(lean, 90, {ADDRESS}) == CODE
@@ -82,10 +80,8 @@ def test_what_was_packed_is_unpacked_once_and_used(tmp_path: Path) -> None:
     packed.mkdir()
     for archive in [of_bundle(bundle), Archive("python", {"module_of_ours.py": module})]:
         assert archive.write(packed) > 0
-    command = [sys.executable, "-m", "bench.gpu.unpack", str(packed), "--to", str(site), "--", sys.executable]
-    done = subprocess.run(
-        [*command, "-c", "import module_of_ours"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    inner = [sys.executable, "-c", "import module_of_ours"]
+    done = python("-m", "bench.gpu.unpack", packed, "--to", site, "--", *inner, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "packed\n"), done.stderr
     assert (site / "bundles" / "some-bundle" / "engines" / "one").read_bytes() == bytes(1000)
     (site / "module_of_ours.py").write_text("changed")

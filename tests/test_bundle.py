@@ -16,24 +16,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tarflow.runtime.bundle import (
-    GOLDEN,
-    KINDS,
-    MANIFEST,
-    WEIGHTS,
-    BlockEntry,
-    Bundle,
-    FileEntry,
-    Manifest,
-    ModelShape,
-    read_manifest,
-)
+from tarflow.runtime.bundle import GOLDEN, KINDS, MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.files import sha256
 from tarflow.runtime.flow import Flow
+from tarflow.runtime.manifest import BlockEntry, FileEntry, Manifest, ModelShape, read_manifest
 from tarflow.runtime.precision import PRECISIONS
 
-from .conftest import DEMO, Cli, Exported, amend
+from .conftest import DEMO, Exported, amend
 
 STEP = "block_00.step.onnx"
 HASH = "0" * 64
@@ -158,24 +148,8 @@ def put(value: object) -> Callable[[Any, Any], None]:
 PLACES = sorted(places(a_manifest()), key=str)
 OTHER_KEYS = ("noise_std", "classes", "nvp")  # of a configuration: no size, or 0 is one
 HUGE = 10**400  # an integer JSON may hold and a float may not
-WRONG: list[object] = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    2,
-    1.0,
-    1.5,
-    2**63,
-    HUGE,
-    -HUGE,
-    1e308,
-    float("nan"),
-    float("inf"),
-    float("-inf"),
-]
-WRONG += ["@1e999", "", "x", "1", "..", "/etc/passwd", "\ud800", "\0", [], [[]], [{}], {}, {"x": []}]
+WRONG: list[object] = [None, True, False, 0, -1, 2, 1.0, 1.5, 2**63, HUGE, -HUGE, 1e308, "@1e999", "", "x", "1", ".."]
+WRONG += [*map(float, ("nan", "inf", "-inf")), "/etc/passwd", "\ud800", "\0", [], [[]], [{}], {}, {"x": []}]
 _values = st.sampled_from(WRONG) | _json
 
 
@@ -218,13 +192,8 @@ def test_a_value_of_the_wrong_kind_is_refused_and_its_place_named(
 
 @pytest.mark.parametrize("place", [(), ("config",), ("blocks", 0), ("blocks", 0, "graphs"), ("files", WEIGHTS)])
 def test_keys_of_a_later_version_are_left_alone(place: tuple[str | int, ...]) -> None:
-    plain = read_manifest(encoded(a_manifest()))
-    document: Any = a_manifest()
-    node = document
-    for key in place:
-        node = node[key]
-    node["added_later"] = {"anything": [1, None]}
-    assert read_manifest(encoded(document)) == plain
+    extended = spoiled((*place, "added_later"), put({"anything": [1, None]}))
+    assert read_manifest(extended) == read_manifest(encoded(a_manifest()))
 
 
 @pytest.mark.parametrize("path", [("format",), ("precision",), ("blocks", 0, "graphs", "step"), ("schema",)])
@@ -246,13 +215,6 @@ def test_bytes_that_are_no_manifest_are_refused(content: bytes) -> None:
         read_manifest(content)
 
 
-def test_a_manifest_that_is_not_utf8_is_refused() -> None:
-    content = json.dumps(a_manifest() | {"name": "café"}, ensure_ascii=False)
-    assert read_manifest(content.encode()).name == "café"
-    with refusal("damaged"):
-        read_manifest(content.encode("latin-1"))
-
-
 @pytest.mark.parametrize("depth", [10, 300, 900, 3_000, 100_000])
 def test_a_deeply_nested_manifest_reads_or_is_refused(depth: int) -> None:
     brackets = b"[" * depth + b"]" * depth
@@ -269,10 +231,8 @@ NO_NAMES += ["..\\x", "a\\b", "C:x", "C:/x", "C:\\x", "\\\\host\\x", "\0", "a\0b
 
 @pytest.mark.parametrize("name", NO_NAMES)
 def test_a_file_name_that_could_lead_outside_is_refused(name: str) -> None:
-    document = a_manifest()
-    document["files"][name] = {"sha256": HASH, "size": 1}
     with refusal(MANIFEST):
-        read_manifest(encoded(document))
+        read_manifest(spoiled(("files", name), put({"sha256": HASH, "size": 1})))
 
 
 # --- a folder and its files --------------------------------------------------------------------------------------
@@ -290,11 +250,9 @@ def workshop(bundle: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        value = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([value ^ 1 << bit]))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
 
 
 def test_an_intact_bundle_opens_and_checks_by_a_link_and_by_a_relative_path_too(
@@ -309,15 +267,13 @@ def test_an_intact_bundle_opens_and_checks_by_a_link_and_by_a_relative_path_too(
     Bundle.open(".").check()
 
 
-@pytest.mark.parametrize("kind", ["nothing", "file", "empty folder", "manifest is a folder"])
+@pytest.mark.parametrize("kind", ["nothing", "file", "empty folder"])
 def test_what_is_no_bundle_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "it"
     if kind == "file":
         path.write_text("x")
-    elif kind != "nothing":
+    elif kind == "empty folder":
         path.mkdir()
-    if kind == "manifest is a folder":
-        (path / MANIFEST).mkdir()
     with refusal(str(path)):
         Bundle.open(path)
 
@@ -361,7 +317,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ("name", "damage"),
     [
         *((name, damage) for name in (WEIGHTS, GOLDEN, STEP) for damage in DAMAGES),
-        *((MANIFEST, damage) for damage in ("missing", "a link out")),
+        *((MANIFEST, damage) for damage in ("missing", "a link out", "a folder", "a pipe")),
     ],
 )
 def test_a_file_that_is_not_what_the_manifest_says_is_refused_and_named(name: str, damage: str, folder: Path) -> None:
@@ -380,14 +336,6 @@ def test_a_linked_folder_that_leads_out_of_the_bundle_is_refused(folder: Path, t
         Bundle.open(folder)
 
 
-def test_a_manifest_that_is_a_pipe_is_refused_without_waiting_for_a_writer(folder: Path, cli: Cli) -> None:
-    (folder / MANIFEST).unlink()
-    os.mkfifo(folder / MANIFEST)
-    found = cli("inspect", folder, timeout=60)
-    assert found.returncode == 4
-    assert MANIFEST in found.stderr
-
-
 def test_a_file_name_the_system_cannot_hold_is_refused(folder: Path) -> None:
     document = json.loads((folder / MANIFEST).read_bytes())
     document["files"]["x" * 5000] = document["files"][GOLDEN]
@@ -399,19 +347,14 @@ def test_a_file_name_the_system_cannot_hold_is_refused(folder: Path) -> None:
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
-@given(share=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=30, deadline=None)
-def test_a_truncated_manifest_is_refused(share: float, workshop: Path) -> None:
-    content = (workshop / MANIFEST).read_bytes().rstrip()
-    with refusal(MANIFEST):
-        read_manifest(content[: int(share * len(content))], MANIFEST)
-
-
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @settings(max_examples=300, deadline=None)
-def test_a_manifest_with_any_bit_flipped_reads_or_is_refused(share: float, bit: int, workshop: Path) -> None:
-    content = bytearray((workshop / MANIFEST).read_bytes())
-    content[int(share * len(content))] ^= 1 << bit
+def test_a_manifest_cut_short_is_refused_and_one_with_a_bit_flipped_reads_or_is_refused(share: float, bit: int) -> None:
+    content = bytearray((DEMO / MANIFEST).read_bytes().rstrip())
+    place = int(share * len(content))
+    with refusal(MANIFEST):
+        read_manifest(bytes(content[:place]))
+    content[place] ^= 1 << bit
     reads_or_refuses(bytes(content))
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tarflow.cli.messages import spell
-from tarflow.runtime.backend import Array, Backend, Branches
+from tarflow.runtime.backend import Array, Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.calibrate import _Outcome, _Work, calibrate
+from tarflow.runtime.chain import Ways
 from tarflow.runtime.decode import Parallel, solve
 from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.flow import Flow, Guidance
@@ -32,15 +33,11 @@ def flow() -> Flow:
     return Flow.open(DEMO)
 
 
-def whole(how: Parallel, flow: Flow, z: Array, branches: Branches, backend: Backend | None = None) -> tuple[Array, int]:
+def whole(how: Parallel, flow: Flow, z: Array, branches: Branches) -> tuple[Array, int]:
     """All blocks; the patches, and the passes they took."""
-    x, total = z * flow.deviation, 0
-    for block in reversed(range(flow.config.blocks)):
-        decoding = (backend or flow.backend).decoding(block, x, branches)
-        x, passes = solve(decoding, flow.config.tokens, how)
-        decoding.close()
-        total += passes
-    return x, total
+    ways = Ways("", (how,) * flow.config.blocks)
+    x, passes = flow.chain.decode(z, branches, ways, lambda block, position: None)
+    return x, sum(passes)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -209,15 +206,8 @@ def test_lanes_end_together_when_one_is_stopped_or_fails(folder: Path, monkeypat
     z = np.zeros((4, 16, 4), np.float32)
     branches = Guidance().branches(16, LABELS[:4])
 
-    class Stop(Exception):
-        pass
-
-    def stop(position: int) -> None:
-        if position == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        lanes.solve(0, z, branches, stop)
+    with pytest.raises(ValueError, match="not in list"):
+        lanes.solve(0, z, branches, [0, 1, 2].remove)
     assert lanes.solve(0, z, branches).shape == z.shape, "it goes on"
     steps = StepwiseDecoding.step
     monkeypatch.setattr(
@@ -308,7 +298,5 @@ def test_the_command_keeps_a_plan(folder: Path, cli: Cli) -> None:
     done = cli("generate", folder, "--n", 1, "--decode", "fast", "--json", "--save", folder.parent / "x.npy")
     assert done.returncode == 0, done.stderr
     assert "calibrated" in json.loads(done.stdout)["decoding"]
-    done = cli("generate", folder, "--decode", "slow", "--save", folder.parent / "x.npy")
-    assert (done.returncode, "--decode is 'slow'" in done.stderr) == (2, True)
     done = cli("calibrate", folder, "--batch", "0")
     assert (done.returncode, "--batch is '0'" in done.stderr) == (2, True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper, parser
 from PIL import Image
 
 from tarflow.cli import evaluate
@@ -111,41 +110,33 @@ def test_statistics_that_are_none_are_refused(arrays: dict[str, Any], message: s
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(InputError, match=message):
         read_statistics(tmp_path / "s.npz")
-    with (tmp_path / "s.npz").open("wb") as file:
-        np.save(file, np.zeros(3))
-    with pytest.raises(InputError, match="one array, as"):
-        read_statistics(tmp_path / "s.npz")
-    (tmp_path / "s.npz").write_bytes(b"no zip")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_statistics(tmp_path / "s.npz")
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "text.npz").write_bytes(b"no zip")
+    for name, message in (("one.npy", "one array, as"), ("text.npz", "cannot be read")):
+        with pytest.raises(InputError, match=message):
+            read_statistics(tmp_path / name)
 
 
 # --- feature networks -----------------------------------------------------------------------------------------------
 
 
-def network(
-    path: Path,
-    shape: Sequence[int | str] = ("N", 3, "H", "W"),
-    kind: int = TensorProto.FLOAT,
-    inputs: int = 1,
-    outputs: int = 1,
-) -> Path:
+def network(path: Path, images: str = "float[N, 3, H, W]", inputs: int = 1, outputs: int = 1) -> Path:
     """A network that averages all pixels of each channel: its features are the mean of what it was given."""
-    last = shape[-1] == 3
-    axes = numpy_helper.from_array(np.array([1, 2] if last else [2, 3], np.int64), "axes")
-    nodes = [
-        helper.make_node("Cast", ["x0"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["floats", "axes"], ["y0"], keepdims=0),
-        *(helper.make_node("Identity", ["y0"], [f"y{k}"]) for k in range(1, outputs)),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "mean",
-        [helper.make_tensor_value_info(f"x{k}", kind, list(shape)) for k in range(inputs)],
-        [helper.make_tensor_value_info(f"y{k}", TensorProto.FLOAT, None) for k in range(outputs)],
-        [axes],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    given = ", ".join(f"{images} x{k}" for k in range(inputs))
+    found = ", ".join(f"float[N, F] y{k}" for k in range(outputs))
+    copies = "".join(f"y{k} = Identity(y0)" for k in range(1, outputs))
+    axes = "1, 2" if images.endswith("3]") else "2, 3"
+    text = f"""
+        <ir_version: 9, opset_import: ["" : 18]> mean ({given}) => ({found}) {{
+            floats = Cast<to = 1>(x0)
+            axes = Constant<value_ints = [{axes}]>()
+            y0 = ReduceMean<keepdims = 0>(floats, axes)
+            {copies}
+        }}"""
+    onnx.save(parser.parse_model(text), path)
     return path
 
 
@@ -154,27 +145,24 @@ MEANS = PIXELS.reshape(70, 3, -1).mean(2)
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind", "values", "expected"),
+    ("images", "values", "expected"),
     [
-        (("N", 3, "H", "W"), TensorProto.FLOAT, None, MEANS / 127.5 - 1),
-        (("N", 3, 6, 6), TensorProto.FLOAT, "0,1", MEANS / 255),
-        ((4, "H", "W", 3), TensorProto.FLOAT, "0,255", MEANS),
-        (("N", "H", "W", 3), TensorProto.UINT8, None, MEANS),
-        (
-            ("N", 3, "H", "W"), TensorProto.FLOAT, "imagenet",
-            (MEANS / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
-        ),
+        ("float[N, 3, H, W]", None, MEANS / 127.5 - 1),
+        ("float[N, 3, 6, 6]", "0,1", MEANS / 255),
+        ("float[4, H, W, 3]", "0,255", MEANS),
+        ("uint8[N, H, W, 3]", None, MEANS),
+        ("float[N, 3, H, W]", "imagenet", (MEANS / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]),
     ],
-)  # fmt: skip
+)
 def test_images_reach_the_network_as_it_wants_them(
-    shape: Sequence[int | str], kind: int, values: str | None, expected: NDArray[Any], tmp_path: Path
+    images: str, values: str | None, expected: NDArray[Any], tmp_path: Path
 ) -> None:
-    opened = FeatureNetwork.open(network(tmp_path / "n.onnx", shape, kind), Usage(feature_range=values))
+    opened = FeatureNetwork.open(network(tmp_path / "n.onnx", images), Usage(feature_range=values))
     np.testing.assert_allclose(opened(PIXELS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_grey_images_are_repeated_for_a_network_of_colours_and_resized_for_a_fixed_one(tmp_path: Path) -> None:
-    opened = FeatureNetwork.open(network(tmp_path / "n.onnx", ("N", 3, 24, 24)))
+    opened = FeatureNetwork.open(network(tmp_path / "n.onnx", "float[N, 3, 24, 24]"))
     found = opened(PIXELS[:, :1])
     assert found.shape == (70, 3)
     np.testing.assert_allclose(found[:, 0], MEANS[:, 0] / 127.5 - 1, atol=0.02)  # bicubic keeps the mean, nearly
@@ -183,15 +171,13 @@ def test_grey_images_are_repeated_for_a_network_of_colours_and_resized_for_a_fix
 
 
 def test_weights_in_a_file_of_their_own_are_part_of_what_a_network_is(tmp_path: Path) -> None:
-    weights = numpy_helper.from_array(dice(3).normal(size=(192, 4)).astype(np.float32), "weights")
-    nodes = [
-        helper.make_node("Flatten", ["images"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["features"]),
-    ]
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 8, 8])
-    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", 4])
-    graph = helper.make_graph(nodes, "linear", [images], [features], [weights])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 18]> linear (float[N, 3, 8, 8] images) => (float[N, 4] features) {
+            flat = Flatten(images)
+            features = MatMul(flat, weights)
+        }""")
+    weights = dice(3).normal(size=(192, 4)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
     path, data = tmp_path / "n.onnx", tmp_path / "n.onnx.data"
     onnx.save(model, path)
     assert FeatureNetwork.open(path).identity.startswith(sha256(path)), "as statistics that were made before say"
@@ -203,21 +189,19 @@ def test_weights_in_a_file_of_their_own_are_part_of_what_a_network_is(tmp_path: 
 
 def test_a_network_that_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "n.onnx"
-    with pytest.raises(InputError, match=r"2 inputs .*expected one, images"):
-        FeatureNetwork.open(network(path, inputs=2))
-    with pytest.raises(InputError, match=r"2 outputs .*`feature_output`"):
-        FeatureNetwork.open(network(path, outputs=2))
-    with pytest.raises(InputError, match="no output 'z'; it has y0, y1"):
-        FeatureNetwork.open(path, Usage(feature_output="z"))
-    np.testing.assert_allclose(
-        FeatureNetwork.open(path, Usage(feature_output="y1"))(PIXELS), MEANS / 127.5 - 1, atol=1e-4
-    )
-    with pytest.raises(InputError, match=r"of shape .*expected images"):
-        FeatureNetwork.open(network(path, ("N", 3, 4, 4, 4)))
-    with pytest.raises(InputError, match="5 channels"):
-        FeatureNetwork.open(network(path, ("N", 5, 8, 8)))
-    with pytest.raises(InputError, match=r"`feature_size` is 32; expected 24, which .* takes: leave it out"):
-        FeatureNetwork.open(network(path, ("N", 3, 24, 24)), Usage(feature_size=32))
+    made: dict[str, Any]
+    for made, usage, message in (
+        ({"inputs": 2}, Usage(), r"2 inputs .*expected one, images"),
+        ({"images": "float[N, 3, 4, 4, 4]"}, Usage(), r"of shape .*expected images"),
+        ({"images": "float[N, 5, 8, 8]"}, Usage(), "5 channels"),
+        ({"images": "float[N, 3, 24, 24]"}, Usage(feature_size=32), "is 32; expected 24, which .* takes: leave it out"),
+        ({"outputs": 2}, Usage(), r"2 outputs .*`feature_output`"),
+        ({"outputs": 2}, Usage(feature_output="z"), "no output 'z'; it has y0, y1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FeatureNetwork.open(network(path, **made), usage)
+    second = FeatureNetwork.open(path, Usage(feature_output="y1"))
+    np.testing.assert_allclose(second(PIXELS), MEANS / 127.5 - 1, atol=1e-4)
     with pytest.raises(InputError, match="`feature_size` is 0; expected 1 to"):
         Usage(feature_size=0)
     with pytest.raises(InputError, match="expected one of -1,1, 0,1"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ import pytest
 import typer
 
 from tarflow.cli.main import app
+
+from .conftest import python
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tarflow"
@@ -36,7 +37,11 @@ class Room:
 
 
 ROOMS = {
-    "tarflow": Room("numpy torch safetensors", "runtime.files runtime.errors", {"data": "tarflow.train.data"}),
+    "tarflow": Room(
+        "numpy torch safetensors",
+        "runtime.claims runtime.files runtime.errors runtime.manifest",
+        {"data": "tarflow.train.data"},
+    ),
     "tarflow.train": Room(
         "numpy torch sklearn",
         "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.picture_folder",
@@ -113,9 +118,7 @@ def may(room: str, name: str, wanted: str) -> bool:
         return top in sys.stdlib_module_names or top in rules.packages.split() or top in extra
     if wanted == room or wanted.rpartition(".")[0] == room:
         return True
-    ours = [f"tarflow.{pattern}" for pattern in rules.ours.split()] + [
-        f"tarflow.{e.removeprefix('tarflow.')}" for e in extra
-    ]
+    ours = [f"tarflow.{pattern.removeprefix('tarflow.')}" for pattern in (*rules.ours.split(), *extra)]
     return any(wanted == o or (o.endswith("*") and f"{wanted}.".startswith(f"{o[:-1]}.")) for o in ours)
 
 
@@ -188,19 +191,13 @@ def test_every_package_file_is_a_docstring_and_the_links_lead_home() -> None:
             assert link.resolve() == ROOT / link.name
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 def test_sampling_works_with_pytorch_and_onnx_absent() -> None:
-    blocked = (
+    done = python(
+        "-c",
         "import sys\nfor name in ('torch', 'onnx', 'onnxscript', 'onnx_ir', 'sklearn'): sys.modules[name] = None\n"
-    )
-    done = run(
-        blocked + "sys.argv = ['tarflow', 'generate', '--n', '2', '--save', '/dev/null/none', '--json']\n"
         "from tarflow.runtime.flow import Flow\nfrom tarflow.cli.console import DEMO\n"
         "from tarflow.quality.parity import verify_golden\n"
-        "flow = Flow.open(DEMO)\nprint(flow.sample(2).shape, verify_golden(flow).failures())"
+        "flow = Flow.open(DEMO)\nprint(flow.sample(2).shape, verify_golden(flow).failures())",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 1, 8, 8) []"
@@ -208,13 +205,14 @@ def test_sampling_works_with_pytorch_and_onnx_absent() -> None:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_light_and_has_an_example(command: str) -> None:
-    done = run(
+    done = python(
+        "-c",
         "import sys\n"
         f"sys.argv = ['tarflow', *{command!r}.split(), '--help']\n"
         "from tarflow.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'sklearn'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy",
     )
     assert done.returncode == 0, done.stderr
     if command:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from tarflow.runtime.flow import Flow
 from tarflow.runtime.memory import peak, spend
 from tarflow.runtime.opening import parse_memory
 
-from .conftest import DEMO, Cli, report_of
+from .conftest import DEMO, Cli, python, report_of
 
 MIB = 1 << 20
 
@@ -27,13 +25,8 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("8GiB", 8 << 30),
-        ("512MB", 512 * MIB),
-        ("1.5g", 3 << 29),
-        ("4096", 4096),
-        (" 2 TiB ", 2 << 40),
-        ("least", "least"),
-        (None, None),
+        *(("8GiB", 8 << 30), ("512MB", 512 * MIB), ("1.5g", 3 << 29), ("4096", 4096), (" 2 TiB ", 2 << 40)),
+        *(("least", "least"), (None, None)),
     ],
 )
 def test_sizes_are_read(text: str | None, size: int | str | None) -> None:
@@ -77,8 +70,7 @@ def test_the_gradient_of_long_sequences_stays_below_the_limit(tmp_path: Path, cl
             "import sys, numpy; from tarflow.runtime.flow import Flow; from tarflow.runtime.memory import peak\n"
             f"Flow.open('long', memory={memory}).denoise(numpy.load('x.npy'), [0, 1] * 16); print(peak())"
         )
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return int(done.stdout)
+        return int(python("-c", code, cwd=tmp_path).stdout)
 
     limit = 600 * MIB
     assert peak_of(limit) < limit < peak_of(None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.ports import inputs, is_state, outputs
 
 from .backends import open_flow
-from .conftest import DEMO, Exported
+from .conftest import DEMO, Exported, python
 
 
 @pytest.mark.parametrize("graph", ["forward", "resident"])
@@ -73,8 +71,7 @@ for _ in range(3):
 @pytest.mark.parametrize("engine", ["fp32", "fp16"])
 def test_nothing_is_copied_when_outputs_share_the_inputs_memory(bundle: Exported, engine: str) -> None:
     def warnings(memory: str) -> str:
-        command = [sys.executable, "-c", SHARED, str(bundle("cond", engine)), memory]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = python("-c", SHARED, bundle("cond", engine), memory, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stderr
 

@@ -13,7 +13,8 @@ import torch
 from bench.bits.bundles import golden
 from bench.bits.entries import Found, digest
 from tarflow import checkpoint
-from tarflow.runtime.flow import Flow, Guidance, Preview, Progress
+from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.samples import Preview, Progress
 
 HUGE = 40.0  # guidance at which samples of the demo overflow; some do not when they are drawn again
 MODES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.model import TarFlow
-from tarflow.rivals import Captured, grown, published, published_steps
+from tarflow.rivals import Compiled, grown, published, published_steps
 from tarflow.runtime.backend import Array
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
@@ -95,7 +95,7 @@ class Rivals:
         name = COMPILED if self.choice.compiled else COMPILED.replace("compiled", "not compiled")
         if self.choice.device != "cuda":
             name = name.replace("CUDA graph", "static cache")
-        return timed(self._contender(name, Captured(self._half, self.choice.compiled)), "compiled")
+        return timed(self._contender(name, Compiled(self._half, self.choice.compiled)), "compiled")
 
     def _contender(self, name: str, decode: Callable[[Tensor, Tensor | None, float], Tensor]) -> Contender:
         def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:

@@ -130,7 +130,7 @@ def _check_precision(bundle: Bundle, engine: str | None) -> None:
             field="engine",
             remedy=Remedy("export", {"engine": "fp16"}),
         )
-    if not bundle.manifest.blocks[0].has(RESIDENT):
+    if RESIDENT not in bundle.manifest.blocks[0].graphs:
         raise BundleError(
             f"'{bundle.folder}' was exported before there were graphs for devices; export it again, its weights are a "
             "checkpoint",

@@ -10,10 +10,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..backend import REPRODUCIBLE_TILE, WINDOW, Array, Branches, Decoding
+from ..backend import REPRODUCIBLE_TILE, WINDOW, Array, Branches, Decoding, Labels
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, Remedy
 from ..files import size_text
@@ -41,9 +38,8 @@ class OrtBackend:
         self.bundle, self.config, self.opening = bundle, bundle.manifest.config, opening
         self.budget = spend(bundle, opening.memory)
         on_cpu = opening.provider == "cpu"
-        self.device = "cpu" if on_cpu else "cuda"
         self.resident = not on_cpu if resident is None else resident
-        if self.resident and not bundle.manifest.blocks[0].has(RESIDENT):
+        if self.resident and RESIDENT not in bundle.manifest.blocks[0].graphs:
             raise BundleError(
                 f"'{bundle.folder}' was exported before there were graphs for devices, and runs on CPUs alone; use "
                 "`provider` cpu, or export it again: its weights are a checkpoint",
@@ -57,7 +53,6 @@ class OrtBackend:
         self.machine = f"cpu {processor()}, {opening.threads or cores()} threads" if on_cpu else f"cuda {gpu()}"
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
-        self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time
         self._buffers = Buffers(keep=not self.budget.one_block)
         self._idle: list[OrtSteps] = []
         self._lock = threading.Lock()
@@ -66,7 +61,8 @@ class OrtBackend:
 
     def lanes(self) -> tuple[OrtBackend, int] | None:
         threads = self.opening.threads or cores()
-        if self.device != "cpu" or threads == 1 or self.budget != USUAL:  # it holds the weights of the steps once more
+        # It holds the weights of the steps once more.
+        if self.sessions.device != "cpu" or threads == 1 or self.budget != USUAL:
             return None
         return OrtBackend(self.bundle, replace(self.opening, threads=1, spinning=None), self.resident), threads
 
@@ -83,7 +79,7 @@ class OrtBackend:
         z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches), most)
         return z, log_det
 
-    def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
+    def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         feeds = gradient_feeds(self.config, x, labels, grad_z, grad_log_det)
         return self._run(block, "gradient", feeds, self.budget.rows(gradient_row(self.config)))[0]
 
@@ -99,7 +95,7 @@ class OrtBackend:
             self._idle = [steps for steps in self._idle if steps.shape == (batch, branches)]
             steps = self._idle.pop() if self._idle else None
         if steps is None:
-            steps = OrtSteps(self.sessions, self.device, (batch, branches), self.launching, self.give)
+            steps = OrtSteps(self.sessions, (batch, branches), self.give)
         steps.block = block
         return steps
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,20 +24,12 @@ class OrtSteps:
     them take turns. So a step can be run twice without harm, which ONNX Runtime does to capture a CUDA graph.
     """
 
-    def __init__(
-        self,
-        sessions: Sessions,
-        device: str,
-        shape: tuple[int, int],
-        launching: threading.Lock,
-        give: Callable[[OrtSteps], None],
-    ) -> None:
-        self._sessions, self._device, self.shape, self.block = sessions, device, shape, 0
-        self._launching, self._give = launching, give
-        self._config = sessions.bundle.manifest.config
+    def __init__(self, sessions: Sessions, shape: tuple[int, int], give: Callable[[OrtSteps], None]) -> None:
+        self._sessions, self.shape, self.block, self._give = sessions, shape, 0, give
         self._precision = PRECISIONS[sessions.bundle.manifest.precision]
         self._values: dict[str, Any] = {}
-        for port in self._ports():
+        self._ports = inputs(sessions.bundle.manifest.config, RESIDENT)
+        for port in self._ports:
             if port.name != "offsets":
                 self._values[port.name] = self._allocate(np.zeros(self._shape(port), self._type(port)))
         self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
@@ -57,7 +48,7 @@ class OrtSteps:
             self._bindings[key] = self._bind(window)
         session, binding, options = self._bindings[key]
         try:
-            with self._launching:
+            with self._sessions.launching:
                 session.run_with_iobinding(binding, options)
         except Exception as error:
             raise self._sessions.failed(self.block, RESIDENT, error) from None
@@ -74,9 +65,9 @@ class OrtSteps:
         if f"offsets {window}" not in self._values:
             self._values[f"offsets {window}"] = self._allocate(np.arange(window))
         binding = session.io_binding()
-        for port in self._ports():
+        for port in self._ports:
             source = f"offsets {window}" if port.name == "offsets" else self._current(port.name)
-            place = self._device, 0, self._element(port), self._shape(port, window)
+            place = self._sessions.device, 0, self._element(port), self._shape(port, window)
             binding.bind_input(port.name, *place, self._values[source].data_ptr())
             if is_state(port.name):
                 target = self._current(port.name, 1 - self._turn)
@@ -91,9 +82,6 @@ class OrtSteps:
         turn = self._turn if turn is None else turn
         return next_name(POSITION) if name == POSITION and turn else name
 
-    def _ports(self) -> tuple[Port, ...]:
-        return inputs(self._config, RESIDENT)
-
     def _shape(self, port: Port, window: int = 1) -> tuple[int, ...]:
         return shape(port, Sizes(*self.shape, window))
 
@@ -106,4 +94,4 @@ class OrtSteps:
         return self._precision.onnx if port.holds == "cache" and self._precision.name == "bf16" else self._type(port)
 
     def _allocate(self, array: NDArray[Any]) -> Any:
-        return self._sessions.ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return self._sessions.ort.OrtValue.ortvalue_from_numpy(array, self._sessions.device, 0)

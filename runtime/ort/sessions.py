@@ -41,7 +41,9 @@ class Sessions:
                 found=opening.provider,
                 expected="cpu",
             )
-        self.captures = opening.cuda_graph and opening.provider == "cuda"
+        self.device = opening.provider  # by the name that tensors on it take
+        self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time
+        self.captures = opening.cuda_graph and self.device == "cuda"
         self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"
         self._open: dict[tuple[int, str, Axes], onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
@@ -99,7 +101,7 @@ class Sessions:
         return self.ort.InferenceSession(str(path), options, providers=self._providers())
 
     def _providers(self, **options: str) -> list[Any]:
-        if self._provider == PROVIDERS["cpu"]:
+        if self.device == "cpu":
             return [self._provider]
         return [(self._provider, _CUDA | options), PROVIDERS["cpu"]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import Array, Branches, block_order, check_window
+from ..backend import Array, Branches, Mask, block_order, check_window
 from ..parts import Feeds
 from ..ports import MASKED
 from ..precision import PRECISIONS
@@ -76,9 +76,7 @@ class StepwiseDecoding:
     def step(self, position: int, window: int = 1) -> None:
         self.x[:, position + 1 : position + 1 + window] = self.evaluate(position, window)
 
-    def evaluate(
-        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
-    ) -> Array:
+    def evaluate(self, position: int, window: int, rows: Mask | None = None, steady: bool = False) -> Array:
         tokens = self.x.shape[1]
         check_window(position, window, tokens)
         end = position + window
@@ -91,7 +89,7 @@ class StepwiseDecoding:
             range(tokens - 1 - position, tokens - 1 - end, -1) if self._reversed else range(position, end)
         )
         if self._mix_varies:
-            self._fill_mix(position, end)
+            self._mix_in[:] = self._mix[position:end].transpose(1, 2, 0, 3)
         if rows is not None and not steady and 2 * np.count_nonzero(rows) <= len(rows):
             return self._evaluate_few(position, end, rows)
         try:
@@ -105,7 +103,7 @@ class StepwiseDecoding:
             self._cache[:, cached, :, position:end] = self._fresh[:, cached]
         return self._x_out
 
-    def _evaluate_few(self, position: int, end: int, rows: NDArray[np.bool_]) -> Array:
+    def _evaluate_few(self, position: int, end: int, rows: Mask) -> Array:
         """The same for ``rows`` alone, whose part of the cache is copied: cheap beside the products it saves."""
         cached = self._cached(rows)
         parts: Feeds = {"x": self._x_in, "z": self._z_in, "index": self._index_in}
@@ -121,7 +119,7 @@ class StepwiseDecoding:
         self._cache[:, cached, :, position:end] = fresh.reshape(len(self._cache), -1, *fresh.shape[1:])
         return self._x_out
 
-    def _cached(self, rows: NDArray[np.bool_]) -> NDArray[np.intp]:
+    def _cached(self, rows: Mask) -> NDArray[np.intp]:
         """The rows of the cache that hold these images, in every branch."""
         return np.flatnonzero(np.tile(rows, len(self._labels)))
 
@@ -138,9 +136,6 @@ class StepwiseDecoding:
         low, high = sorted((self._position, position))
         self._bias[:, low:high] = 0 if position > self._position else MASKED
         self._position = position
-
-    def _fill_mix(self, position: int, end: int) -> None:
-        self._mix_in[:] = self._mix[position:end].transpose(1, 2, 0, 3)
 
     def _prepare(self, filled: int, window: int) -> None:
         """Grow the cache to hold ``filled`` slots, and bind buffers for ``window``."""
@@ -160,7 +155,7 @@ class StepwiseDecoding:
         self._x_in, self._z_in, self._x_out = (np.empty((batch, window, patch_dim), np.float32) for _ in range(3))
         self._index_in = np.empty((batch, window), np.int64)
         self._mix_in = np.empty((branches, batch, window, outputs), np.float32)
-        self._fill_mix(0, window)
+        self._mix_in[:] = self._mix[:window].transpose(1, 2, 0, 3)
         own = np.where(np.tri(window, dtype=bool), np.float32(0), np.float32(MASKED))
         self._bias = np.concatenate([np.full((window, capacity), MASKED, np.float32), own], 1)
         self._fresh = np.empty((*self._cache.shape[:3], window, config.head_dim), self._cache_type)
@@ -186,13 +181,11 @@ class StepwiseDecoding:
     def _bind(self, outputs: Feeds) -> None:
         """Bind all arrays. A value borrows its array on the CPU, so both must outlive the binding."""
         binding = self._session.io_binding()
-        self._bound = [(name, self._value(array)) for name, array in self.inputs.items()]
-        for name, value in self._bound:
-            binding.bind_ortvalue_input(name, value)
-        self._outputs = [(name, self._value(array)) for name, array in outputs.items()]
-        for name, value in self._outputs:
-            binding.bind_ortvalue_output(name, value)
-        self._binding = binding
+        values = {name: self._value(array) for name, array in (self.inputs | outputs).items()}
+        for name, value in values.items():
+            bind = binding.bind_ortvalue_output if name in outputs else binding.bind_ortvalue_input
+            bind(name, value)
+        self._binding, self._bound = binding, values
 
     def _value(self, array: NDArray[Any]) -> Any:
         ort = self._sessions.ort

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..backend import WINDOW, Array, Branches, Decoding
+from ..backend import WINDOW, Array, Branches, Decoding, Labels, check_batch
 from ..bundle import Bundle
-from ..errors import BundleError, InputError, MachineError, Remedy
+from ..errors import BundleError, MachineError
 from ..memory import spend
 from ..opening import Opening
 from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
 from ..ports import Sizes, outputs, shape
 from ..resident import ResidentDecoding
-from .cuda import Cuda
+from .cuda import Cuda, Memory
 from .engines import Engines
 from .library import import_tensorrt
-from .memory import Memory
 from .record import Here, Record, folders, rebuild
 from .record_reader import read_record
 from .resident import TrtSteps
@@ -85,14 +83,8 @@ class TrtBackend:
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         least, most = self.engines.range("step", len(branches.labels))
-        if len(z) > most:
-            raise InputError.of(
-                "batch_size",
-                len(z),
-                f"{most} at most, which is what these engines take",
-                "or build others",
-                self._rebuild((least, most, len(z))),
-            )
+        others = rebuild(self.bundle.folder, self.engines.record, self.engines.here, (least, most, len(z)))
+        check_batch(len(z), most, others)
         with self.engines.launching:
             shape = max(len(z), least), len(branches.labels)
             self._idle = [steps for steps in self._idle if steps.shape == shape]
@@ -106,7 +98,7 @@ class TrtBackend:
         z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches))
         return z, log_det
 
-    def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
+    def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         return self._run(block, "gradient", gradient_feeds(self.config, x, labels, grad_z, grad_log_det))[0]
 
     def give(self, steps: TrtSteps) -> None:
@@ -138,6 +130,3 @@ class TrtBackend:
             self._memory.pop(name, None)
             memory = self._memory[name] = Memory(self.engines.cuda, size)
         return memory.address
-
-    def _rebuild(self, batch: tuple[int, int, int]) -> Remedy:
-        return rebuild(self.bundle.folder, self.engines.record, self.engines.here, batch)

@@ -37,11 +37,6 @@ class Cuda:
         self.stream = self._call(self.api.cudaStreamCreateWithFlags, self.api.cudaStreamNonBlocking)
         weakref.finalize(self, self.api.cudaStreamDestroy, self.stream).atexit = False
 
-    @property
-    def handle(self) -> int:
-        """The stream as TensorRT takes it."""
-        return int(self.stream)
-
     def allocate(self, size: int) -> int:
         """The address of ``size`` bytes of device memory, all zero. Raises MachineError when there is not so much."""
         error, address = self.api.cudaMalloc(max(size, 1))
@@ -114,6 +109,22 @@ class Cuda:
                 remedy=Remedy("doctor"),
             )
         return results[0] if results else None
+
+
+class Memory:
+    """Device memory that is given back when nobody holds it any more."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self.address, self.size = cuda.allocate(size), size
+        weakref.finalize(self, cuda.free, self.address).atexit = False
+
+
+class Captured:
+    """A captured graph that is destroyed when nobody holds it any more."""
+
+    def __init__(self, cuda: Cuda, launch: Callable[[], None]) -> None:
+        self.graph = cuda.capture(launch)
+        weakref.finalize(self, cuda.forget, self.graph).atexit = False
 
 
 def _load() -> Any:

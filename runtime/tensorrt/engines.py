@@ -9,22 +9,17 @@ import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle
 from ..errors import BundleError, InputError, MachineError
 from ..precision import PRECISIONS
-from .cuda import Cuda
+from .cuda import Cuda, Memory
 from .library import make_logger
-from .memory import Memory
 from .record import Here, Profile, Record, rebuild
 
-
-class Holder(Protocol):
-    """Who holds captured graphs of engines."""
-
-    def forget(self, kept: int | None = None) -> None:
-        """Destroy what was captured of all blocks but one: their engine, or memory it works in, is about to go."""
+if TYPE_CHECKING:
+    from .resident import TrtSteps
 
 
 class Engines:
@@ -39,7 +34,7 @@ class Engines:
         self.cuda = Cuda()
         self.here = Here(record.package, str(trt.__version__), self.cuda.name, self.cuda.capability)
         self.launching = threading.RLock()
-        self.holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self.holders: weakref.WeakSet[TrtSteps] = weakref.WeakSet()  # of captured graphs
         self._trt, self._folder, self._logger = trt, folder, make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._runtime.engine_host_code_allowed = False
@@ -69,7 +64,7 @@ class Engines:
         context.set_device_memory(scratch.address, scratch.size)
         fine = all(context.set_input_shape(name, shape) for name, shape in inputs.items())
         fine = fine and all(context.set_tensor_address(name, address) for name, address in addresses.items())
-        if not fine or not context.execute_async_v3(self.cuda.handle):
+        if not fine or not context.execute_async_v3(int(self.cuda.stream)):
             raise self._failed(block, kind, "refused to run")
 
     def profile(self, kind: str, branches: int, window: int = 1) -> int:
@@ -113,7 +108,7 @@ class Engines:
         if (block, kind, profile) not in self._contexts:
             engine = self.get(block, kind)
             context = engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            if context is None or not context.set_optimization_profile_async(profile, self.cuda.handle):
+            if context is None or not context.set_optimization_profile_async(profile, int(self.cuda.stream)):
                 raise self._failed(block, kind, f"has no context for profile {profile}")
             self._contexts[block, kind, profile] = context
         return self._contexts[block, kind, profile]

@@ -7,15 +7,14 @@ its SHA-256 is compared with the record before anything deserialises it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..document import write_document
 from ..errors import BundleError, Remedy
-from ..files import replacing
 
 FORMAT = "tarflow-engines"
 SCHEMA = 1
@@ -103,9 +102,8 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write ``engines.json``, whole or not at all."""
-        with replacing(folder / RECORD) as file:
-            document = {"format": FORMAT, "schema": SCHEMA, **asdict(self), **dict.fromkeys(GONE, False)}
-            file.write((json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        document = {"format": FORMAT, "schema": SCHEMA, **asdict(self), **dict.fromkeys(GONE, False)}
+        write_document(folder / RECORD, document)
 
     @property
     def largest_batch(self) -> int:

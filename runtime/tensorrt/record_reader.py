@@ -10,20 +10,8 @@ from typing import Any
 
 from ..document import Reader, short
 from ..precision import ENGINE_PRECISIONS
-from .record import (
-    ENGINE_KINDS,
-    FORMAT,
-    GONE,
-    PACKAGES,
-    RECORD,
-    SCHEMA,
-    Engine,
-    Profile,
-    Range,
-    Record,
-    Target,
-    rebuild,
-)
+from . import record
+from .record import Engine, Profile, Range, Record, Target
 
 _PRECISIONS = tuple(ENGINE_PRECISIONS.values())
 _VERSION = re.compile(r"\d{1,6}\.\d{1,6}[0-9A-Za-z.+-]{0,48}")
@@ -36,28 +24,25 @@ def read_record(folder: Path) -> Record:
     """Read ``engines.json``, every field of it checked. Raises BundleError for one that is damaged or of another
     schema; unknown keys are left alone.
     """
-    path = folder / RECORD
+    path = folder / record.RECORD
     advice = f"remove '{folder}' and build the engines again"
-    reader = Reader(str(path), "record", advice, rebuild(folder.parent.parent))
-    top = reader.read(path, _LIMIT)
-    reader.one_of(top, "format", (FORMAT,))
-    if reader.natural(top, "schema", 1) != SCHEMA:
-        raise reader.wrong(f"'schema' is {short(top['schema'])}; this version reads {SCHEMA}")
-    for name in GONE:
+    reader = Reader(str(path), "record", advice, record.rebuild(folder.parent.parent))
+    top = reader.versioned(path, _LIMIT, record.FORMAT, record.SCHEMA)
+    for name in record.GONE:
         if reader.get(top, name, bool):
             raise reader.wrong(f"'{name}' is true, which this version neither builds nor runs; expected false")
-    level = top.get("level")  # absent from records of before it was kept
-    if level is not None and not (type(level) is int and 0 <= level <= 5):
-        raise reader.wrong(f"'level' is {short(level)}; expected null or an integer from 0 to 5")
+    if (level := top.get("level")) is not None:  # absent from records of before it was kept
+        level = reader.natural(top, "level", 0, most=5)
     profiles = reader.get(top, "profiles", dict)
     return Record(
         bundle=reader.hash(reader.get(top, "bundle", str)),
         precision=reader.one_of(top, "precision", _PRECISIONS),
-        package=reader.one_of(top, "package", PACKAGES),  # a module that will be imported: one of two, never another
+        # A module that will be imported: one of two, never another.
+        package=reader.one_of(top, "package", record.PACKAGES),
         version=_version(reader, top),
         level=level,
         target=_target(reader, reader.get(top, "target", dict)),
-        profiles={kind: _profiles(reader, profiles, kind) for kind in ENGINE_KINDS},
+        profiles={kind: _profiles(reader, profiles, kind) for kind in record.ENGINE_KINDS},
         engines=_engines(reader, reader.get(top, "engines", dict)),
     )
 
@@ -89,9 +74,7 @@ def _profiles(reader: Reader, profiles: Mapping[str, Any], kind: str) -> tuple[P
 
 
 def _profile(reader: Reader, entry: dict[str, Any]) -> Profile:
-    branches = reader.natural(entry, "branches", 1)
-    if branches > 2:
-        raise reader.wrong(f"'branches' is {branches}; expected 1, or 2 under guidance")
+    branches = reader.natural(entry, "branches", 1, most=2)
     return Profile(branches, _range(reader, entry, "batch"), _range(reader, entry, "window"))
 
 
@@ -123,7 +106,7 @@ def _engine(reader: Reader, name: str, entry: dict[str, Any]) -> Engine:
         reader.number(reader.typed(parity, dict, f"'parity' of {short(name)}"), "rms", 0)
     return Engine(
         block=reader.natural(entry, "block", 0),
-        kind=reader.one_of(entry, "kind", ENGINE_KINDS),
+        kind=reader.one_of(entry, "kind", record.ENGINE_KINDS),
         graph=reader.confined(reader.get(entry, "graph", str)),
         key=reader.hash(reader.get(entry, "key", str)),
         sha256=reader.hash(reader.get(entry, "sha256", str)),

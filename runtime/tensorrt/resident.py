@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 
 from ..bundle import RESIDENT
 from ..errors import BundleError
-from ..ports import POSITION, Port, Sizes, count, inputs, is_state, next_name, shape
+from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
+from .cuda import Captured, Memory
 from .engines import Engines
-from .memory import Captured, Memory
 from .record import rebuild
 
 
@@ -103,7 +104,8 @@ class TrtSteps:
         place = name, window if name == "offsets" else 1
         if place not in self._memory:
             port = self._ports.get(name, self._ports[POSITION])
-            memory = Memory(self._engines.cuda, count(port, Sizes(*self.shape, window)) * self._itemsize(port))
+            size = math.prod(shape(port, Sizes(*self.shape, window))) * self._itemsize(port)
+            memory = Memory(self._engines.cuda, size)
             if name == "offsets":
                 self._engines.cuda.upload(memory.address, np.arange(window))
             self._memory[place] = memory

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -73,20 +71,19 @@ class Ranks:
             distributed.destroy_process_group()
 
 
-class Interrupt(AbstractContextManager["Interrupt"]):
+class Interrupt:
     """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
 
     Between steps all weights belong to the same step; an exception in the middle of one would leave a mixture.
     A repeated signal changes nothing: ``torchrun`` passes on what the terminal has already sent.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.previous: dict[int, Any] = {}
+    requested = False
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+        allowed = threading.current_thread() is threading.main_thread()  # elsewhere Python has no handlers
+        numbers = (signal.SIGINT, signal.SIGTERM) if allowed else ()
+        self.previous = {number: signal.signal(number, self.request) for number in numbers}
         return self
 
     def request(self, number: int, frame: FrameType | None) -> None:

@@ -40,9 +40,8 @@ class Trainer:
         )
         self.stream = Stream(data.train, config.noise_std, recipe.seed, recipe.drop_label, recipe.flip, recipe.jitter)
         self.bfloat16 = run.use_bfloat16(uniform=config.noise_std is None)
-        self.flow: nn.Module = self.model
-        if ranks.world > 1:
-            self.flow = nn.parallel.DistributedDataParallel(self.model)
+        together = ranks.world > 1
+        self.flow: nn.Module = nn.parallel.DistributedDataParallel(self.model) if together else self.model
         self.step = 0
         self.health = torch.zeros((), device=run.device)  # not finite once a loss or gradient was not
 
