@@ -38,6 +38,7 @@ _FAMILY = re.compile(
     r"|attn_blocks\.(\d+)\.(?:attention\.(?:norm|qkv|proj)|mlp\.(?:norm|main\.[02]))\.(?:weight|bias)))$"
 )
 _MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
+_IMAGE = 16  # numbers of an image for each weight: real models have far fewer
 _WRAPPED = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 _RELATIVES = {
     "STARFlow": ("sos_embed", "gate_proj", "proj_txt", "q_norm", "k_norm", "rope", "feature_map"),
@@ -96,19 +97,32 @@ def _heed(config: Config, hints: Hints, path: Path) -> Config:
 
 def build(config: Config, state: Mapping[str, Tensor], source: str) -> TarFlow:
     """A model from a reference-named state dict. Tensors are adopted, not copied, where they are float32."""
-    with torch.device("meta"):
-        model = TarFlow(config)
+    try:
+        with torch.device("meta"):
+            model = TarFlow(config)
+    except RuntimeError as error:  # a size beyond 64 bits
+        raise CheckpointError(f"'{source}' describes no model that there can be ({_first_line(error)})") from None
     wanted = {reference_name(name): name for name in model.state_dict()}
     state = dict(state)
     shapes = {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in wanted.items()}
     if "var" not in state and config.nvp:
         _compare(source, state, {name: shape for name, shape in shapes.items() if name != "var"})
+        _check_image(config, state, source)
         state["var"] = torch.ones(shapes["var"])
     _compare(source, state, shapes)
     model.load_state_dict(
         {ours: state[theirs].detach().float().contiguous() for theirs, ours in wanted.items()}, assign=True
     )
     return model.eval()
+
+
+def _check_image(config: Config, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse an image that is far larger than the weights of its model: both its sides may fit them, and it not."""
+    numbers, weights = config.tokens * config.patch_dim, sum(tensor.numel() for tensor in state.values())
+    if numbers > _IMAGE * weights:
+        raise CheckpointError(
+            f"'{source}' describes images of {numbers} numbers for {weights} weights; that is no model"
+        )
 
 
 def reference_state(model: TarFlow) -> dict[str, Tensor]:

@@ -62,11 +62,17 @@ class Seen:
     troubles: Counter[str] = field(default_factory=Counter)
     code: int | None = None
 
-    def faults(self) -> Iterator[str]:
-        """Sentences about what should not have been."""
+    def wrong(self) -> Iterator[str]:
+        """Sentences about what should not have been, however slow the machine is."""
         for phase, honest in (("quiet", self.quiet), ("beset", self.beset)):
             for what, count in honest.wrong.items():
                 yield f"{count} honest requests ({phase}): {what}"
+        if self.code != 0:
+            yield f"the server ended with {self.code}"
+
+    def faults(self) -> Iterator[str]:
+        """All sentences about what should not have been."""
+        yield from self.wrong()
         if not self.beset.p99() <= SLOWER * self.quiet.p99():
             yield f"the honest p99 is {self.beset.p99() / self.quiet.p99():.1f} times the quiet one"
         if max(self.memory) > self.idle + ABOVE:
@@ -74,8 +80,6 @@ class Seen:
         first, last = self._tenths()
         if last > first * 1.1 + 20:
             yield f"memory grew from {first:.0f} to {last:.0f} MiB"
-        if self.code != 0:
-            yield f"the server ended with {self.code}"
 
     def _tenths(self) -> tuple[float, float]:
         tenth = max(len(self.memory) // 10, 1)
@@ -95,6 +99,15 @@ class Seen:
 
 
 def torture(seconds: int) -> Section:
+    """So many seconds of it, told as a section."""
+    seen = beset(seconds)
+    columns = ("honest clients", "answered", "told to wait", "wrong", "p50", "p99", "server, MiB")
+    made = ", ".join(f"{count} {name}" for name, count in seen.troubles.items())
+    about = ABOUT.format(seconds=seconds, slower=SLOWER, above=ABOVE) + f" Made were: {made}."
+    return Section("Clients", about, columns, seen.rows(), list(seen.faults()))
+
+
+def beset(seconds: int) -> Seen:
     """So many seconds of it, after a quarter of that, a minute at most, in quiet."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
@@ -105,10 +118,7 @@ def torture(seconds: int) -> Section:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             seen.code = process.wait(90)
-    columns = ("honest clients", "answered", "told to wait", "wrong", "p50", "p99", "server, MiB")
-    made = ", ".join(f"{count} {name}" for name, count in seen.troubles.items())
-    about = ABOUT.format(seconds=seconds, slower=SLOWER, above=ABOVE) + f" Made were: {made}."
-    return Section("Clients", about, columns, seen.rows(), list(seen.faults()))
+    return seen
 
 
 @contextlib.contextmanager

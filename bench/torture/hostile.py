@@ -115,7 +115,8 @@ async def half_requests(target: Target, dice: random.Random) -> None:
 
 async def bombs(target: Target, dice: random.Random) -> None:
     """Small bodies that say they are large, or become so."""
-    await target.send(dice.choice(_BOMBS)(target), 60)
+    bombs = dice.sample(_BOMBS, 3)
+    await _all((lambda bomb=bomb: target.send(bomb(target), 20)) for bomb in bombs)
 
 
 async def floods(target: Target, dice: random.Random) -> None:
