@@ -11,7 +11,7 @@ CPP_BUILD := $(CPP)/build
 ONNXRUNTIME_ROOT ?= $(CURDIR)/$(CPP_BUILD)/onnxruntime
 CMAKE_FLAGS := -DONNXRUNTIME_ROOT=$(ONNXRUNTIME_ROOT)
 
-.PHONY: generate test prepare lint types unit cpp cpp-dev cpp-test bench demo clean
+.PHONY: generate test prepare lint types unit cpp cpp-dev cpp-test bench torture demo clean
 
 generate: $(RUN)/done ## 64 demo images in samples.png, with nothing but the runtime installed
 	$(RUN)/bin/tarflow generate --n 64 --labels 0-9 --guidance 1 -o samples.png
@@ -48,6 +48,9 @@ bench: $(DEV)/done cpp ## every way to draw, beside PyTorch, in one run; floors 
 	python -m bench.cpp
 	python -m bench.floor
 	python -m bench.growth
+
+torture: $(DEV)/done ## kills (with strace), damaged files, hostile clients; writes bench/RESULTS-TORTURE.md: some hours
+	$(DEV)/bin/python -m bench.torture
 
 demo: $(DEV)/done ## train the demo model and put its bundle into the package
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits

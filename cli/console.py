@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Sequence
 from io import TextIOWrapper
 from math import isfinite
@@ -110,18 +109,14 @@ def parse_sizes(batch: str) -> list[int]:
 
 def read_array(path: Path, what: str) -> NDArray[Any]:
     """A .npy file, never unpickled. Raises InputError."""
-    import numpy as np
+    from ..runtime.claims import read_npy
 
     if not path.is_file():
         raise InputError(f"no file '{path}' for {what}; expected an array saved with numpy.save")
     try:
-        with path.open("rb") as file:  # numpy leaves it open when it is a damaged zip
-            array = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        return read_npy(path)
+    except (ValueError, OSError) as error:
         raise InputError(f"'{path}' is not an .npy array ({str(error)[:100]}); save {what} with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"'{path}' holds several arrays; expected one, saved with numpy.save")
-    return array
 
 
 def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] | None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.claims import check_archive
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import replacing
 
@@ -141,14 +142,16 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, str | Non
     Raises InputError for a file that holds none.
     """
     try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it is one array, as .npy")
         with file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of damaged headers numpy, and Python's parser for them, raise almost anything
         raise _no_statistics(path, f"cannot be read as .npz ({str(error)[:100]})") from None
     if not {"mu", "sigma"} <= arrays.keys():
         raise _no_statistics(path, f"holds {', '.join(sorted(arrays)) or 'nothing'}; expected mu and sigma")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .claims import unsupported
 from .errors import BundleError, Remedy, limit_of_machine
 from .files import sha256
 from .graph import check_graph
@@ -162,8 +163,11 @@ class Bundle:
         self.check_graphs()
         with self._reading(WEIGHTS), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
             said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if said != asdict(self.manifest.config):
             raise _damaged(self.folder, f"'{self.folder}': the manifest describes another model than its weights do")
+        if wrong := unsupported(self.manifest.config, shapes):
+            raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' holds another model than it describes: {wrong}")
 
     def check_graphs(self) -> None:
         """Look into every graph, for what :func:`check_graph` refuses. Their hashes are right already."""
@@ -216,7 +220,7 @@ class Bundle:
 
         try:
             yield
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             damaged = _damaged(self.folder, f"'{self.folder / name}' {failed} ({error})")
             raise limit_of_machine(error, f"reading '{self.folder / name}'") or damaged from None
 

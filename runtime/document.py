@@ -53,6 +53,8 @@ class Reader(NamedTuple):
 
     def content(self, path: Path, most: int) -> bytes:
         """What a file of at most so many bytes holds."""
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise self.wrong("it is no regular file")
         try:
             with path.open("rb") as file:
                 content = file.read(most + 1)

@@ -19,6 +19,7 @@ GOLDEN = "golden.safetensors"
 KINDS = ("step", "forward", "gradient")
 RESIDENT = "resident"  # for devices; a bundle written before there were any has none
 AGAIN = "copy the bundle again, or export it again"
+LARGEST_NOISE = 1e18  # its square is a float32; images are in [-1, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
 
 
 def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
-    if reader.get(numbers, "noise_std", object) is not None:
-        reader.number(numbers, "noise_std", 0)
+    if reader.get(numbers, "noise_std", object) is not None and reader.number(numbers, "noise_std", 0) > LARGEST_NOISE:
+        raise reader.wrong(f"config.noise_std is {short(numbers['noise_std'])}; expected {LARGEST_NOISE:g} at most")
     positive = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim")
     config = ModelShape(
         **{name: reader.natural(numbers, name, 1) for name in positive},

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 from .errors import InputError
 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+_MOST_THREADS = 1 << 16
 ON_DEVICE = ("cuda", "tensorrt")
 Memory = int | Literal["least"] | None
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -34,8 +35,8 @@ class Opening:
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
             raise InputError.of("provider", f"'{self.provider}'", f"one of {', '.join(PROVIDERS)}")
-        if self.threads is not None and self.threads < 1:
-            raise InputError.of("threads", self.threads, "1 or more, or nothing for one a core")
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise InputError.of("threads", self.threads, f"1 to {_MOST_THREADS}, or nothing for one a core")
         if isinstance(self.memory, str) and self.memory != "least":
             raise InputError.of("memory", f"'{self.memory}'", "a number of bytes, or 'least'")
         if isinstance(self.memory, int) and self.memory < 1:
@@ -64,7 +65,7 @@ def parse_memory(text: str | None) -> Memory:
     """Bytes from "8GiB", "512MB" (both binary) or a plain number; "least"; None from None. Raises InputError."""
     if text is None or text == "least":
         return text  # type: ignore[return-value]  # mypy does not narrow a string to a literal by comparison
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise InputError.of("memory", f"'{text}'", "a size such as 8GiB or 512MiB, or least")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -138,6 +138,8 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
 def _holds(folder: Path, job: Job) -> bool:
     """Whether the folder's job is this one, to the byte."""
     try:
+        if not (folder / JOB).is_file():
+            return False
         with (folder / JOB).open("rb") as file:
             return file.read(len(job.text) + 1) == job.text
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

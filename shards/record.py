@@ -59,7 +59,7 @@ def finished(folder: Path, job: Job, shard: Shard) -> Record | None:
 
 def measure(path: Path) -> tuple[str, int]:
     """SHA-256 and size of a shard as it lies on disk; see :class:`Record`."""
-    if not path.is_dir():
+    if path.is_file():
         return sha256(path), path.stat().st_size
     files = sorted(path.iterdir())
     listing = "".join(f"{sha256(file)}  {file.name}\n" for file in files)

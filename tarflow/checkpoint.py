@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import Config, ConfigError, Hints, infer, parse_noise
 from .model import TarFlow
+from .runtime.claims import check_archive, check_size
 from .runtime.errors import BundleError
 from .runtime.files import replacing_by_name
 from .wrapping import weights_of
@@ -41,6 +42,7 @@ _FAMILY = re.compile(
     r"|attn_blocks\.(\d+)\.(?:attention\.(?:norm|qkv|proj)|mlp\.(?:norm|main\.[02]))\.(?:weight|bias))"
 )
 _MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
+_IMAGE = 16  # numbers of an image for each weight: real models have far fewer
 _UNWRITTEN = re.compile(rf"inline_container|os error ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b")
 _RELATIVES = {
     "STARFlow": ("sos_embed", "gate_proj", "proj_txt", "q_norm", "k_norm", "rope", "feature_map"),
@@ -78,6 +80,8 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     if state is None:
         raise CheckpointError(f"'{path}' is not a state_dict: expected names mapped to tensors")
     state = {name: tensor for name, tensor in state.items() if not _MASK.match(name)}
+    if not path.name.endswith(INDEX):  # which names files that safetensors measures
+        _must_hold(path, state)
     if config is None:
         _require_core(path, state)
         config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints)
@@ -109,17 +113,32 @@ def _heed(config: Config, hints: Hints, path: Path) -> Config:
 
 def build(config: Config, state: Mapping[str, Tensor], source: str) -> TarFlow:
     """A model from a reference-named state dict. Tensors are adopted, not copied, where they are float32."""
-    with torch.device("meta"):
-        model = TarFlow(config)
+    try:
+        with torch.device("meta"):
+            model = TarFlow(config)
+    except RuntimeError as error:  # a size beyond 64 bits
+        raise CheckpointError(f"'{source}' describes no model that there can be ({_first_line(error)})") from None
     wanted = {reference_name(name): name for name in model.state_dict()}
     state = dict(state)
+    shapes = {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in wanted.items()}
     if "var" not in state and config.nvp:
-        state["var"] = torch.ones(config.tokens, config.patch_dim)
-    _compare(source, state, {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in wanted.items()})
+        _compare(source, state, {name: shape for name, shape in shapes.items() if name != "var"})
+        _check_image(config, state, source)
+        state["var"] = torch.ones(shapes["var"])
+    _compare(source, state, shapes)
     model.load_state_dict(
         {ours: state[theirs].detach().float().contiguous() for theirs, ours in wanted.items()}, assign=True
     )
     return model.eval()
+
+
+def _check_image(config: Config, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse an image that is far larger than the weights of its model: both its sides may fit them, and it not."""
+    numbers, weights = config.tokens * config.patch_dim, sum(tensor.numel() for tensor in state.values())
+    if numbers > _IMAGE * weights:
+        raise CheckpointError(
+            f"'{source}' describes images of {numbers} numbers for {weights} weights; that is no model"
+        )
 
 
 def reference_state(model: TarFlow) -> dict[str, Tensor]:
@@ -162,6 +181,7 @@ def writer_errors() -> Iterator[None]:
 def _read_pickle(path: Path) -> object:
     try:
         if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums its own files carry
+            check_archive(path)
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -221,7 +241,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Config | None]:
             metadata = file.metadata() or {}
             state = _dequantised({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
         config = Config(**json.loads(metadata[CONFIG_KEY])) if CONFIG_KEY in metadata else None
-        if config is not None and max(config.blocks, config.layers) > len(state):
+        if config is not None and config.blocks * config.layers > len(state):
             raise ValueError(f"{config.blocks} blocks of {config.layers} layers for {len(state)} weights")
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         why = str(error).replace("`", "")  # fields of the file, which nobody gave
@@ -237,6 +257,14 @@ def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is int8 without scales for its {tuple(levels.shape)[-1:]} outputs")
         state[name] = (levels.float() * scale).T.contiguous()
     return state
+
+
+def _must_hold(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that say they are larger than the file: many over one storage, or one stretched."""
+    try:
+        check_size(sum(tensor.numel() * tensor.element_size() for tensor in state.values()), path)
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is no TarFlow checkpoint: {error}") from None
 
 
 def _require_core(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .runtime.errors import InputError
-from .runtime.manifest import ModelShape
+from .runtime.manifest import LARGEST_NOISE, ModelShape
 
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
@@ -38,16 +38,19 @@ class Config(ModelShape):
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"):
-            if getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**63:
                 raise ConfigError.of(name, getattr(self, name), "a positive number")
-        if self.classes < 0:
+        if type(self.classes) is not int or not 0 <= self.classes < 2**63:
             raise ConfigError.of("classes", self.classes, "0 (unconditional) or more")
+        if type(self.nvp) is not bool:
+            raise ConfigError.of("nvp", self.nvp, "true or false")
         if self.image_size % self.patch_size:
             raise ConfigError.of("patch_size", self.patch_size, f"a divisor of the image size, {self.image_size}")
         if self.width % self.head_dim:
             raise ConfigError.of("width", self.width, f"a multiple of the head dimension, {self.head_dim}")
-        if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
-            raise ConfigError.of("noise_std", self.noise_std, "0 or a positive number")
+        noise = self.noise_std
+        if noise is not None and not (type(noise) in (int, float) and 0 <= noise <= LARGEST_NOISE):
+            raise ConfigError.of("noise_std", noise, f"a number from 0 to {LARGEST_NOISE:g}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -573,3 +573,36 @@ def test_a_manifest_that_describes_another_model_ends_in_one_error(key: str, val
     labels = [899] if value == 900 else None
     with refusal():
         Flow.open(folder).sample(1, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"image_size": 16_000},
+        {"image_size": 2**40},
+        {"layers": 2**62},
+        {"layers": 1},
+        {"classes": 10**9},
+        {"classes": 0},
+        {"width": 64 * 2**30},
+        {"channels": 2**30},
+        {"noise_std": 1e160},
+    ],
+    ids=str,
+)
+def test_a_model_that_its_weights_do_not_bear_out_is_refused_before_anything_of_its_size_is_made(
+    copy: Exported, said: dict[str, Any]
+) -> None:
+    folder = copy("cond")
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["config"] |= said
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    content = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"]["tarflow.config"] = json.dumps(manifest["config"])
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    amend(folder, WEIGHTS)
+    with refusal(str(folder), "the configuration says" if "noise_std" not in said else "noise_std"):
+        Bundle.open(folder).check_runnable()

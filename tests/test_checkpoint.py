@@ -204,10 +204,27 @@ def test_a_number_of_patches_that_is_no_square_is_refused(tmp_path: Path) -> Non
 def test_a_configuration_that_is_none_is_refused_before_a_model_is_made(tmp_path: Path) -> None:
     path, config = tmp_path / "x.safetensors", CONFIG.to_dict()
     wrong: dict[str, list[object]] = {"blocks": [10**9, "2", 0], "layers": [10**9], "head_dim": [48], "new": [1]}
+    wrong |= {"width": [64.0, True], "image_size": [2**30], "noise_std": [1e160, True, "0.1"], "nvp": [1]}
     texts = [json.dumps(config | {name: value}) for name, values in wrong.items() for value in values]
     for text in (*texts, "", "{", "[]", "null", "[" * 100_000, '{"blocks": NaN}'):
         save_file(state_of(), path, {CONFIG_KEY: text})
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            load(path)
+
+
+def test_a_file_that_says_it_is_far_larger_than_it_is_takes_no_memory(tmp_path: Path) -> None:
+    """A bomb of zeros, one number stretched, one large weight under many names."""
+    large = torch.zeros(1 << 22)
+    bomb = write(tmp_path, {"var": large})
+    with zipfile.ZipFile(bomb) as plain:
+        members = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    stretched = write(tmp_path, {"blocks.0.pos_embed": torch.zeros(1).expand(1 << 40, 64)}, "stretched.pth")
+    shared = write(tmp_path, {f"blocks.{k}.pos_embed": large for k in range(99)}, "shared.pth")
+    for path in (bomb, stretched, shared):
+        with pytest.raises(CheckpointError, match=r"it has .*iB, and says that it holds .*iB"):
             load(path)
 
 

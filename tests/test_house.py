@@ -38,7 +38,9 @@ class Room:
 
 ROOMS = {
     "tarflow": Room(
-        "numpy torch safetensors", "runtime.files runtime.errors runtime.manifest", {"data": "tarflow.train.data"}
+        "numpy torch safetensors",
+        "runtime.claims runtime.files runtime.errors runtime.manifest",
+        {"data": "tarflow.train.data"},
     ),
     "tarflow.train": Room(
         "numpy torch sklearn",

@@ -389,6 +389,9 @@ def test_what_is_no_record_or_another_job_s_counts_for_nothing(
     spoiled = json.dumps(json.loads(record.read_text()) | text) if isinstance(text, dict) else text
     record.write_text(spoiled, "latin-1")
     assert finished(tmp_path / "out", job, shard) is None
+    record.unlink()
+    os.mkfifo(record)  # nobody writes to it: it is not waited for
+    assert finished(tmp_path / "out", job, shard) is None
 
 
 def test_an_index_says_when_kinds_of_machine_were_mixed(job: Job, drawn: Path, tmp_path: Path) -> None:
