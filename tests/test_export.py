@@ -180,13 +180,11 @@ def test_an_unknown_precision_is_refused_before_anything_is_read(tmp_path: Path)
 
 def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extension = json.dumps({"name": "My extension", "manifest_version": 3})  # as every web application has one
-    for folder, file, text in (
-        ("something", "thesis.tex", "mine"),
-        ("foreign", MANIFEST, extension),
-        ("own", MANIFEST, "not even JSON"),
-    ):
+    for folder, manifest in (("something", None), ("foreign", extension), ("own", "not even JSON")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).write_text(text)
+        (tmp_path / folder / "thesis.tex").write_text("mine")
+        if manifest is not None:
+            (tmp_path / folder / MANIFEST).write_text(manifest)
     (tmp_path / "link").symlink_to(tmp_path / "something")
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
