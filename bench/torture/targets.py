@@ -202,7 +202,7 @@ def arrays_used(folder: Path) -> Any:
     flow = Flow.open(folder / "bundle", threads=1)
     labels = parse_labels(str(folder / "labels.npy"), 0, 2)
     samples = flow.sample(noise=read_array(folder / "noise.npy", "noise"), labels=labels)
-    stored, _ = read_images(folder / "images.npy", flow.config)
+    stored = read_images(folder / "images.npy", flow.config, None).pixels
     bits = flow.bits_per_dim(as_trained_on(flow, stored, 0), labels)
     return [np.asarray(samples), bits]
 
