@@ -292,7 +292,6 @@ def test_a_damaged_record_is_an_error_of_the_bundle(built: Exported, content: by
     [
         ("bundle", "abc", "no SHA-256"),
         ("precision", "int8", "'precision' is 'int8'; expected one of fp32, fp16, bf16"),
-        ("precision", "fp99", "'precision' is 'fp99'"),
         ("package", "os", "'package' is 'os'; expected one of tensorrt, tensorrt_rtx"),
         ("version", "new", "'version' is 'new'"),
         ("version_compatible", 1, "'version_compatible' is int; expected bool"),
@@ -305,7 +304,6 @@ def test_a_damaged_record_is_an_error_of_the_bundle(built: Exported, content: by
         ("target.capabilities", "9.0", "'capabilities' is str; expected list"),
         ("target.capabilities", ["sm90"], r"'target.capabilities' is \['sm90'\]"),
         ("profiles.step", [], "'profiles.step' is empty"),
-        ("profiles.forward", [], "'profiles.forward' is empty"),
         ("profiles.gradient", None, "'gradient' is NoneType; expected list"),
         ("profiles.step.0.branches", 3, "'branches' is 3"),
         ("profiles.step.0.batch", [8, 4, 1], r"'batch' is \[8, 4, 1\]; expected three integers"),
