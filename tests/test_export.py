@@ -23,9 +23,10 @@ from tarflow.export.pipeline import export
 from tarflow.quality import parity
 from tarflow.runtime.bundle import MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
+from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS, Tolerance
 
-from .conftest import Exported, Goldens, amend
+from .conftest import Exported, Goldens, amend, largest
 from .interrupting import interrupted
 from .test_files import contents
 
@@ -103,6 +104,14 @@ def test_a_bundle_is_a_checkpoint(golden: Goldens, bundle: Exported) -> None:
     half = load_torch(bundle("demo", "fp16") / WEIGHTS)
     assert half["blocks.0.proj_in.weight"].dtype == torch.float16
     assert half["blocks.0.pos_embed"].dtype == torch.float32
+
+
+def test_fp16_of_the_demo_is_close_to_fp32(bundle: Exported, demo: Path) -> None:
+    single, half = Flow.open(demo), Flow.open(bundle("demo", "fp16"))
+    labels = np.arange(64) % 10
+    a, b = single.sample(64, labels=labels), half.sample(64, labels=labels)
+    assert float(np.sqrt(np.mean((np.asarray(a) - np.asarray(b)) ** 2))) < 2e-3
+    assert largest(single.bits_per_dim(a, labels), half.bits_per_dim(a, labels)) < 2e-3
 
 
 def test_an_export_out_of_tolerance_leaves_no_bundle(

@@ -124,6 +124,13 @@ def test_a_preview_inverts_the_blocks_one_by_one(flow: Flow) -> None:
         assert largest(found, patchify(before.images, flow.config.patch_size)) < 1e-4
 
 
+def test_a_preview_can_cancel(flow: Flow) -> None:
+    blocks = [3]
+    with pytest.raises(ValueError, match="not in list"):
+        flow.sample(2, labels=1, preview=lambda preview: blocks.remove(preview.block))
+    assert not blocks
+
+
 def test_likelihood_is_the_formula_of_the_paper(golden: Goldens, flow: Flow) -> None:
     case = golden("cond")
     z, log_det = case.vectors["forward.z"].astype(np.float64), case.vectors["forward.logdet"]
