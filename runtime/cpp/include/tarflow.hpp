@@ -1,9 +1,7 @@
 // tarflow::Flow: the C API of tarflow.h as a class, with exceptions. Header only.
 //
 //     tarflow::Flow flow("tarflow-bundle");
-//     tarflow::SampleOptions how;
-//     how.seed = 7;
-//     std::vector<float> images = flow.sample({0, 1, 2}, how);  // (3, channels, size, size) in [-1, 1] units
+//     std::vector<float> images = flow.sample({0, 1, 2});  // (3, channels, size, size) in [-1, 1] units
 #pragma once
 
 #include <cstdint>

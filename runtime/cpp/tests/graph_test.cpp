@@ -95,7 +95,7 @@ TEST_CASE("a tensor lies in the graph or inside the weights file, and nowhere el
 
 TEST_CASE("what is no graph is refused, however deep, large or cut") {
   std::string deep;
-  for (int i = 0; i < 100000; ++i) deep = deep.size() < 1 << 20 ? field(1, field(5, field(6, deep))) : deep;
+  for (int i = 0; i < 1000; ++i) deep = field(1, field(5, field(6, deep)));
   CHECK(refusal(field(7, deep)).find("which no export writes") != std::string::npos);
   std::string many;
   for (int i = 0; i < 200000; ++i) many += field(5, "") + number(1 << 3) + number(7);

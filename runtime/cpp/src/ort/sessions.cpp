@@ -15,8 +15,8 @@ bool says(const std::string& message, const char* words) { return message.find(w
 
 // Whether ONNX Runtime met a limit of memory, threads or open files.
 bool of_the_machine(const std::string& message) {
-  constexpr const char* kLimits[] = {"llocat",         "bad_alloc",           "emory",
-                                     "pthread_create", "temporarily unavail", "Too many open files"};
+  constexpr const char* kLimits[] = {"llocat",       "bad_alloc",          "ut of memory",
+                                     "PosixThread", "temporarily unavail", "Too many open files"};
   return std::any_of(std::begin(kLimits), std::end(kLimits), [&](const char* words) { return says(message, words); });
 }
 
@@ -92,9 +92,11 @@ Session Sessions::open(std::size_t block, Kind kind) const {
   bundle.require_unchanged(name);  // after it was read, so that what was read is what was hashed
   bundle.require_unchanged(kWeights);
   if (status == nullptr) return session;
+  const bool limit = of_the_machine(message);
   const bool device = !opening.on_cpu() && (says(message, "CUDA") || says(message, "rovider"));
-  throw Error(device || of_the_machine(message) ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
-              "'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300));
+  throw Error(limit || device ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
+              "'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300) +
+                  (limit ? "; use fewer `threads`, or raise the process's limits of memory and threads" : ""));
 }
 
 Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
