@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -66,7 +67,6 @@ def protocol(request: pytest.FixtureRequest) -> ModuleType:
 def client_of(protocol: ModuleType, server: Server) -> Callable[..., Tensors]:
     """client(model, tensors, wanted outputs or None for all) -> outputs by name."""
     address = server.http if protocol is tritonclient.http else server.grpc
-    client = protocol.InferenceServerClient(address)
 
     def infer(model: str, tensors: Tensors, *wanted: str) -> Tensors:
         inputs = []
@@ -74,7 +74,8 @@ def client_of(protocol: ModuleType, server: Server) -> Callable[..., Tensors]:
             inputs.append(protocol.InferInput(name, list(array.shape), KINDS[array.dtype.name]))
             inputs[-1].set_data_from_numpy(array)
         outputs = [protocol.InferRequestedOutput(name) for name in wanted] or None
-        answer = client.infer(f"digits-{model}", inputs, outputs=outputs)
+        with contextlib.closing(protocol.InferenceServerClient(address)) as client:  # Triton waits for open connections
+            answer = client.infer(f"digits-{model}", inputs, outputs=outputs)
         response = answer.get_response() if protocol is tritonclient.http else answer.get_response(as_json=True)
         return {output["name"]: answer.as_numpy(output["name"]) for output in response["outputs"]}
 

@@ -61,7 +61,7 @@ def serving(repository: Path, folder: Path, environment: Path = OLDEST) -> Itera
     log = folder / "triton.log"
     with _held_port() as http, _held_port() as grpc, log.open("wb") as output:
         command = [str(triton / "bin" / "tritonserver"), f"--model-repository={repository}", "--allow-metrics=false"]
-        command += [f"--backend-directory={backend.parent}", "--exit-timeout-secs=60"]
+        command += [f"--backend-directory={backend.parent}", "--exit-timeout-secs=600"]
         for name, port in (("http", http), ("grpc", grpc)):
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}", f"--reuse-{name}-port=true"]
         paths = {
@@ -85,8 +85,11 @@ def wait_until_ready(server: Server) -> None:
 def _ready(server: Server) -> bool:
     """Whether the server answers for all its models; AssertionError with its log if it has ended."""
     assert server.process.poll() is None, server.log.read_text()
-    with contextlib.suppress(OSError):
-        return bool(tritonclient.http.InferenceServerClient(server.http).is_server_ready())
+    with (
+        contextlib.suppress(OSError),
+        contextlib.closing(tritonclient.http.InferenceServerClient(server.http)) as client,
+    ):
+        return bool(client.is_server_ready())
     return False
 
 
