@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import Config
 from ..model import TarFlow
+from ..runtime.claims import check_archive
 from ..runtime.errors import InputError
 from ..runtime.files import replacing_by_name
 from ..runtime.image import grid, write_png
@@ -110,6 +111,7 @@ class Trainer:
         """Continue from the state in the output folder. Raises InputError naming what differs."""
         path, ours = self.run.state, self.identity()
         try:
+            check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             theirs = state["identity"]
         except Exception as error:  # a damaged file fails in many ways
