@@ -44,8 +44,8 @@ ROOMS = {
     ),
     "tarflow.train": Room(
         "numpy torch sklearn",
-        "checkpoint config model runtime.files runtime.errors runtime.image runtime.picture runtime.picture_folder "
-        "runtime.signals",
+        "checkpoint config model runtime.claims runtime.files runtime.errors runtime.image runtime.picture "
+        "runtime.picture_folder runtime.signals",
     ),
     "tarflow.export": Room(
         "numpy torch onnx onnx_ir onnxscript safetensors", "checkpoint config model reference runtime* quality*"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import Config
 from ..model import TarFlow
+from ..runtime.claims import check_archive
 from ..runtime.errors import InputError
 from ..runtime.files import replacing_by_name
 from ..runtime.image import grid, write_png
@@ -123,6 +124,7 @@ class Trainer:
         """
         path, ours = self.run.state, self.identity()
         try:
+            check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             theirs = state["identity"]
         except Exception as error:  # a damaged file fails in many ways
