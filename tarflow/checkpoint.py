@@ -75,7 +75,7 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     document, config = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
     try:
         state = weights_of(document, _FAMILY.pattern, hints.weights, str(path))
-    except ValueError as error:
+    except LookupError as error:
         raise CheckpointError(f"'{path}' is no one state_dict: {error}") from None
     if state is None:
         raise CheckpointError(f"'{path}' is not a state_dict: expected names mapped to tensors")

@@ -41,7 +41,7 @@ def weights_of(document: object, family: str, wanted: str | None, source: str) -
 
     ``family`` is a pattern of the names looked for; without any, it is the largest state dict there is. ``wanted`` is
     "ema", "raw", or a place; None prefers an average, and logs what there was to choose from. Raises InputError if that
-    leaves none or several, ValueError for a name that is there twice.
+    leaves none or several, LookupError for a name that is there twice.
     """
     tables = list(_tables(document))
     found = [weights for path, table in tables for weights in _split(path, table, family)]
@@ -87,7 +87,7 @@ def _split(path: str, table: dict[str, Tensor], family: str) -> Iterator[Weights
     for name, tensor in names:
         prefix = _home(name, prefixes)
         if prefix is not None and groups[prefix].setdefault(name.removeprefix(prefix), tensor) is not tensor:
-            raise ValueError(f"{path}{name} is there twice")
+            raise LookupError(f"{path}{name} is there twice")
     for prefix, state in groups.items():
         place = f"{path}{prefix}".rstrip(".")
         counters = {name for name in _COUNTERS & state.keys() if state[name].numel() == 1}

@@ -14,7 +14,8 @@ def interrupted(args: list[object], cwd: Path, working: str, number: int) -> sub
     """Run the command until it says that it is ``working``, send it a signal, and wait for its end."""
 
     def heed() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+        for ignored in (signal.SIGINT, signal.SIGHUP):  # by what a shell starts in the background, or nohup
+            signal.signal(ignored, signal.SIG_DFL)
 
     process = subprocess.Popen(
         [*TARFLOW, *map(str, args)],

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tarflow.checkpoint import CONFIG_KEY, CheckpointError, load, reference_stat
 from tarflow.cli.messages import spell
 from tarflow.config import Config, ConfigError, Hints
 from tarflow.model import TarFlow
+from tarflow.runtime.errors import InputError
 
 from .conftest import Goldens
 from .test_files import Bomb
@@ -100,11 +102,109 @@ def test_a_name_that_speaks_of_another_model_is_not_trusted(tmp_path: Path) -> N
         load(write(tmp_path, state_of(), "toy_model_1_128_3_2_0.05.pth"))
 
 
-def test_wrapped_and_half_precision_state_dicts_load(tmp_path: Path) -> None:
-    state = {f"module.{name}": tensor.half() for name, tensor in state_of().items()}
-    model = load(write(tmp_path, {"model": state}))
+State = dict[str, torch.Tensor]
+
+
+def behind(prefix: str, state: State) -> State:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+WRAPPED: dict[str, Callable[[State], object]] = {
+    "half": lambda state: {name: tensor.half() for name, tensor in state.items()},
+    "two prefixes": lambda state: {"model": behind("module._orig_mod.", state)},
+    "in the other order": lambda state: behind("_orig_mod.module.", state),
+    "FSDP": lambda state: {"net": behind("_fsdp_wrapped_module.", state)},
+    "inside names": lambda state: {name.replace("blocks.1.", "blocks.1._orig_mod."): t for name, t in state.items()},
+    "on some names": lambda state: behind("module.", dict([*state.items()][::2])) | dict([*state.items()][1::2]),
+    "Lightning": lambda state: {"state_dict": behind("model.", state) | {"fid.weight": torch.ones(2)}, "epoch": 1},
+    "DeepSpeed": lambda state: {"module": state, "optimizer": {"exp_avg": behind("", state)}},
+    "deep": lambda state: {"state": {"model_state_dict": state}, "step": 3},
+    "averaged alone": lambda state: behind("module.", state) | {"n_averaged": torch.tensor(7)},
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_weights_are_found_in_whatever_they_are_wrapped_in(how: str, tmp_path: Path) -> None:
+    model = load(write(tmp_path, WRAPPED[how](state_of())))
     assert model.config == CONFIG
-    assert next(model.parameters()).dtype == torch.float32
+    for name, tensor in reference_state(model).items():
+        torch.testing.assert_close(tensor, state_of()[name], atol=1e-3, rtol=0)
+
+
+PAIRS: dict[str, Callable[[State, State], object]] = {
+    "model ema": lambda raw, ema: {"model": raw, "ema": ema},
+    "net ema_net": lambda raw, ema: {"ema_net": behind("module.", ema), "net": behind("module.", raw)},
+    "state_dict.model state_dict.model_ema": lambda raw, ema: {
+        "state_dict": behind("model.", raw) | behind("model_ema.", ema) | {"model_ema.decay": torch.tensor(0.9)}
+    },
+    "online_model ema_model": lambda raw, ema: behind("online_model.", raw) | behind("ema_model.", ema),
+    "params EMAModel": lambda raw, ema: {"params": raw, "EMAModel": ema},
+}
+
+
+@pytest.mark.parametrize("places", PAIRS)
+def test_of_raw_and_averaged_weights_the_average_is_taken_and_both_are_named(
+    places: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ema = {name: tensor + 1 for name, tensor in state_of().items()}
+    path, (raw_place, ema_place) = write(tmp_path, PAIRS[places](state_of(), ema)), places.split()
+    taken = {wanted: reference_state(load(path, Hints(weights=wanted))) for wanted in (None, "ema", "raw", raw_place)}
+    for wanted, expected in {None: ema, "ema": ema, "raw": state_of(), raw_place: state_of()}.items():
+        assert all(torch.equal(taken[wanted][name], tensor) for name, tensor in expected.items()), wanted
+    (said,) = caplog.messages
+    assert f"raw ones in '{raw_place}'" in said
+    assert f"took the averaged ones in '{ema_place}'" in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "keys", "words"),
+    [
+        ("ema", "net", "`weights` is 'ema'; expected raw or net: "),
+        ("best", "net ema", "`weights` is 'best'; expected ema or raw or net or ema: "),
+        (None, "ema_9 ema_99 net", "`weights` is not given; expected raw or ema_9 or ema_99 or net: "),
+    ],
+)
+def test_weights_that_are_not_there_or_several_are_refused(
+    wanted: str | None, keys: str, words: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, {key: state_of() for key in keys.split()})
+    with pytest.raises(InputError, match=words) as refused:
+        load(path, Hints(weights=wanted))
+    assert refused.value.field == "weights"
+
+
+def test_an_average_without_names_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(write(tmp_path, {"model": state_of(), "ema": {"shadow_params": [*state_of().values()], "decay": 0.9}}))
+    assert "averages such as 'ema.shadow_params.0'" in caplog.text
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.pos_embed is there twice"):
+        load(write(tmp_path, state_of() | {"module.blocks.0.pos_embed": torch.zeros(16, 64)}))
+
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".ckpt", ".PTH", ".pth.tar", ".pth", ".safetensors"])
+def test_the_kind_of_a_file_is_told_by_its_content(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / CONFIG.file_name("toy", suffix)
+    for kind in (".pth", ".safetensors"):
+        save(TarFlow(CONFIG), tmp_path / f"saved{kind}")
+        (tmp_path / f"saved{kind}").replace(path)
+        assert load(path).config == CONFIG
+
+
+def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
+    state, hints, files = state_of(), Hints(2, 0.05), ("a.safetensors", "b.bin")
+    names = {name: files[i % 2] for i, name in enumerate(state)}
+    save_file({name: tensor for name, tensor in state.items() if names[name] == files[0]}, tmp_path / files[0])
+    torch.save({name: tensor for name, tensor in state.items() if names[name] == files[1]}, tmp_path / files[1])
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    for path in (tmp_path, index):
+        assert all(torch.equal(state[name], t) for name, t in reference_state(load(path, hints)).items())
+    for text in ("", "[]", "{}", '{"weight_map": {"var": "../a.safetensors"}}', '{"weight_map": {"var": "c.bin"}}'):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=r"index\.json"):
+            load(tmp_path, hints)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ can get wrong: one message that says what to do, the documented exit code, and n
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tarflow.cli.console import parse_labels
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
 
-from .conftest import DEMO, Cli, Done, Exported, largest, refused, said
+from .conftest import DEMO, Cli, Done, Exported, Goldens, largest, refused, said
 from .interrupting import TARFLOW, interrupted
 
 USAGE, MACHINE, ARTIFACT, INTERRUPTED = 2, 3, 4, 130
@@ -248,6 +251,87 @@ def test_a_pipe_nobody_can_write_to_is_no_traceback(cond: Path) -> None:
         command = [*TARFLOW, "inspect", str(cond)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     refused(Done(command, done.returncode, "", done.stderr), MACHINE, "disk is full")
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(cond: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*TARFLOW, "inspect", str(cond)], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_stop_nothing(closed: str, tmp_path: Path) -> None:
+    script = f'exec "$@" {closed}'
+    command = ["sh", "-c", script, "sh", *TARFLOW, "generate", "--n", "1", "--save", "x.npy"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+UTF8 = "utf-8:strict"
+
+
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [
+        ("generate {} --n 1 -o", UTF8),
+        ("generate {} --n 1 -o", "ascii"),
+        ("report {} --n 2 -o", UTF8),
+        ("package {} --triton", UTF8),
+    ],
+)
+def test_a_name_that_stdout_cannot_encode_is_escaped(
+    command: str, encoding: str, cond: Path, cli: Cli, tmp_path: Path
+) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9\xc3\xa9")
+    done = cli(*command.format(cond).split(), place, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9" in done.stdout
+    assert place.exists()
+
+
+def test_a_bundle_that_onnx_runtime_cannot_be_told_of_is_refused(cond: Path, tarflow: Cli, tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"b\xe9")
+    place.symlink_to(cond)
+    refused(tarflow("generate", place), USAGE, "no text in UTF-8")
+    refused(tarflow("export", cond, "-o", f"{place}2"), USAGE, "no text in UTF-8")
+
+
+def test_a_fault_of_ours_is_told_from_a_failed_check(tarflow: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flow, "open", lambda *_: 1 // 0)
+    done = tarflow("generate")
+    assert (done.returncode, done.stdout) == (70, "")
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert "a fault of tarflow's" in done.stderr.splitlines()[-1]
+
+
+def test_a_failed_self_test_is_a_problem(tarflow: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = {"cpu": {"ok": False, "message": "no"}, "cuda": {"ok": None, "message": "not here"}}
+    monkeypatch.setattr("tarflow.cli.doctor._self_tests", lambda _: tests)
+    monkeypatch.setattr("tarflow.cli.doctor._tensorrt", lambda _: ([], "not here"))
+    done = tarflow("doctor")
+    assert done.returncode == 1
+    assert done.stdout.endswith("problem: self-test cpu: no\n")
+
+
+def test_weights_of_a_file_that_has_both_are_chosen_by_a_flag(cond: Path, tarflow: Cli, golden: Goldens) -> None:
+    checkpoint = golden("cond").checkpoint
+    raw = torch.load(checkpoint, weights_only=True)
+    torch.save({"net": raw, "ema_net": dict(raw)}, checkpoint.name)
+    plan = "export", checkpoint.name, "--dry-run", "--json"
+    assert "--weights chooses" in tarflow(*plan).stderr
+    assert tarflow(*plan, "--weights", "raw").stderr == ""
+    refused(tarflow(*plan, "--weights", "best"), USAGE, "--weights is 'best'; expected ema or raw or net or ema_net")
+
+
+def test_a_limit_on_the_size_of_files_ends_training_in_one_sentence(tmp_path: Path) -> None:
+    args = "train --steps 1 --batch-size 8 --width 64 --blocks 1 --layers 1 --sample-every 0 --threads 1 --out run"
+    limited = f"ulimit -f 100; exec {shlex.join(TARFLOW)} {args}"
+    done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
+    refused(done, MACHINE, "disk is full")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])

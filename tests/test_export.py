@@ -257,7 +257,7 @@ def test_a_damaged_bundle_is_not_exported_again(copy: Exported, tmp_path: Path) 
         export(folder, tmp_path / "again")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_an_interrupted_export_leaves_the_bundle_that_was_there(
     number: int, code: int, golden: Goldens, copy: Exported, tmp_path: Path
 ) -> None:

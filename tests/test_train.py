@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 from tarflow import checkpoint
 from tarflow.config import Config
-from tarflow.runtime.errors import InputError
+from tarflow.runtime.errors import InputError, MachineError
 from tarflow.train import loop
 from tarflow.train.data import digits
 from tarflow.train.loop import Result, measure, train
@@ -25,10 +26,11 @@ from tarflow.train.processes import Ranks, pick_device
 from tarflow.train.recipe import LOWEST_RATE, Recipe, Run
 from tarflow.train.trainer import Trainer
 
-from .conftest import Cli, refused, said
+from .conftest import Cli, python, refused, said
 
 TINY = Config(image_size=8, channels=1, patch_size=4, width=64, blocks=2, layers=1, classes=10, noise_std=0.1)
 RECIPE = Recipe(steps=12, batch_size=8, warmup=2, lr=2e-3, seed=5)
+BRIEF = dataclasses.replace(RECIPE, steps=2)
 NAME = "digits_model_4_64_2_1_0.10"
 
 
@@ -99,12 +101,15 @@ def test_loss_falls_and_the_average_is_what_is_saved(tmp_path: Path) -> None:
     assert all(path.is_file() for path in result.files)
 
 
-@pytest.mark.parametrize("stop_at", [4, 8])
-def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+@pytest.mark.parametrize(("stop_at", "number"), [(4, signal.SIGINT), (8, signal.SIGHUP)])
+def test_interrupted_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, stop_at: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(record: dict[str, Any]) -> None:
         if record["step"] == stop_at:
-            signal.raise_signal(signal.SIGINT if stop_at == 4 else signal.SIGTERM)
+            signal.raise_signal(number)
 
+    monkeypatch.setattr("tarflow.train.processes.ending", lambda: (signal.SIGTERM, signal.SIGHUP))  # nohup or not
     finish(tmp_path / "whole")
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -120,6 +125,34 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, stop_at
     assert whole.pop("identity") == halves.pop("identity")
     torch.testing.assert_close(halves, whole, rtol=0, atol=0)
     assert steps_logged(tmp_path / "halves") == steps_logged(tmp_path / "whole") == [4, 8, 12]
+
+
+@pytest.mark.parametrize("renames", [4, 5])
+def test_a_run_killed_inside_a_save_is_whole_when_resumed(renames: int, tmp_path: Path) -> None:
+    """Each save renames three files; the run is killed inside its second and last."""
+    script = f"""if True:
+        import itertools, os, sys
+        from tests.test_train import BRIEF, Path, finish
+        renamed = itertools.count(1)
+        sys.addaudithook(lambda event, _: event == "os.rename" and next(renamed) > {renames} and os._exit(9))
+        finish(Path({str(tmp_path / "killed")!r}), BRIEF, save_every=1)"""
+    assert python("-c", script, cwd=Path(__file__).parent.parent).returncode == 9
+    whole, resumed = finish(tmp_path / "whole", BRIEF), finish(tmp_path / "killed", BRIEF, resume=True)
+    assert [path.name for path in resumed.files] == [path.name for path in whole.files]
+    for ours, theirs in zip(resumed.files[:2], whole.files[:2], strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_line_of_the_log_is_whole_or_not_there(tmp_path: Path) -> None:
+    loop.append(tmp_path / "log", "a line\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(MachineError, match="disk is full"):
+            loop.append(tmp_path / "log", "one too many\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "log").read_text() == "a line\n"
 
 
 def test_a_finished_run_can_be_resumed_and_says_the_same(tmp_path: Path) -> None:
