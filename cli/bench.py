@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
@@ -29,15 +29,11 @@ if TYPE_CHECKING:
 @opens
 def bench(
     bundle: BundleArgument,
-    against: Annotated[
-        list[Path] | None, typer.Option(help="Another bundle of the same model, such as its int8; may be repeated.")
-    ] = None,
-    rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Also time PyTorch: as published, and compiled. Slow.")
-    ] = False,
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
-    guidance: Annotated[float, typer.Option(help="Guidance scale of the guided rows; 0 leaves them out.")] = 1.0,
-    repeats: Annotated[int, typer.Option(help="Rounds, in which all take turns; the median counts.")] = 5,
+    against: Annotated[list[Path] | None, Option(help="Also this bundle, of the same model; may be repeated.")] = None,
+    rivals: Annotated[bool, Option(help="Also time PyTorch: as published, and compiled. Slow.")] = False,
+    batch: Annotated[str, Option(help="Batch sizes, comma-separated.")] = "1,8,32",
+    guidance: Annotated[float, Option(help="Guidance scale of the guided rows; 0 leaves them out.")] = 1.0,
+    repeats: Annotated[int, Option(help="Rounds, in which all take turns; the median counts.")] = 5,
     *,
     opening: Opening,
     json: Json = False,
@@ -88,19 +84,12 @@ def bench(
     bandwidth = read_bandwidth(opening.threads or os.cpu_count() or 1)
     floor = step_floor(flow.bundle, bandwidth)
     if json:
-        emit(
-            bundle=bundle.folder,
-            backend=flow.backend.description,
-            rows=[asdict(row) for row in results],
-            read_bandwidth=bandwidth,
-            floor_microseconds_per_step=floor * 1e6,
-        )
+        speed = {"read_bandwidth": bandwidth, "floor_microseconds_per_step": floor * 1e6}
+        emit(bundle=bundle.folder, backend=flow.backend.description, rows=[asdict(row) for row in results], **speed)
         return
     steps = flow.config.blocks * (flow.config.tokens - 1)
-    print(
-        f"floor at batch 1: {floor * steps:.4f} s for {steps} serial steps (one block's weights at "
-        f"{bandwidth / 1e9:.1f} GB/s)"
-    )
+    limit = f"one block's weights at {bandwidth / 1e9:.1f} GB/s"
+    print(f"floor at batch 1: {floor * steps:.4f} s for {steps} serial steps ({limit})")
 
 
 def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:

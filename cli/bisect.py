@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from ..config import Hints
 from ..runtime.files import check_replaceable
@@ -19,14 +19,10 @@ from .progress import stages
 @hinted
 def bisect(
     bundle: BundlePath,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="The truth. Default: the bundle's own weights.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Largest absolute error. Default: ten times the precision's rms tolerance.")
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing repro folder.")] = False,
+    checkpoint: Annotated[Path | None, Argument(help="The truth. Default: the bundle's own weights.")] = None,
+    tolerance: Annotated[float | None, Option(help="Largest absolute error. Default: 10 x the rms tolerance.")] = None,
+    output: Annotated[Path, Option("-o", "--output", help="Repro folder to write.")] = Path("tarflow-bisect"),
+    force: Annotated[bool, Option("--force", help="Replace an existing repro folder.")] = False,
     *,
     hints: Hints,
     opening: Opening,
@@ -59,4 +55,4 @@ def bisect(
         emit(bundle=bundle, found={"graph": found.pop("kind"), **found}, repro=output)
     else:
         print(f"{finding.reason}\nerror {finding.suspect.error:.3g}; repro in {output}")
-    raise typer.Exit(1)
+    raise Exit(1)

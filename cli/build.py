@@ -8,42 +8,37 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from ..export.engines.options import Options
-from ..export.engines.progress import Headway
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
-from ..runtime.tensorrt.record import Record
 from .console import emit, numbers, say
 from .options import BundleArgument, Json
 from .progress import stages, status_line
 
+if TYPE_CHECKING:
+    from ..export.engines.progress import Headway
+    from ..runtime.tensorrt.record import Record
+
 
 def build(
     bundle: BundleArgument,
-    engine: Annotated[
-        str | None, typer.Option(help="Precision the engines must have: fp32, fp16 or bf16. Default: the bundle's.")
-    ] = None,
-    batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Batch sizes the engines take.")] = "1,8,32",
-    window: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Positions a step solves at once.")] = "1",
+    engine: Annotated[str | None, Option(help="Precision to build: fp32, fp16 or bf16. Default: the bundle's.")] = None,
+    batch: Annotated[str, Option(metavar="MIN,OPT,MAX", help="Batch sizes the engines take.")] = "1,8,32",
+    window: Annotated[str, Option(metavar="MIN,OPT,MAX", help="Positions a step solves at once.")] = "1",
     device: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="CAPABILITIES",
             help="Compute capabilities to build for, as in 8.6,8.9: any such GPU. Default: the GPU here; without one, "
             "all that TensorRT-RTX knows.",
         ),
     ] = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option(metavar="F", help="Read and keep TensorRT's timings here; only makes builds faster.")
-    ] = None,
-    level: Annotated[int | None, typer.Option(metavar="N", help="TensorRT's optimisation level, 0 to 5.")] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Run every engine against ONNX Runtime, if a GPU is here.")
-    ] = True,
+    timing_cache: Annotated[Path | None, Option(help="Keep TensorRT's timings here; only makes builds faster.")] = None,
+    level: Annotated[int | None, Option(metavar="N", help="TensorRT's optimisation level, 0 to 5.")] = None,
+    verify: Annotated[bool, Option(help="Run every engine against ONNX Runtime, if a GPU is here.")] = True,
     json: Json = False,
 ) -> None:
     """Build TensorRT engines from a bundle, on the machine that will run them: one per block and graph.
@@ -53,6 +48,7 @@ def build(
     Example: tarflow build imagenet64 --engine fp16 --batch 1,8,32
     """
     from ..export.engines.build import build as build_engines
+    from ..export.engines.options import Options
     from ..export.engines.parity import verify_engines
 
     ranges = _range("batch", batch), _range("window", window)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.opening import Opening
 from .console import emit, parse_sizes
@@ -16,8 +16,8 @@ from .progress import stages
 @opens
 def calibrate(
     bundle: BundleArgument,
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
-    samples: Annotated[int, typer.Option(help="Samples that are drawn for each batch size.")] = 24,
+    batch: Annotated[str, Option(help="Batch sizes, comma-separated.")] = "1,8,32",
+    samples: Annotated[int, Option(help="Samples that are drawn for each batch size.")] = 24,
     *,
     opening: Opening,
     json: Json = False,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.errors import CheckFailed, Remedy
 from .console import emit
@@ -16,7 +16,7 @@ from .progress import stages
 
 def check_engine(
     bundle: BundleArgument,
-    nodes: Annotated[bool, typer.Option("--nodes", help="List every node, not only the refused ones.")] = False,
+    nodes: Annotated[bool, Option("--nodes", help="List every node, not only the refused ones.")] = False,
     json: Json = False,
 ) -> None:
     """Ask TensorRT's parser about every node of every graph, and build every graph, keeping nothing. Needs no GPU.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import zipfile
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,12 @@ def default_bundle() -> Path:
 
 def emit(**document: Any) -> None:
     """One JSON document on stdout, by its keys. Paths become strings, numbers JSON has no word for null."""
-    print(json.dumps(_plain(document), indent=1, allow_nan=False))
+    print(json.dumps(_plain(document), indent=1, allow_nan=False, default=os.fspath))
+
+
+def identity(bundle: Bundle) -> dict[str, Any]:
+    """How a document says which bundle it is about."""
+    return {"bundle": bundle.folder, "bundle_hash": bundle.hash}
 
 
 def say(message: str) -> None:
@@ -50,7 +57,7 @@ def show(rows: list[tuple[str, str]], title: str | None = None) -> None:
     """A two-column list on stdout."""
     if title:
         print(title)
-    width = max((len(name) for name, _ in rows), default=0)
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
 
@@ -101,9 +108,8 @@ def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] 
     if text.endswith(".npy"):
         labels = read_array(Path(text), "labels")
         if labels.ndim != 1 or len(labels) != count or labels.dtype.kind not in "iu":
-            raise InputError(
-                f"'{text}' holds {labels.dtype} of shape {labels.shape}; expected {count} integers, one a sample"
-            )
+            found = f"'{text}' holds {labels.dtype} of shape {labels.shape}"
+            raise InputError(f"{found}; expected {count} integers, one a sample")
         return labels
     choices = label_choices(text)
     return np.array(choices, np.int64)[(first % len(choices) + np.arange(count)) % len(choices)]
@@ -115,9 +121,8 @@ def label_choices(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+)|(-?\d+))\s*", part)
         if not match:
-            raise InputError(
-                f"labels '{text}' are not understood; expected a class (3), a range (0-9), a list (1,4,7) or y.npy"
-            )
+            expected = "a class (3), a range (0-9), a list (1,4,7) or y.npy"
+            raise InputError(f"labels '{text}' are not understood; expected {expected}")
         low, high, single = match.groups()
         if max(map(len, filter(None, match.groups()))) > 9:
             raise InputError(f"labels '{part}' are out of range; no model has that many classes")
@@ -133,8 +138,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
+    return None if isinstance(value, float) and not isfinite(value) else value

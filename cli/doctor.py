@@ -9,18 +9,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Exit
 
-from ..export.engines.options import Options
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, briefly
 from ..runtime.hidden import left_in
 from ..runtime.opening import Opening
-from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 from .console import DEMO, emit, show
 from .messages import flags_in, spell
 from .options import Json
@@ -28,22 +25,10 @@ from .options import Json
 if TYPE_CHECKING:
     from ..runtime.backend import Backend
 
-PACKAGES = (
-    "tarflow",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "safetensors",
-    "torch",
-    "onnx",
-    "tensorrt",
-    "tensorrt-cu13",
-    "tensorrt-rtx",
-    "onnxruntime-ep-nv-tensorrt-rtx",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-    "cuda-python",
-    "polygraphy",
-)
+_RUNTIME = ("tarflow", "numpy", "onnxruntime", "onnxruntime-gpu", "safetensors")
+_TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-rtx")
+_PLUGINS = ("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
+PACKAGES = (*_RUNTIME, "torch", "onnx", *_TENSORRT, *_PLUGINS, "cuda-python", "polygraphy")
 SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
 
@@ -61,24 +46,16 @@ def doctor(json: Json = False) -> None:
     tensorrt, untried = _tensorrt(versions)
     tests = _self_tests(providers)
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
+    python, system, count = platform.python_version(), platform.platform(), os.cpu_count()
     if json:
-        emit(
-            python=platform.python_version(),
-            platform=platform.platform(),
-            cores=os.cpu_count(),
-            gpu=gpu,
-            packages=versions,
-            providers=providers,
-            self_test=tests,
-            tensorrt=tensorrt,
-            problems=problems,
-        )
+        found = {"packages": versions, "providers": providers, "self_test": tests, "tensorrt": tensorrt}
+        emit(python=python, platform=system, cores=count, gpu=gpu, **found, problems=problems)
     else:
         states = {True: "ok", False: "FAILED", None: "not tried"}
         show(
             [
-                ("python", f"{platform.python_version()} on {platform.platform()}"),
-                ("cores", str(os.cpu_count())),
+                ("python", f"{python} on {system}"),
+                ("cores", str(count)),
                 ("gpu", gpu or "none seen"),
                 *versions.items(),
                 ("providers", ", ".join(providers) or "none"),
@@ -89,13 +66,15 @@ def doctor(json: Json = False) -> None:
         print("\n".join(f"problem: {problem}" for problem in problems) or "no known problem")
     results = [test["ok"] for test in tests.values()]
     if False in results:
-        raise typer.Exit(1)
+        raise Exit(1)
     if True not in results:
-        raise typer.Exit(3)
+        raise Exit(3)
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -105,6 +84,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 def _providers() -> tuple[list[str], list[str]]:
     """Which of our providers this ONNX Runtime has, and what is wrong if none."""
+    from ..runtime.ort.library import PROVIDERS, load_onnxruntime
 
     try:
         available = load_onnxruntime().get_available_providers()
@@ -125,11 +105,9 @@ def _known_bad(versions: dict[str, str], providers: list[str], gpu: str | None) 
             "there is a GPU, but this ONNX Runtime is the CPU build: "
             "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         )
-    runtime = versions.get("onnxruntime") or versions.get("onnxruntime-gpu")
-    if runtime and tuple(map(int, runtime.split(".")[:2])) < (1, 20):
-        problems.append(
-            f"onnxruntime {runtime} is older than 1.20, which these graphs need: pip install -U onnxruntime"
-        )
+    ort = versions.get("onnxruntime") or versions.get("onnxruntime-gpu")
+    if ort and tuple(map(int, ort.split(".")[:2])) < (1, 20):
+        problems.append(f"onnxruntime {ort} is older than 1.20, which these graphs need: pip install -U onnxruntime")
     return problems
 
 
@@ -172,7 +150,7 @@ def _tensorrt(versions: dict[str, str]) -> tuple[list[str], str | None]:
         sentences.append(f"engines can run on {cuda.name}, compute capability {cuda.capability}")
     except MachineError as error:
         sentences.append(untried := briefly(error))
-    if any(name.startswith("onnxruntime-ep-nv-tensorrt-rtx") for name in versions):
+    if versions.keys() & {*_PLUGINS}:
         sentences.append(
             "the TensorRT-RTX plugin of ONNX Runtime is installed; tarflow does not load it: build engines with "
             "pip install 'tarflow[tensorrt-rtx]' and tarflow build"
@@ -182,6 +160,7 @@ def _tensorrt(versions: dict[str, str]) -> tuple[list[str], str | None]:
 
 def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
     """Provider -> what one block gave on it; ``ok`` None where it could not be tried."""
+    from ..runtime.ort.library import PROVIDERS
 
     def on(name: str, resident: bool | None = None) -> dict[str, Any]:
         from ..runtime.ort.backend import OrtBackend
@@ -200,6 +179,7 @@ def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
 def _engine_test() -> dict[str, Any]:
     """Build the demo's engines in a temporary folder, as quickly as they build, and try them."""
     from ..export.engines.build import build
+    from ..export.engines.options import Options
     from ..runtime.tensorrt.backend import open_tensorrt
 
     def opened(bundle: Bundle) -> Backend:

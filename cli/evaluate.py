@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckFailed, InputError
 from ..runtime.files import check_writable
 from ..runtime.opening import Opening
-from .console import emit, say
+from .console import emit, identity, say
 from .images import read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line, step_bar
@@ -37,26 +37,19 @@ _PART = 1024  # samples drawn before their features are taken: memory stays boun
 def evaluate(
     bundle: BundleArgument,
     against: Annotated[
-        Path | None,
-        typer.Option(help="Images: a folder, .npy, or statistics (.npz). Default: the digits, for the demo only."),
+        Path | None, Option(help="Images: a folder, .npy, or statistics (.npz). Default: digits, for the demo only.")
     ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="The feature network, ONNX. Default: the demo's own, for the demo only.")
-    ] = None,
-    feature_size: Annotated[int | None, typer.Option(help="Side images are resized to, if the graph is open.")] = None,
-    feature_range: Annotated[
-        str | None, typer.Option(help="Values the network expects: -1,1 (default), 0,1, 0,255 or imagenet.")
-    ] = None,
-    feature_output: Annotated[str | None, typer.Option(help="The layer, if the network has several outputs.")] = None,
-    n: Annotated[int, typer.Option("--n", help="How many samples are drawn.")] = 10_000,
-    samples: Annotated[
-        Path | None, typer.Option(help="Evaluate these images (a folder or .npy) instead of drawing.")
-    ] = None,
+    features: Annotated[Path | None, Option(help="ONNX feature network. Default: the demo's, for the demo.")] = None,
+    feature_size: Annotated[int | None, Option(help="Side images are resized to, if the graph is open.")] = None,
+    feature_range: Annotated[str | None, Option(help="Values expected: -1,1 (default), 0,1, 0,255, imagenet.")] = None,
+    feature_output: Annotated[str | None, Option(help="The layer, if the network has several outputs.")] = None,
+    n: Annotated[int, Option("--n", help="How many samples are drawn.")] = 10_000,
+    samples: Annotated[Path | None, Option(help="Evaluate these images (a folder or .npy) instead of drawing.")] = None,
     labels: Labels = None,
     *,
     drawing: Drawing,
-    resamples: Annotated[int, typer.Option(help="Resamplings of the bootstrap, by the same seed.")] = 100,
-    save_stats: Annotated[Path | None, typer.Option(help="Write the statistics of --against as .npz.")] = None,
+    resamples: Annotated[int, Option(help="Resamplings of the bootstrap, by the same seed.")] = 100,
+    save_stats: Annotated[Path | None, Option(help="Write the statistics of --against as .npz.")] = None,
     opening: Opening,
     json: Json = False,
 ) -> None:
@@ -75,15 +68,15 @@ def evaluate(
         raise InputError.of("seed", seed, "0 or more")
     if n < 2 or resamples < 2:
         raise InputError(f"--n is {n} and --resamples {resamples}; expected 2 or more of each, thousands of samples")
-    request = None if samples is not None else request_of(bundle, drawing, n, labels)
+    shape = bundle.manifest.config
+    request = drawing.request(shape, n, labels, every_class=True) if samples is None else None
     usage = Usage(feature_output, feature_size, feature_range)
     network = FeatureNetwork.open(features or _own_network(bundle), usage, opening.threads)
     if features is not None and against is None:
         raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
     if save_stats is not None:
         check_writable(save_stats)
-    with status_line() as line:
-        line("features of the images to compare with")
+    with status_line("features of the images to compare with"):
         reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle)
     if save_stats is not None:
         write_statistics(save_stats, reference, network.identity)
@@ -92,8 +85,7 @@ def evaluate(
         found = network(_pictures(samples, bundle))
     else:
         found = _draw(Flow.open(bundle, opening), network, request)
-    with status_line() as line:
-        line(f"resampling {resamples} times")
+    with status_line(f"resampling {resamples} times"):
         result = estimate(found, reference, resamples, seed)
 
     warnings = [
@@ -102,20 +94,10 @@ def evaluate(
         if 0 < count <= result.dimension
     ]
     if json:
-        emit(
-            bundle=bundle.folder,
-            bundle_hash=bundle.hash,
-            precision=bundle.manifest.precision,
-            samples=samples or "drawn",
-            seed=seed,
-            guidance=asdict(request.guidance) if request else None,
-            network=network.identity,
-            against=against or "digits",
-            reference_images=reference.count or None,
-            **asdict(result),
-            saved=save_stats,
-            warnings=warnings,
-        )
+        drawn = {"samples": samples or "drawn", "seed": seed, "guidance": asdict(request.guidance) if request else None}
+        to = {"network": network.identity, "against": against or "digits", "reference_images": reference.count or None}
+        about = {**identity(bundle), "precision": bundle.manifest.precision, **drawn, **to}
+        emit(**about, **asdict(result), saved=save_stats, warnings=warnings)
     else:
         what = f"samples of {bundle.manifest.name}, guidance {request.guidance.scale:g}" if request else str(samples)
         print(f"Frechet distance {result.distance:.4g} +- {result.standard_error:.2g}", end=" ")
@@ -163,14 +145,6 @@ def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
 
     stored, _ = read_images(path, bundle.manifest.config)
     return stored if stored.dtype.kind == "u" else to_uint8(_finite(stored))
-
-
-def request_of(bundle: Bundle, drawing: Drawing, n: int, labels: str | None) -> Resolved:
-    """What is drawn: all classes in turn, unless labels are given. Raises InputError for what this model cannot."""
-    config = bundle.manifest.config
-    if labels is None and config.classes:
-        labels = f"0-{config.classes - 1}"
-    return drawing.request(config, n, labels)
 
 
 def _draw(flow: Flow, network: FeatureNetwork, request: Resolved) -> NDArray[np.float32]:

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..config import Hints
 from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, Remedy, briefly
 from ..runtime.files import size_text
-from .console import DEFAULT_BUNDLE, DEMO, emit, say, show
+from .console import DEFAULT_BUNDLE, DEMO, emit, identity, say, show
 from .messages import command
 from .options import Json, hinted
 from .progress import stages
@@ -23,24 +23,15 @@ if TYPE_CHECKING:
 
 @hinted
 def export(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="[CHECKPOINT]", help=".pth, .safetensors or a bundle. Default: the demo model."),
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
-    engine: Annotated[
-        str, typer.Option(help="Precision typed into the graphs: fp32, fp16, bf16, or int8 (weights alone).")
-    ] = "fp32",
+    checkpoint: Annotated[Path | None, Argument(help=".pth, .safetensors or a bundle. Default: the demo.")] = None,
+    output: Annotated[Path, Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
+    engine: Annotated[str, Option(help="Precision of the graphs: fp32, fp16, bf16, or int8 (weights alone).")] = "fp32",
     *,
     hints: Hints,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before it appears.")
-    ] = True,
-    build: Annotated[
-        bool, typer.Option("--build/--no-build", help="End in TensorRT engines, where TensorRT is installed.")
-    ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
+    verify: Annotated[bool, Option(help="Compare with PyTorch before it appears.")] = True,
+    build: Annotated[bool, Option(help="End in TensorRT engines, where TensorRT is installed.")] = True,
+    force: Annotated[bool, Option("--force", help="Replace an existing bundle.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be written, and stop.")] = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs, one set per flow block, verified against PyTorch.
@@ -59,29 +50,18 @@ def export(
     with stages() as watch:
         bundle = export_bundle(source, output, engine, hints, force, verify, watch)
     engines, why_not, unverified = _engines(bundle, quiet=json) if build else (None, "not asked for", None)
-    total = sum(entry.size for entry in bundle.manifest.files.values())
-    parity = bundle.manifest.parity
+    files, parity = {name: entry.size for name, entry in bundle.manifest.files.items()}, bundle.manifest.parity
+    total = sum(files.values())
     if json:
-        emit(
-            bundle=output,
-            bundle_hash=bundle.hash,
-            precision=engine,
-            bytes=total,
-            files={name: entry.size for name, entry in bundle.manifest.files.items()},
-            parity=parity,
-            engines=engines,
-            engines_missing=why_not,
-            engines_unverified=unverified,
-        )
+        built = {"engines": engines, "engines_missing": why_not, "engines_unverified": unverified}
+        emit(**identity(bundle), precision=engine, bytes=total, files=files, parity=parity, **built)
         return
-    print(f"{output}: {len(bundle.manifest.files) + 1} files, {size_text(total)}, {engine}")
+    print(f"{output}: {len(files) + 1} files, {size_text(total)}, {engine}")
     if parity:
         card = Card.from_json(parity, str(output))
         worst = max(difference.rms for difference in card.blocks.values())
-        print(
-            f"against PyTorch: blocks rms {worst:.2g} at most, bits/dim {card.bits_per_dim_shift:.2g}, round trip "
-            f"{card.certificate:.2g}"
-        )
+        scores = f"bits/dim {card.bits_per_dim_shift:.2g}, round trip {card.certificate:.2g}"
+        print(f"against PyTorch: blocks rms {worst:.2g} at most, {scores}")
     else:
         say(f"not verified; run: {command(Remedy('verify', {'bundle': output}))}")
     if engines:

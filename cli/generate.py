@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Exit, Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.files import check_room, size_text
 from ..runtime.opening import Opening
-from .console import emit, read_array, say, tell_of_classes
+from .console import emit, identity, read_array, say, tell_of_classes
 from .images import Save, files_asked, write_images
 from .options import BundleArgument, Drawing, Json, Labels, Ray, draws, opens
 from .progress import step_bar
@@ -25,26 +25,18 @@ if TYPE_CHECKING:
 @draws()
 def generate(
     bundle: BundleArgument,
-    n: Annotated[
-        int | None, typer.Option("--n", help="How many samples. Default: 64, or as many as --noise has.")
-    ] = None,
+    n: Annotated[int | None, Option("--n", help="How many samples. Default: 64, or as many as --noise has.")] = None,
     labels: Labels = None,
     *,
     drawing: Drawing,
-    noise: Annotated[Path | None, typer.Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
+    noise: Annotated[Path | None, Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
     save: Save = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Picture of all samples. Default: samples.png, unless --save.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for many samples, in shards; the same command continues it.")
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="Of shards: npy (the default), safetensors, png (folders) or tar (webdataset).")
-    ] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Samples in a shard, a multiple of 16. Default: 1024.")] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="Picture. Default: samples.png if no --save.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for many samples, in shards; a second run continues it.")] = None,
+    format: Annotated[str | None, Option(help="npy (default), safetensors, png (folders) or tar (webdataset).")] = None,
+    shard_size: Annotated[int | None, Option(help="Samples in a shard, a multiple of 16. Default: 1024.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that draw shards. Default: 1; with --ray, one a GPU or a machine.")
+        int | None, Option(help="Processes that draw shards. Default: 1; with --ray, one a GPU or a machine.")
     ] = None,
     ray: Ray = None,
     opening: Opening,
@@ -60,15 +52,15 @@ def generate(
     from ..runtime.inputs import check_noise
     from ..runtime.samples import Watch
     from ..shards.job import DEFAULT_SHARD, Job
-    from .shards import Means, draw_shards, refuse
+    from .shards import WITH_OUT, WITHOUT_OUT, Means, draw_shards, refuse
 
     if out is not None:
-        refuse("with --out", noise=noise, save=save, output=output, batch_size=drawing.said["batch_size"])
+        refuse(WITH_OUT, noise=noise, save=save, output=output, batch_size=drawing.said["batch_size"])
         request = drawing.request(bundle.manifest.config, 64 if n is None else n, labels)
         job = Job.of(bundle, request, format or "npy", DEFAULT_SHARD if shard_size is None else shard_size)
         draw_shards(bundle, job, out, Means(workers, ray, opening), json)
         return
-    refuse("without --out", format=format, shard_size=shard_size, workers=workers, ray=ray)
+    refuse(WITHOUT_OUT, format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None
     latents, n = check_noise(bundle.manifest.config, 64 if n is None and array is None else n, array)
     request = drawing.request(bundle.manifest.config, n, labels)
@@ -91,24 +83,17 @@ def generate(
         certificate, seconds = drawn.pop("certificate"), drawn.pop("certificate_seconds")
         if certificate is not None:
             certificate = {"max": float(certificate.max()), "per_sample": certificate.tolist(), "seconds": seconds}
-        emit(
-            bundle=bundle.folder,
-            bundle_hash=bundle.hash,
-            precision=bundle.manifest.precision,
-            n=n,
-            files=files,
-            certificate=certificate,
-            **drawn,
-        )
+        about = {**identity(bundle), "precision": bundle.manifest.precision, "n": n}
+        emit(**about, files=files, certificate=certificate, **drawn)
     else:
         _tell(bundle, report, n, files, opening)
     if report.nonfinite:
-        cure = "They stayed so when drawn again: lower the guidance"
-        if not request.redraw_nonfinite:
-            cure = "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
+        cure = "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
+        if request.redraw_nonfinite:
+            cure = "They stayed so when drawn again: lower the guidance"
         few = _few(report.nonfinite)
         say(f"tarflow: check failed: {len(report.nonfinite)} of {n} samples are not finite: {few}. {cure}")
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], opening: Opening) -> None:

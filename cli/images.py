@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from ..runtime.bundle import Bundle, ModelShape
 from ..runtime.errors import InputError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..runtime.flow import Flow
 
 
-Save = Annotated[Path | None, typer.Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
+Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
 
 
 def read_images(path: Path, config: ModelShape) -> tuple[NDArray[Any], list[str] | None]:

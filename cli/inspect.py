@@ -7,9 +7,7 @@ from dataclasses import asdict
 from ..runtime.bundle import MANIFEST, Bundle
 from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
-from ..runtime.tensorrt.record import folders
-from ..runtime.tensorrt.record_reader import read_record
-from .console import emit, show
+from .console import emit, identity, show
 from .messages import command
 from .options import BundleArgument, Json
 
@@ -25,7 +23,7 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
     bundle.check()
     m = bundle.manifest
     if json:
-        emit(bundle=bundle.folder, bundle_hash=bundle.hash, hashes="ok", **asdict(m))
+        emit(**identity(bundle), hashes="ok", **asdict(m))
         return
     c = m.config
     patches = f"patches of {c.patch_size}: {c.tokens} x {c.patch_dim}"
@@ -61,6 +59,9 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
 
 def _tell_of_engines(bundle: Bundle) -> None:
     """A line for each build of TensorRT engines, without loading any."""
+    from ..runtime.tensorrt.record import folders
+    from ..runtime.tensorrt.record_reader import read_record
+
     found = folders(bundle)
     if found:
         print("engines")

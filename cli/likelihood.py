@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..runtime.files import check_room, check_writable, replacing
 from ..runtime.opening import Opening
-from .console import emit, parse_labels
+from .console import emit, identity, parse_labels
 from .images import Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
-Images = Annotated[Path, typer.Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
+Images = Annotated[Path, Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
 
 
 @opens
@@ -21,8 +21,8 @@ def likelihood(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
-    save: Annotated[Path | None, typer.Option(help="Write latents z and logdet as .npz.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
+    save: Annotated[Path | None, Option(help="Write latents z and logdet as .npz.")] = None,
+    seed: Annotated[int, Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
     *,
     opening: Opening,
     json: Json = False,
@@ -48,17 +48,9 @@ def likelihood(
         with replacing(save) as file:
             np.savez(file, z=z, logdet=log_det)
     if json:
-        emit(
-            bundle=bundle,
-            bundle_hash=flow.bundle.hash,
-            images=len(x),
-            mean_bits_per_dim=float(bits.mean()),
-            bits_per_dim=bits.tolist(),
-            log_det=log_det.tolist(),
-            dequantised=stored.dtype == np.uint8,
-            **({"names": names} if names else {}),
-            **({"latent": save} if save else {}),
-        )
+        scores = {"bits_per_dim": bits.tolist(), "log_det": log_det.tolist(), "dequantised": stored.dtype == np.uint8}
+        more = {key: value for key, value in (("names", names), ("latent", save)) if value}
+        emit(**identity(flow.bundle), images=len(x), mean_bits_per_dim=float(bits.mean()), **scores, **more)
         return
     for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
         print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
@@ -70,10 +62,10 @@ def denoise(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
-    strength: Annotated[float, typer.Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
+    strength: Annotated[float, Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
     save: Save = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
+        Path | None, Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
     ] = None,
     *,
     opening: Opening,
@@ -97,6 +89,6 @@ def denoise(
     write_images(result, files, flow.bundle, {})
     change = float(np.sqrt(np.mean((result - x) ** 2)))
     if json:
-        emit(bundle=bundle, bundle_hash=flow.bundle.hash, images=len(x), files=files, rms_change=change)
+        emit(**identity(flow.bundle), images=len(x), files=files, rms_change=change)
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")

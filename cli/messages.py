@@ -17,18 +17,11 @@ _FLAGS = {  # of fields whose flag is not their name with dashes
     "largest_body": "--max-body",
     "precision": "--engine",
     "folder": "-o",
-    "stats": "--save-stats",
-    "run": "--out",
     "gpus": "--gpu",
     "tasks": "--models",
 }
-_ARGUMENTS = ("bundle", "checkpoint", "images")  # named by their place, not by a flag
-_PLACES = {  # what stands behind an operation's name, in order; if it is not the bundle alone
-    "export": ("checkpoint",),
-    "verify": ("bundle", "checkpoint"),
-    "bisect": ("bundle", "checkpoint"),
-}
-_NEEDED = {
+_ARGUMENTS = ("bundle", "checkpoint", "images")  # named by their place, in this order, not by a flag
+_NEEDED = {  # in capitals, what only the reader knows
     "export": {"checkpoint": "CHECKPOINT", "folder": "BUNDLE"},
     "verify": {"bundle": "BUNDLE"},
     "bisect": {"bundle": "BUNDLE"},
@@ -58,7 +51,7 @@ def command(remedy: Remedy) -> str:
     """The command to type; what only its reader knows stands in capitals."""
     given = _NEEDED.get(remedy.operation, {}) | {k: v for k, v in remedy.arguments.items() if v is not None}
     words = ["tarflow", remedy.operation]
-    words += [_word(given.pop(place)) for place in _PLACES.get(remedy.operation, ("bundle",)) if place in given]
+    words += [_word(given.pop(place)) for place in _ARGUMENTS if place in given]
     for field, value in given.items():
         if value is True:
             words.append(flag(field))

@@ -8,14 +8,14 @@ The bundle of a command (``BundleArgument``) comes opened: what is none is refus
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from ..config import Hints
@@ -27,34 +27,32 @@ if TYPE_CHECKING:
     from ..runtime.request import Resolved
 
 Command = TypeVar("Command", bound=Callable[..., None])
-Flags = Mapping[str, tuple[Any, Any]]  # name -> annotation, default
+Flags = Mapping[str, Parameter]
 
 
-def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> tuple[Any, Any]:
-    return Annotated[kind, typer.Option(*names, help=help, metavar=metavar)], default
+def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None = None) -> Parameter:
+    annotation = Annotated[kind, Option(*names, help=help, metavar=metavar)]
+    return Parameter("named_by_its_key", Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 BundleArgument = Annotated[
     Bundle,
-    typer.Argument(
-        metavar="[BUNDLE]",
+    Argument(
         parser=Bundle.open,
         default_factory=default_bundle,
         show_default=False,
         help="A bundle folder. Default: ./tarflow-bundle if it is there, else the demo.",
     ),
 ]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+BundlePath = Annotated[Path, Argument(help="A bundle folder.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
 Labels = Annotated[
     str | None,
-    typer.Option(
-        help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."
-    ),
+    Option(help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."),
 ]
 Ray = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="[ADDRESS]",
         help="Use Ray: a cluster (auto, HOST:PORT or ray://HOST:PORT), or alone the one of RAY_ADDRESS, else one here.",
     ),
@@ -64,9 +62,7 @@ _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]
 OPENING: Flags = {
     "provider": _flag(str, "cpu", "cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here."),
     "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
-    "spinning": _flag(
-        bool | None, None, "Let idle threads spin; not where cores are shared.", "--spinning/--no-spinning"
-    ),
+    "spinning": _flag(bool | None, None, "Let idle threads spin; not where cores are shared."),
     "memory": _flag(
         str | None,
         None,
@@ -74,9 +70,9 @@ OPENING: Flags = {
         "fit. least: always one block at a time.",
         metavar="SIZE|least",
     ),
-    "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph.", "--cuda-graph/--no-cuda-graph"),
+    "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),
 }
-Threads = OPENING["threads"][0]
+Threads = OPENING["threads"].annotation
 GUIDANCE: Flags = {
     "guidance": _flag(float, 0.0, "Guidance scale; 0 is none."),
     "guide": _flag(str, "ab", "What is guided: ab, a (scale) or b (shift)."),
@@ -93,11 +89,11 @@ DECODING: Flags = {
 }
 DRAWING: Flags = {
     **GUIDANCE,
-    "denoise": _flag(bool | None, None, "Denoise. Default: if trained with Gaussian noise.", "--denoise/--no-denoise"),
+    "denoise": _flag(bool | None, None, "Denoise. Default: if trained with Gaussian noise."),
     "denoise_strength": _flag(float, 1.0, "Factor on the noise variance when denoising."),
     "seed": _flag(int, 0, "Seed of the noise."),
     "first_sample": _flag(int, 0, "Index of the first sample; seed and index fix a sample."),
-    "certify": _flag(bool, True, "Encode the samples again and report the error.", "--certify/--no-certify"),
+    "certify": _flag(bool, True, "Encode the samples again and report the error."),
     "redraw_nonfinite": _flag(bool, False, "Draw samples that overflow again.", "--redraw-nonfinite"),
     "batch_size": _flag(int | None, None, "Samples at a time. Default: up to 64, by memory."),
     "reproducible": _flag(bool, False, "Bitwise the same whatever n, batch size, threads.", "--reproducible"),
@@ -117,8 +113,11 @@ class Drawing:
 
     said: Mapping[str, Any]
 
-    def request(self, config: ModelShape, n: int, labels: str | None) -> Resolved:
-        """The request for a model; ``labels`` are dealt out in turn. Raises InputError for what this model cannot."""
+    def request(self, config: ModelShape, n: int, labels: str | None, every_class: bool = False) -> Resolved:
+        """The request for a model; ``labels`` are dealt out in turn, by default none or with ``every_class`` all.
+
+        Raises InputError for what this model cannot.
+        """
         from ..runtime.guidance import Guidance
         from ..runtime.request import Request
 
@@ -126,6 +125,8 @@ class Drawing:
         guidance = Guidance(*(fields.pop(name) for name in GUIDANCE))
         denoise, strength = fields.get("denoise"), fields.pop("denoise_strength", 1.0)
         fields["denoise"] = strength if denoise or (denoise is None and config.noise_std) else False
+        if labels is None and every_class and config.classes:
+            labels = f"0-{config.classes - 1}"
         turn = n if labels is None or labels.endswith(".npy") else len(label_choices(labels))
         dealt = parse_labels(labels, fields.get("first_sample", 0), turn)
         classes = None if dealt is None else tuple(dealt.tolist())
@@ -136,21 +137,18 @@ def _spread(parameter: str, make: Callable[..., Any], flags: Flags) -> Callable[
     """Put flags in the place of a command's parameter, which is then made of what was said with them."""
 
     def decorate(command: Command) -> Command:
-        signature = inspect.signature(command, eval_str=True)
-        mine = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in flags.items()
-        ]
+        own = signature(command, eval_str=True)
+        mine = [flag.replace(name=name) for name, flag in flags.items()]
         parameters = []
-        for found in signature.parameters.values():
-            parameters += mine if found.name == parameter else [found.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        for found in own.parameters.values():
+            parameters += mine if found.name == parameter else [found.replace(kind=Parameter.KEYWORD_ONLY)]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             said = {name: given.pop(name) for name in flags}
             command(**given, **{parameter: make(**said)})
 
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {found.name: found.annotation for found in parameters}
         return run  # type: ignore[return-value]
 

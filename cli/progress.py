@@ -54,14 +54,14 @@ def stages(quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
+def status_line(text: str = "") -> Iterator[Callable[[str], None]]:
     """A line on a terminal's stderr that each call replaces; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
     from rich.console import Console
 
-    with Console(stderr=True, no_color="NO_COLOR" in os.environ).status("") as status:
+    with Console(stderr=True, no_color="NO_COLOR" in os.environ).status(text) as status:
         yield status.update
 
 

@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
 from ..runtime.opening import Opening
-from .console import emit, parse_labels, say
+from .console import emit, identity, parse_labels, say
 from .doctor import versions_of
-from .evaluate import request_of
 from .images import as_trained_on, read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line
@@ -28,15 +27,15 @@ PACKAGES = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
 @draws(*GUIDANCE, "seed")
 def report(
     bundle: BundleArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
-    n: Annotated[int, typer.Option("--n", help="How many samples are drawn.")] = 160,
+    output: Annotated[Path, Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    n: Annotated[int, Option("--n", help="How many samples are drawn.")] = 160,
     labels: Labels = None,
     *,
     drawing: Drawing,
     data: Annotated[
-        Path | None, typer.Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
+        Path | None, Option(help="Real images to encode too: a folder, or .npy, uint8 or floats in [-1, 1].")
     ] = None,
-    data_labels: Annotated[str | None, typer.Option(help="Their labels, as in --labels. Default: none.")] = None,
+    data_labels: Annotated[str | None, Option(help="Their labels, as in --labels. Default: none.")] = None,
     opening: Opening,
     json: Json = False,
 ) -> None:
@@ -53,14 +52,13 @@ def report(
     if n < 2:
         raise InputError.of("n", n, "2 samples or more, a hundred or more for statistics")
     check_writable(output)
-    request = request_of(bundle, drawing, n, labels)
+    request = drawing.request(bundle.manifest.config, n, labels, every_class=True)
     flow = Flow.open(bundle, opening)
     images = None
     if data is not None:
         stored, _ = read_images(data, flow.config)
         images = as_trained_on(flow, stored, request.seed), parse_labels(data_labels, 0, len(stored))
-    with status_line() as line:
-        line(f"drawing and examining {n} samples")
+    with status_line(f"drawing and examining {n} samples"):
         found = examine(flow, request, images)
     versions = {**versions_of(PACKAGES), "python": platform.python_version(), "system": platform.platform()}
     page = render(found, Making(shlex.join(["tarflow", *sys.argv[1:]]), time.strftime("%Y-%m-%d"), versions))
@@ -69,22 +67,12 @@ def report(
 
     bits = {p.name: float(p.bits.mean()) for p in found.populations}
     if json:
-        emit(
-            bundle=bundle.folder,
-            bundle_hash=bundle.hash,
-            backend=found.report.backend,
-            report=output,
-            n=n,
-            seed=request.seed,
-            guidance=request.guidance.scale,
-            certificate=float(found.certificate.max()),
-            nonfinite=list(found.nonfinite),
-            mean_bits_per_dim=bits,
-            block_seconds=list(found.block_seconds),
-        )
+        about = {**identity(bundle), "backend": found.report.backend, "report": output, "n": n, "seed": request.seed}
+        about |= {"guidance": request.guidance.scale, "certificate": float(found.certificate.max())}
+        emit(**about, nonfinite=found.nonfinite, mean_bits_per_dim=bits, block_seconds=found.block_seconds)
     else:
         likelihoods = ", ".join(f"{value:.3f} bits/dim of {name}" for name, value in bits.items())
         print(f"{output}: {n} samples, {likelihoods}, round-trip error {found.certificate.max():.2g} at most")
     if found.nonfinite:
         say(f"tarflow: check failed: {len(found.nonfinite)} of {n} samples are not finite: lower the guidance")
-        raise typer.Exit(1)
+        raise Exit(1)

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..runtime.errors import InputError
-from ..runtime.machine import cores
 from ..runtime.opening import Opening
-from ..serve.settings import Settings
 from .options import DECODING, BundleArgument, Drawing, Ray, draws, opens
 
 TOKEN = "TARFLOW_TOKEN"
@@ -23,28 +21,21 @@ TOKEN = "TARFLOW_TOKEN"
 @draws(*DECODING)
 def serve(
     bundle: BundleArgument,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and says which.")] = 8080,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; one more is answered 429.")] = 64,
-    batch: Annotated[int, typer.Option(help="Samples drawn together at most.")] = 64,
-    delay_ms: Annotated[float, typer.Option(help="How long a request waits for others to fill its tile.")] = 5.0,
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take, waiting included; then 504.")] = 60.0,
-    max_n: Annotated[int, typer.Option(help="Samples or images in one request.")] = 256,
-    max_body: Annotated[int, typer.Option(help="MiB of a request's body.")] = 64,
-    workers: Annotated[
-        int | None, typer.Option(help="Batches computed at a time. Default: 2 on a CPU of 2 cores or more, else 1.")
-    ] = None,
-    token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the bearer token requests must carry. Or set {TOKEN}.")
-    ] = None,
-    certify: Annotated[bool, typer.Option("--certify", help="Encode every sample again, for the metrics.")] = False,
-    grace: Annotated[
-        float, typer.Option(min=0, help="Seconds between readiness going off and the last connection taken.")
-    ] = 1.0,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one and says which.")] = 8080,
+    queue: Annotated[int, Option(help="Requests that may wait; one more is answered 429.")] = 64,
+    batch: Annotated[int, Option(help="Samples drawn together at most.")] = 64,
+    delay_ms: Annotated[float, Option(help="How long a request waits for others to fill its tile.")] = 5.0,
+    timeout: Annotated[float, Option(help="Seconds a request may take, waiting included; then 504.")] = 60.0,
+    max_n: Annotated[int, Option(help="Samples or images in one request.")] = 256,
+    max_body: Annotated[int, Option(help="MiB of a request's body.")] = 64,
+    workers: Annotated[int | None, Option(help="Batches at a time. Default: 2 on 2 or more CPU cores, else 1.")] = None,
+    token_file: Annotated[Path | None, Option(help=f"File with the bearer token of requests. Or set {TOKEN}.")] = None,
+    certify: Annotated[bool, Option("--certify", help="Encode every sample again, for the metrics.")] = False,
+    grace: Annotated[float, Option(min=0, help="Seconds from readiness going off to the last connection taken.")] = 1.0,
     ray: Ray = None,
     replicas: Annotated[
-        str | None,
-        typer.Option(help="With --ray: how many, or the least and the most that load decides between (1,4)."),
+        str | None, Option(help="With --ray: how many, or the least and the most that load decides between (1,4).")
     ] = None,
     *,
     drawing: Drawing,
@@ -57,9 +48,11 @@ def serve(
     Replicas on a Ray cluster: tarflow serve my-bundle --ray auto --replicas 1,4 --host 0.0.0.0
     """
     from ..runtime.flow import Flow
+    from ..runtime.machine import cores
     from ..serve.app import create_app
     from ..serve.server import listen
     from ..serve.server import serve as run
+    from ..serve.settings import Settings
 
     if ray is None and replicas is not None:
         raise InputError(
@@ -70,18 +63,8 @@ def serve(
         workers = 2 if on_cpu and cores() > 1 else 1
     if opening.threads is None and on_cpu and ray is None:
         opening = replace(opening, threads=max(1, cores() // max(workers, 1)))
-    settings = Settings(
-        queue=queue,
-        batch=batch,
-        delay=delay_ms / 1000,
-        workers=workers,
-        timeout=timeout,
-        largest_n=max_n,
-        largest_body=max_body << 20,
-        token=_token(token_file),
-        certify=certify,
-        **drawing.said,
-    )
+    bounds = queue, batch, delay_ms / 1000, workers, timeout, max_n, max_body << 20
+    settings = Settings(*bounds, _token(token_file), certify=certify, **drawing.said)
     listener = listen(host, port, stall=timeout)
     if ray is not None:
         from ..serve.replicas import Deployment, parse_replicas, serve_on_ray
@@ -106,7 +89,6 @@ def _url(host: str, port: int) -> str:
 
 def _token(file: Path | None) -> str | None:
     """The token that is asked for, from a file or the environment; never an argument, which others can see."""
-
     if file is None:
         return os.environ.get(TOKEN, "").strip() or None
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Exit
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..shards.record import Record
     from ..shards.workers import Crew
 
+WITH_OUT = "with --out; shards are drawn by seed, in tiles of 16, and are all that is written: drop it"
+WITHOUT_OUT = "without --out; it is about shards: name a folder for them with --out"
+
 
 @dataclass(frozen=True, slots=True)
 class Means:
@@ -34,15 +37,11 @@ class Means:
     opening: Opening
 
 
-def refuse(where: str, **options: object) -> None:
-    """Raise InputError for options that were given but mean nothing here."""
+def refuse(why: str, **options: object) -> None:
+    """Raise InputError, which says ``why``, for options that were given but mean nothing here."""
     given = [f"`{name}`" for name, value in options.items() if value is not None]
     if given:
-        cure = {
-            "with --out": "shards are drawn by seed, in tiles of 16, and are all that is written: drop it",
-            "without --out": "it is about shards: name a folder for them with --out",
-        }[where]
-        raise InputError(f"{', '.join(given)} means nothing {where}; {cure}")
+        raise InputError(f"{', '.join(given)} means nothing {why}")
 
 
 def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -> None:
@@ -124,21 +123,13 @@ def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shar
 
 
 def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds: float, json: bool) -> None:
-    size = sum(shard["size"] for shard in index["shards"])
+    size, kept = sum(shard["size"] for shard in index["shards"]), index["samples"] - drawn
     if json:
-        emit(
-            bundle=bundle.folder,
-            out=out,
-            drawn=drawn,
-            kept=index["samples"] - drawn,
-            bytes=size,
-            seconds=seconds,
-            **index,
-        )
+        emit(bundle=bundle.folder, out=out, drawn=drawn, kept=kept, bytes=size, seconds=seconds, **index)
     else:
         samples = f"{index['samples']} samples of {bundle.manifest.name}"
         print(f"{samples} in {len(index['shards'])} shards, {size_text(size)}: {out}")
-        print(f"{drawn} drawn now in {duration_text(seconds)}, {index['samples'] - drawn} found finished")
+        print(f"{drawn} drawn now in {duration_text(seconds)}, {kept} found finished")
         if index["certificate"] is not None:
             print(f"round-trip error {index['certificate']:.2g} at most")
         print(index["level"])
@@ -154,4 +145,4 @@ def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds:
             "--redraw-nonfinite and another --out"
         )
     if index["nonfinite"] or index["uncertified"]:
-        raise typer.Exit(1)
+        raise Exit(1)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from ..config import Config, parse_noise
 from ..runtime.errors import InputError
@@ -22,41 +22,39 @@ Watch = Callable[[dict[str, Any]], None]  # is told each line of the log
 
 
 def train(
-    data: Annotated[str, typer.Option(help="'digits', or a folder of images; subfolders are classes.")] = "digits",
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for all that is written.")] = Path("runs/model"),
-    image_size: Annotated[int, typer.Option(help="Side of the images made from a folder, in pixels.")] = 64,
-    channels: Annotated[int, typer.Option(help="3 for colour, 1 for grey images made from a folder.")] = 3,
-    hold_out: Annotated[int, typer.Option(help="Keep every n-th image of a folder for measuring; 0 keeps none.")] = 0,
-    patch_size: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 2,
-    width: Annotated[int, typer.Option(help="Width of the transformers, a multiple of 64.")] = 128,
-    blocks: Annotated[int, typer.Option(help="Flow blocks.")] = 4,
-    layers: Annotated[int, typer.Option(help="Transformer layers in a block.")] = 3,
-    volume_preserving: Annotated[bool, typer.Option("--volume-preserving", help="Shift only, learned prior.")] = False,
-    noise_std: Annotated[str, typer.Option(help="Gaussian noise, images being in [-1, 1]; or 'uniform'.")] = "0.1",
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 4000,
-    batch_size: Annotated[int, typer.Option(help="Images in a step, over all processes.")] = 256,
-    lr: Annotated[float, typer.Option(help="Highest learning rate, between warm-up and cosine.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 200,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 1e-4,
-    drop_label: Annotated[float, typer.Option(help="Share of labels dropped, which is what guidance needs.")] = 0.1,
-    ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
-    grad_clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0 for any.")] = 1.0,
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
-    jitter: Annotated[
-        float, typer.Option(help="Move images at random, by up to this many pixels, such as 0.25.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
-    log_every: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 50,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 250,
-    sample_every: Annotated[int, typer.Option(help="Steps between sample grids; 0 draws none.")] = 500,
-    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 500,
-    samples: Annotated[int, typer.Option(help="Images in a sample grid.")] = 100,
-    guidance: Annotated[float, typer.Option(help="Guidance of the sample grids.")] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    amp: Annotated[str, typer.Option(help="bfloat16 matrix products: auto (on CUDA), on (CPUs too) or off.")] = "auto",
+    data: Annotated[str, Option(help="'digits', or a folder of images; subfolders are classes.")] = "digits",
+    out: Annotated[Path, Option("-o", "--out", help="Folder for all that is written.")] = Path("runs/model"),
+    image_size: Annotated[int, Option(help="Side of the images made from a folder, in pixels.")] = 64,
+    channels: Annotated[int, Option(help="3 for colour, 1 for grey images made from a folder.")] = 3,
+    hold_out: Annotated[int, Option(help="Keep every n-th image of a folder for measuring; 0 keeps none.")] = 0,
+    patch_size: Annotated[int, Option(help="Side of a patch in pixels.")] = 2,
+    width: Annotated[int, Option(help="Width of the transformers, a multiple of 64.")] = 128,
+    blocks: Annotated[int, Option(help="Flow blocks.")] = 4,
+    layers: Annotated[int, Option(help="Transformer layers in a block.")] = 3,
+    volume_preserving: Annotated[bool, Option("--volume-preserving", help="Shift only, learned prior.")] = False,
+    noise_std: Annotated[str, Option(help="Gaussian noise, images being in [-1, 1]; or 'uniform'.")] = "0.1",
+    steps: Annotated[int, Option(help="Steps of the optimiser.")] = 4000,
+    batch_size: Annotated[int, Option(help="Images in a step, over all processes.")] = 256,
+    lr: Annotated[float, Option(help="Highest learning rate, between warm-up and cosine.")] = 1e-3,
+    warmup: Annotated[int, Option(help="Steps of linear warm-up.")] = 200,
+    weight_decay: Annotated[float, Option(help="Weight decay of AdamW.")] = 1e-4,
+    drop_label: Annotated[float, Option(help="Share of labels dropped, which is what guidance needs.")] = 0.1,
+    ema: Annotated[float, Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
+    grad_clip: Annotated[float, Option(help="Largest norm of a gradient; 0 for any.")] = 1.0,
+    flip: Annotated[bool, Option("--flip", help="Mirror images at random.")] = False,
+    jitter: Annotated[float, Option(help="Move images at random, by up to this many pixels, such as 0.25.")] = 0.0,
+    seed: Annotated[int, Option(help="Seed of weights, order and noise.")] = 0,
+    log_every: Annotated[int, Option(help="Steps between lines of the log.")] = 50,
+    evaluate_every: Annotated[int, Option(help="Steps between measurements on held-out images.")] = 250,
+    sample_every: Annotated[int, Option(help="Steps between sample grids; 0 draws none.")] = 500,
+    save_every: Annotated[int, Option(help="Steps between saved states.")] = 500,
+    samples: Annotated[int, Option(help="Images in a sample grid.")] = 100,
+    guidance: Annotated[float, Option(help="Guidance of the sample grids.")] = 0.0,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    amp: Annotated[str, Option(help="bfloat16 matrix products: auto (on CUDA), on (CPUs too) or off.")] = "auto",
     threads: Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with the same options.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start over, replacing the run in --out.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out, with the same options.")] = False,
+    force: Annotated[bool, Option("--force", help="Start over, replacing the run in --out.")] = False,
     json: Json = False,
 ) -> None:
     """Train a model: checkpoints (.pth and .safetensors), sample grids and a log in --out.
@@ -129,7 +127,3 @@ def summary(line: dict[str, Any]) -> str:
         parts.append(f"held out {line['held_out_bits_per_dim']:.3f}")
     rate, left = line["images_per_second"], duration_text(line["seconds_left"])
     return "  ".join([*parts, f"{rate:.0f} images/s", f"{left} left"])
-
-
-if __name__ == "__main__":
-    typer.run(train)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from ..config import Hints
 from ..runtime.errors import CheckFailed, Remedy
@@ -20,10 +20,7 @@ from .progress import stages
 @hinted
 def verify(
     bundle: BundlePath,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="Compare with this. Default: the bundle's own weights."),
-    ] = None,
+    checkpoint: Annotated[Path | None, Argument(help="Compare with this. Default: the bundle's own weights.")] = None,
     *,
     hints: Hints,
     opening: Opening,

@@ -65,13 +65,13 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """Without tensors; ``node_error`` is the node's own, relative."""
         node, where = self.evidence.node, self.suspect
-        told = {
+        return {
+            **{name: getattr(where, name) for name in ("kind", "block", "step", "error")},
             "node": node and node.name,
             "op": node and node.op_type,
             "node_error": node and self.evidence.error,
             "reason": self.reason,
         }
-        return {"kind": where.kind, "block": where.block, "step": where.step, "error": where.error, **told}
 
 
 def bisect_bundle(
@@ -84,12 +84,8 @@ def bisect_bundle(
     """
     provider = comparison.opening.provider
     if provider not in PROVIDERS:
-        raise InputError.of(
-            "provider",
-            f"'{provider}'",
-            f"one of {', '.join(PROVIDERS)}",
-            "bisecting looks inside ONNX graphs, and engines have none",
-        )
+        why = "bisecting looks inside ONNX graphs, and engines have none"
+        raise InputError.of("provider", f"'{provider}'", f"one of {', '.join(PROVIDERS)}", why)
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError.of("tolerance", tolerance, "a number of 0 or more, such as 1e-3")
     with comparison.open(watch) as found:

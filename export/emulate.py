@@ -25,20 +25,20 @@ def emulate_bfloat16(model: ModelProto) -> ModelProto:
     """Rewrite a graph, in place; its weights stay where they are."""
     names = _bfloat16_values(model)
     nodes: list[NodeProto] = [
-        _cast(value.name, _wide(value.name), TensorProto.FLOAT)
+        _cast(value.name, value.name + WIDE, TensorProto.FLOAT)
         for value in (*model.graph.input, *model.graph.initializer)
         if value.name in names
     ]
     for node in model.graph.node:
         made = [name for name in node.output if name in names]
-        node.input[:] = [_wide(name) if name in names else name for name in node.input]
+        node.input[:] = [name + WIDE if name in names else name for name in node.input]
         if node.op_type != "Cast":  # a cast to bfloat16 already rounds
             node.output[:] = [f"{name}.exact" if name in names else name for name in node.output]
         nodes.append(node)
         for name in made:
             if node.op_type != "Cast":
                 nodes.append(_cast(f"{name}.exact", name, TensorProto.BFLOAT16))
-            nodes.append(_cast(name, _wide(name), TensorProto.FLOAT))
+            nodes.append(_cast(name, name + WIDE, TensorProto.FLOAT))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
@@ -75,10 +75,6 @@ def _bfloat16_values(model: ModelProto) -> set[str]:
     values = (*graph.input, *graph.output, *graph.value_info)
     typed = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.BFLOAT16}
     return typed | {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16}
-
-
-def _wide(name: str) -> str:
-    return name + WIDE
 
 
 def _cast(source: str, target: str, to: int) -> NodeProto:

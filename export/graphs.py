@@ -48,8 +48,11 @@ class BlockGraph(nn.Module):
         together = product(n, attention.qkv).view(rows, -1, 3 * attention.heads, attention.head_dim)
         return list(together.transpose(1, 2).chunk(3, 1))  # one operator each for the three of them
 
-    def mlp(self, layer: Layer, h: Tensor) -> Tensor:
-        return product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
+    def finish(self, layer: Layer, h: Tensor, mixed: Tensor) -> Tensor:
+        """h (R * W, C) at a layer's begin, and the values its attention mixed (R, H, W, d) -> h after the layer."""
+        together = mixed.transpose(1, 2).reshape(-1, self.config.width)
+        h = h + product(together, layer.attention.proj).float()
+        return h + product(F.gelu(product(layer.norm(h), layer.up).float()), layer.down).float()
 
     def embed(self, x: Tensor, labels: Tensor, places: Tensor) -> Tensor:
         """x (B, W, D), labels (G, B), the patches' rows of the position embedding (W, C) -> (R * W, C)."""
@@ -108,9 +111,7 @@ class Step(BlockGraph):
             query = query * query_scale
             scores = torch.cat([query @ keys.transpose(2, 3), query @ key.transpose(2, 3)], -1).float() + bias
             past, own = torch.split(softmax(scores).to(query.dtype), [slots, bias.shape[0]], -1)
-            mixed = past @ values + own @ value
-            h = h + product(mixed.transpose(1, 2).reshape(-1, self.config.width), attention.proj).float()
-            h = h + self.mlp(layer, h)
+            h = self.finish(layer, h, past @ values + own @ value)
             fresh += [key, value]
         out = product(h, self.block.proj_out).float().view(mix.shape) * mix
         out = out.sum(0)  # (N, 2 D)
@@ -157,9 +158,8 @@ class Resident(BlockGraph):
             keys = self.write(cache[2 * j], key, position)
             values = self.write(cache[2 * j + 1], value, position)
             scores = (query * scale) @ keys.transpose(2, 3)  # (R, H, W, T)
-            mixed = softmax(scores.float().masked_fill(hidden, MASKED)).to(query.dtype) @ values
-            h = h + product(mixed.transpose(1, 2).reshape(-1, self.config.width), attention.proj).float()
-            h = h + self.mlp(layer, h)
+            weights = softmax(scores.float().masked_fill(hidden, MASKED)).to(query.dtype)
+            h = self.finish(layer, h, weights @ values)
             written += [keys, values]
         outputs = self.config.patch_dim * (2 if self.config.nvp else 1)  # said, not inferred: parsers need to know it
         out = product(h, self.block.proj_out).float().view(labels.shape[0], batch, at.shape[0], outputs)
@@ -178,17 +178,15 @@ class Resident(BlockGraph):
         return written
 
 
-def rewritten(slots: Tensor, fresh: Tensor, position: Tensor) -> Tensor:
-    """A copy of slots (N, H, T, d) with fresh (N, H, W, d) from ``position`` (1,) on."""
-    offset = torch.arange(slots.shape[2]) - position
-    inside = (offset >= 0) & (offset < fresh.shape[2])
-    return torch.where(inside.unsqueeze(1), fresh.index_select(2, offset.clamp(0, fresh.shape[2] - 1)), slots)
-
-
 @torch.library.custom_op("tarflow::write_slots", mutates_args=())
 def write_slots(slots: Tensor, fresh: Tensor, positions: Tensor) -> Tensor:
-    """:func:`rewritten` as one operator, which becomes ONNX's TensorScatter: ``positions`` (N,), all the same."""
-    return rewritten(slots, fresh, positions[:1])
+    """A copy of slots (N, H, T, d) with fresh (N, H, W, d) from ``positions`` (N,) on, which are all the same.
+
+    One operator, which becomes ONNX's TensorScatter.
+    """
+    offset = torch.arange(slots.shape[2]) - positions[:1]
+    inside = (offset >= 0) & (offset < fresh.shape[2])
+    return torch.where(inside.unsqueeze(1), fresh.index_select(2, offset.clamp(0, fresh.shape[2] - 1)), slots)
 
 
 @write_slots.register_fake
@@ -214,9 +212,7 @@ class Forward(BlockGraph):
             query, key, value = self.heads(attention, attention.norm(h), branches * batch)
             scores = (query * scale) @ key.transpose(2, 3)
             weights = softmax(scores.float().masked_fill(mask, MASKED)).to(query.dtype)
-            mixed = (weights @ value).transpose(1, 2).reshape(-1, self.config.width)
-            h = h + product(mixed, attention.proj).float()
-            h = h + self.mlp(layer, h)
+            h = self.finish(layer, h, weights @ value)
         out = product(h, self.block.proj_out).float().view(branches, batch, tokens, -1)
         mix = (mix.flip(2) if self.block.reversed else mix).unsqueeze(2).unsqueeze(-1)  # (2, G, 1, T, 1)
         if not self.config.nvp:

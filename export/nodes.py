@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,7 @@ def expose(path: Path, feeds: Feeds) -> Exposed:
     """Run a graph on ONNX Runtime's CPU with every node's output made an output of the graph."""
     graph = onnx.load(path, load_external_data=False)
     weights = {tensor.name: _weight(tensor, path.with_name(WEIGHTS)) for tensor in graph.graph.initializer}
-    exposed = ModelProto()
-    exposed.CopyFrom(graph)
-    if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in graph.graph.initializer):
-        exposed = emulate_bfloat16(exposed)
+    exposed = emulate_bfloat16(copy.deepcopy(graph))
     present = {output.name for output in exposed.graph.output}
     inferred = onnx.shape_inference.infer_shapes(exposed).graph.value_info
     types = {value.name: value.type.tensor_type.elem_type for value in inferred}
@@ -111,6 +109,7 @@ def _weight(tensor: TensorProto, path: Path) -> NDArray[Any]:
 
 
 def _stored(tensor: TensorProto, path: Path) -> NDArray[Any]:
+    """Read by hand: onnx and onnx_ir refuse files with several hard links, as emulated bundles have."""
     place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
     with path.open("rb") as file:
         file.seek(place["offset"])

@@ -26,7 +26,7 @@ from .comparison import beside, open_checkpoint, oracle_pairs
 from .graphs import BlockGraph
 from .precision import precision_named, torch_type, typed
 from .quantise import chosen, sensitivities
-from .trace import DIRECTED, KINDS, OPSET, Stored, place, reverse, shape_of, trace
+from .trace import DIRECTED, KINDS, OPSET, place, reverse, shape_of, trace
 from .weights import check_weights, rename, weights_size, write_weights
 
 
@@ -79,7 +79,7 @@ def bundle_name(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def _graphs(
-    model: TarFlow, precision: Precision, stored: Mapping[str, Stored], folder: Path, watch: Watch
+    model: TarFlow, precision: Precision, stored: Mapping[str, ir.ExternalTensor], folder: Path, watch: Watch
 ) -> tuple[BlockEntry, ...]:
     """Trace each kind once, or once for each direction; blocks of one direction differ in nothing but their weights."""
     graphs: dict[str, ir.Model] = {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tarflow.checkpoint import SCALE, reference_name
-from tarflow.model import Block, TarFlow
+from tarflow.model import TarFlow
 
 from ..runtime.backend import Array
 
@@ -51,17 +51,18 @@ def rounded(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def sensitivities(model: TarFlow, states: Sequence[Array], labels: NDArray[np.int64]) -> list[Sensitivity]:
     """Measure every weight alone. ``states`` are what the blocks encode, (B, T, D) each, the first block's first."""
-    found = []
     classes = torch.from_numpy(labels)
-    for k, block in enumerate(model.blocks):
-        x = torch.from_numpy(states[k])
-        expected = block.encode(x, classes)[0]
-        for name, linear in _candidates(block):
-            exact = linear.weight.data
-            linear.weight.data = rounded(exact)
-            error = (block.encode(x, classes)[0] - expected).square().mean().sqrt()
-            linear.weight.data = exact
-            found.append(Sensitivity(reference_name(f"blocks.{k}.{name}.weight"), float(error), exact.numel()))
+
+    def encoded(k: int) -> Tensor:
+        return model.blocks[k].encode(torch.from_numpy(states[k]), classes)[0]
+
+    found, expected = [], [encoded(k) for k in range(len(model.blocks))]
+    for name, (k, linear) in candidates(model).items():
+        exact = linear.weight.data
+        linear.weight.data = rounded(exact)
+        error = (encoded(k) - expected[k]).square().mean().sqrt()
+        linear.weight.data = exact
+        found.append(Sensitivity(name, float(error), exact.numel()))
     return found
 
 
@@ -72,21 +73,14 @@ def chosen(measured: Sequence[Sensitivity]) -> frozenset[str]:
     return frozenset(s.name for s in measured if s.error**2 / error <= _SHARE * s.size / size)
 
 
-def candidates(model: TarFlow) -> frozenset[str]:
-    """Weights that could be int8, as a checkpoint names them."""
-    return frozenset(
-        reference_name(f"blocks.{k}.{name}.weight")
+def candidates(model: TarFlow) -> dict[str, tuple[int, nn.Linear]]:
+    """Weights that could be int8: each one's name in a checkpoint, its block and its module."""
+    return {
+        reference_name(f"blocks.{k}.{name}.weight"): (k, module)
         for k, block in enumerate(model.blocks)
-        for name, _ in _candidates(block)
-    )
-
-
-def _candidates(block: Block) -> list[tuple[str, nn.Linear]]:
-    return [
-        (name, module)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and min(module.weight.shape) >= _SMALLEST
-    ]
+    }
 
 
 def read_int8(model: ir.Model, weights: Mapping[str, tuple[ir.ExternalTensor, ir.ExternalTensor]]) -> ir.Model:

@@ -36,11 +36,8 @@ def write_repro(folder: Path, finding: Finding, force: bool) -> None:
         for name, tensors in (("inputs", evidence.inputs), ("expected", evidence.expected), ("found", evidence.found)):
             np.savez(partial / f"{name}.npz", **tensors)  # type: ignore[arg-type]  # numpy has arguments of other types
         if evidence.node is not None:
-            parts = (
-                [_port(*item) for item in evidence.inputs.items()],
-                [_port(*item) for item in evidence.found.items()],
-            )
-            graph = helper.make_graph([evidence.node], "node", *parts)
+            inputs, outputs = ([_port(*it) for it in part.items()] for part in (evidence.inputs, evidence.found))
+            graph = helper.make_graph([evidence.node], "node", inputs, outputs)
             opset = helper.make_opsetid("", evidence.opset)
             onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), partial / "node.onnx")
         (partial / MARKER).write_text(json.dumps({"format": "tarflow-bisect", **finding.to_json()}, indent=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tarflow.checkpoint import DERIVED, SCALE
 from tarflow.config import Config
 from tarflow.model import Block
 
-from ..runtime.bundle import RESIDENT, WEIGHTS, ModelShape
+from ..runtime.bundle import RESIDENT, ModelShape
 from ..runtime.ports import Port, Sizes, inputs, outputs, shape
 from .gradient import Gradient
 from .graphs import BlockGraph, Forward, Resident, Step
@@ -35,16 +35,6 @@ _CONSTANT_LIMIT = 4096  # bytes: constants above this must be weights, or the ca
 
 class TraceError(RuntimeError):
     """The exporter produced a graph that is not what was asked; a defect, not a user's mistake."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where one tensor lies in the weights file."""
-
-    offset: int
-    length: int
-    dtype: ir.DataType
-    shape: tuple[int, ...]
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -67,8 +57,7 @@ def trace(kind: str, block: Block, cache_dtype: torch.dtype) -> ir.Model:
     if fixed < len(ports):  # the cache is one argument, a list
         arguments = [*arguments[:fixed], arguments[fixed:]]
         axes = [*axes[:fixed], axes[fixed:]]
-    with torch.no_grad(), warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"), _quiet():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(axes), strict=False, **_DEFER)
         exported = torch.onnx.export(
             program,
@@ -86,7 +75,9 @@ def trace(kind: str, block: Block, cache_dtype: torch.dtype) -> ir.Model:
     return model
 
 
-def place(model: ir.Model, block: int, stored: Mapping[str, Stored], rename: Mapping[str, str], path: Path) -> None:
+def place(
+    model: ir.Model, block: int, stored: Mapping[str, ir.ExternalTensor], rename: Mapping[str, str], path: Path
+) -> None:
     """Write a traced graph for one block: every weight becomes a reference into the weights file beside it.
 
     ``rename`` maps initializer names to names, in block ``block``, in the weights file. A graph traced from one
@@ -96,20 +87,15 @@ def place(model: ir.Model, block: int, stored: Mapping[str, Stored], rename: Map
     for name, value in model.graph.initializers.items():
         if name not in rename:
             continue
-        weight = _external(name, stored[rename[name]], path.parent)
+        weight = stored[rename[name]]
         if weight.dtype == ir.DataType.INT8:
-            int8[name] = weight, _external(name + SCALE, stored[f"{DERIVED}{rename[name]}{SCALE}"], path.parent)
+            int8[name] = weight, stored[f"{DERIVED}{rename[name]}{SCALE}"]
         else:
             value.const_value = weight
     if int8:
         model = read_int8(model, int8)
     model.graph.name = f"block_{block:02d}"
     ir.save(model, path)
-
-
-def _external(name: str, where: Stored, folder: Path) -> ir.ExternalTensor:
-    shape = ir.Shape(where.shape)
-    return ir.ExternalTensor(WEIGHTS, where.offset, where.length, where.dtype, shape=shape, name=name, base_dir=folder)
 
 
 def reverse(model: ir.Model, tokens: int) -> ir.Model:
@@ -126,11 +112,6 @@ def reverse(model: ir.Model, tokens: int) -> ir.Model:
     embed.replace_input_with(1, place)
     _strip(model)
     return model
-
-
-def weight_names(module: BlockGraph) -> list[str]:
-    """Names of the weights a graph may refer to."""
-    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
 
 
 def _dynamic(port: Port) -> dict[int, object]:
@@ -170,7 +151,7 @@ def _strip(model: ir.Model) -> None:
 
 def _check_constants(model: ir.Model, module: BlockGraph, tokens: int) -> None:
     """Every large constant must be a weight under its own name: a folded copy could not be shared."""
-    known = set(weight_names(module))
+    known = module.state_dict()
     for name, value in model.graph.initializers.items():
         size = value.const_value.nbytes if value.const_value is not None else 0
         if name not in known and size > max(_CONSTANT_LIMIT, tokens * tokens):

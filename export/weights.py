@@ -21,7 +21,6 @@ from ..runtime.precision import Precision
 from .graphs import BlockGraph
 from .precision import half_names, torch_type
 from .quantise import candidates, quantise
-from .trace import Stored, weight_names
 
 _ALIGNMENT = 4096  # of the first tensor: a page, so that mapping the file keeps tensors aligned
 _TYPES = {
@@ -34,24 +33,19 @@ _TYPES = {
 
 def rename(module: BlockGraph, block: int) -> dict[str, str]:
     """Names a graph gives its weights -> names of block ``block``'s tensors in the weights file."""
-    names = {}
-    for name in weight_names(module):
-        if name == "class_table":
-            names[name] = f"{DERIVED}blocks.{block}.class_table"
-        else:
-            names[name] = reference_name(f"blocks.{block}.{name.removeprefix('block.')}")
-    return names
+    names = {name: reference_name(f"blocks.{block}.{name.removeprefix('block.')}") for name in module.state_dict()}
+    return names | {"class_table": f"{DERIVED}blocks.{block}.class_table"}
 
 
 def weights_size(model: TarFlow, precision: Precision) -> int:
     """Bytes of all tensors, without the header; with int8, if all weights take it."""
-    int8 = candidates(model) if precision.int8 else frozenset()
+    int8 = candidates(model) if precision.int8 else ()
     return sum(tensor.numel() * dtype.itemsize for _, tensor, dtype in _tensors(model, precision, int8))
 
 
 def write_weights(
     model: TarFlow, precision: Precision, path: Path, int8: Collection[str] = frozenset()
-) -> dict[str, Stored]:
+) -> dict[str, ir.ExternalTensor]:
     """Write the file and return where each tensor lies. One tensor is converted at a time, those named in ``int8`` (as
     in a checkpoint) quantised.
 
@@ -59,29 +53,23 @@ def write_weights(
     those :func:`check_weights` lets pass.
     """
     tensors = sorted(_tensors(model, precision, int8), key=_packing)
-    entries, offset = {}, 0
-    for name, tensor, dtype in tensors:
-        length = tensor.numel() * dtype.itemsize
-        entries[name] = (dtype, tuple(tensor.shape), offset, length)
-        offset += length
     header: dict[str, object] = {
         "__metadata__": {CONFIG_KEY: json.dumps(model.config.to_dict()), "tarflow.precision": precision.name}
     }
-    for name, (dtype, shape, start, length) in entries.items():
-        header[name] = {"dtype": _TYPES[dtype][0], "shape": list(shape), "data_offsets": [start, start + length]}
+    end = 0
+    for name, tensor, dtype in tensors:
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": _TYPES[dtype][0], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
-    first = 8 + len(encoded)
+    stored = {}
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for _, tensor, dtype in tensors:
-            file.write(_bytes(tensor, dtype))
-    stored = {
-        name: Stored(first + start, length, _TYPES[dtype][1], shape)
-        for name, (dtype, shape, start, length) in entries.items()
-    }
-    return stored | _class_tables(model, stored)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor, dtype in tensors:
+            raw, place = _bytes(tensor, dtype), file.tell()
+            stored[name] = _external(path, place, raw.nbytes, _TYPES[dtype][1], tensor.shape)
+            file.write(raw)
+    return stored | _class_tables(model, stored, path)
 
 
 def int8_names(path: Path) -> frozenset[str]:
@@ -90,16 +78,20 @@ def int8_names(path: Path) -> frozenset[str]:
         return frozenset(name for name in file.keys() if file.get_slice(name).get_dtype() == "I8")  # noqa: SIM118
 
 
-def _class_tables(model: TarFlow, stored: dict[str, Stored]) -> dict[str, Stored]:
+def _external(path: Path, start: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
+    """A tensor in the weights file. Graphs beside it name it as they do their own."""
+    return ir.ExternalTensor(path.name, start, length, dtype, shape=ir.Shape(shape), name="", base_dir=path.parent)
+
+
+def _class_tables(model: TarFlow, stored: dict[str, ir.ExternalTensor], path: Path) -> dict[str, ir.ExternalTensor]:
     """Each block's class embeddings and, right behind them in the file, the null class, read as one tensor."""
     tables = {}
     for k in range(model.config.blocks if model.config.classes else 0):
         known, null = stored[f"blocks.{k}.class_embed"], stored[f"{DERIVED}blocks.{k}.null_class"]
-        assert known.offset + known.length == null.offset
+        start, length = known.offset or 0, known.nbytes + null.nbytes  # a header comes first: no offset is 0
+        assert start + known.nbytes == null.offset
         shape = (model.config.classes + 1, model.config.width)
-        tables[f"{DERIVED}blocks.{k}.class_table"] = Stored(
-            known.offset, known.length + null.length, known.dtype, shape
-        )
+        tables[f"{DERIVED}blocks.{k}.class_table"] = _external(path, start, length, known.dtype, shape)
     return tables
 
 

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Unpack
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -63,7 +63,7 @@ class Flow:
         provider: str | Opening = "cpu",
         threads: int | None = None,  # third, as Triton repositories written earlier give it
         **opening: Unpack[OpeningKeywords],  # typed: the fields of Opening are in one place
-    ) -> Flow:
+    ) -> Self:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
         ``provider`` is "cpu", "cuda", "tensorrt" or "auto"; with it go ``threads``, ``spinning``, ``memory`` and

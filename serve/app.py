@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +17,7 @@ from ..runtime.flow import Flow
 from . import inference, page_routes, samples
 from .description import describe, page
 from .gate import Gate
-from .service import Service, validation_message
+from .service import Refusal, Service, said, validation_message
 from .settings import Settings
 from .words import http_words
 
@@ -50,7 +49,13 @@ def create_app(flow: Flow, settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(InputError, _unfit)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_middleware(Gate, service=service)
-    _add_operation(app, service)
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", response_class=Response, responses=text, tags=["operation"])
+    async def metrics() -> Response:
+        """Counters and histograms in Prometheus' text format."""
+        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     document = describe(app)
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -65,27 +70,13 @@ def create_app(flow: Flow, settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _add_operation(app: FastAPI, service: Service) -> None:
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-
-    @app.get("/metrics", response_class=Response, responses=text, tags=["operation"])
-    async def metrics() -> Response:
-        """Counters and histograms in Prometheus' text format."""
-        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _said(status: int, message: str, headers: Any = None) -> Response:
-    content = json.dumps({"error": message})  # in ASCII: a message may quote what UTF-8 has no bytes for
-    return Response(content, status, headers, "application/json")
-
-
 async def _refused(request: Request, error: Any) -> Response:
-    return _said(error.status_code, str(error.detail), error.headers)
+    return said(error)
 
 
 async def _unfit(request: Request, error: Any) -> Response:
-    return _said(400, http_words(error))
+    return said(Refusal(400, http_words(error)))
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    return _said(400, validation_message(error.errors()))
+    return said(Refusal(400, validation_message(error.errors())))

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,7 @@ class Batcher:
         self._pool = ThreadPoolExecutor(settings.workers, "draw")
         self._tasks: set[asyncio.Task[None]] = set()
         self._row_seconds = 0.05  # a running mean, for Retry-After
-        metrics.watch_queue(lambda: len(self.waiting))
+        metrics.queue.set_function(lambda: len(self.waiting))
 
     async def start(self) -> None:
         """Load the graphs, and see whether requests can share batches here."""
@@ -204,10 +203,14 @@ class Batcher:
         return [outcome for one in batch for outcome in self._compute([one])]
 
     def _attempt(self, batch: list[Waiting]) -> list[Any]:
-        progress, work = partial(_end_if_abandoned, batch), batch[0].work
+        def end_if_abandoned(progress: Progress) -> None:  # told every step
+            if all(one.abandoned for one in batch):
+                raise Abandoned
+
+        work = batch[0].work
         if not isinstance(work, Resolved):
-            return [work(progress)]
-        return self._draw([one.work for one in batch if isinstance(one.work, Resolved)], progress)
+            return [work(end_if_abandoned)]
+        return self._draw([one.work for one in batch if isinstance(one.work, Resolved)], end_if_abandoned)
 
     def _draw(self, requests: list[Resolved], progress: OnProgress) -> list[Drawn]:
         started, counts = time.perf_counter(), [request.n for request in requests]
@@ -256,9 +259,3 @@ class Batcher:
 def _whole_tiles(rows: int) -> int:
     """Rows of the tiles that hold so many."""
     return -(-rows // REPRODUCIBLE_TILE) * REPRODUCIBLE_TILE
-
-
-def _end_if_abandoned(batch: list[Waiting], progress: Progress) -> None:
-    """Told every step of a batch."""
-    if all(one.abandoned for one in batch):
-        raise Abandoned

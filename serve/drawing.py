@@ -25,12 +25,10 @@ Zoom = Annotated[int, Field(ge=1, le=32)]
 class Style(BaseModel):
     """How samples are drawn. A field that has a name of Request's is that field."""
 
-    guidance: Strength = Field(default=0.0, description="Scale of classifier-free guidance; 0 is none, 1 to 3 usual.")
-    guide: Literal["a", "b", "ab"] = Field(default="ab", description="What is guided: log_scale, shift or both.")
-    annealed: bool = Field(default=False, description="Let guidance grow along the sequence.")
-    attention_temperature: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="Of the unconditional branch."
-    )
+    guidance: Strength = Field(0.0, description="Scale of classifier-free guidance; 0 is none, 1 to 3 usual.")
+    guide: Literal["a", "b", "ab"] = Field("ab", description="What is guided: log_scale, shift or both.")
+    annealed: bool = Field(False, description="Let guidance grow along the sequence.")
+    attention_temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of the unconditional branch.")
 
 
 class Drawing(Style):
@@ -38,22 +36,20 @@ class Drawing(Style):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    n: int | None = Field(default=None, ge=1, description="How many. Default: as many as labels, or 1.")
+    n: int | None = Field(None, ge=1, description="How many. Default: as many as labels, or 1.")
     labels: Label | list[Label] | None = Field(
-        default=None, description="One class for all or one each; -1 or none: null class."
+        None, description="One class for all or one each; -1 or none: null class."
     )
-    seed: Whole = Field(default=0, description="Of the noise.")
-    first_sample: Whole = Field(
-        default=0, description="Index of the first sample; sample k of a seed is always the same."
-    )
+    seed: Whole = Field(0, description="Of the noise.")
+    first_sample: Whole = Field(0, description="Index of the first sample; sample k of a seed is always the same.")
     denoise: bool | Strength | None = Field(
-        default=None, description="Or a strength. Default: if the model has noise to remove."
+        None, description="Or a strength. Default: if the model has noise to remove."
     )
     certify: bool = Field(
-        default=False, description="Encode the samples again and report the largest round-trip error of each."
+        False, description="Encode the samples again and report the largest round-trip error of each."
     )
-    format: Format | None = Field(default=None, description="Default: what Accept prefers, else png.")
-    zoom: Zoom | None = Field(default=None, description="Of pictures: each pixel repeated. Default: up to 48 pixels.")
+    format: Format | None = Field(None, description="Default: what Accept prefers, else png.")
+    zoom: Zoom | None = Field(None, description="Of pictures: each pixel repeated. Default: up to 48 pixels.")
 
 
 _PLAIN = {field.name for field in fields(Request)} & Drawing.model_fields.keys() - {"n", "labels", "guidance"}

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import re
 import time
 import traceback
 import uuid
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .log import log
 from .protocol import HEADER, LARGEST_JSON
-from .service import Refusal, Service
+from .service import Refusal, Service, said
 
 _OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # for probes, and a page that then asks for the token
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_LENGTH = re.compile(rb"[0-9]{1,19}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LENGTH = re.compile(r"[0-9]{1,19}")
 _HELD = 4  # times the largest body: bytes of bodies that may be in memory at once
 
 
@@ -29,7 +29,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         token = service.settings.token
-        self._digest = None if token is None else _digest(token.encode())
+        self._digest = None if token is None else _digest(token)
         self._held = 0  # bytes of bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,47 +40,43 @@ class Gate:
         body = _Body(self, scope, receive)
         try:
             refusal = self._refusal(scope)
-            if refusal is not None:
-                await answer.refuse(refusal)
-            else:
-                await self.app(scope, body.receive, answer.send)
+            app = self.app if refusal is None else said(refusal)
+            await app(scope, body.receive, answer.send)
         except Exception as error:
             if answer.status:
                 raise
             log("failure", "error", id=answer.identity, error="".join(traceback.format_exception(error))[-4000:])
-            await answer.refuse(Refusal(500, f"this should not have happened; the log has it as {answer.identity}"))
+            failure = Refusal(500, f"this should not have happened; the log has it as {answer.identity}")
+            await said(failure)(scope, receive, answer.send)
         finally:
             self._held -= body.size
             self._note(scope, answer)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         """Why this request goes no further, from its headers alone."""
-        headers: dict[bytes, list[bytes]] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name, []).append(value)
+        headers = Headers(scope=scope)
         if self._digest is not None and not _is_open(scope["path"]) and not self._authorised(headers):
             message = "this service asks for a token; send Authorization: Bearer TOKEN"
             return Refusal(401, message, {"WWW-Authenticate": "Bearer"})
-        if any(value.lower() != b"identity" for value in headers.get(b"content-encoding", ())):
+        if any(value.lower() != "identity" for value in headers.getlist("content-encoding")):
             return Refusal(415, "the body is compressed; send it plain")
-        lengths = headers.get(b"content-length", [])
+        lengths = headers.getlist("content-length")
         if len(lengths) > 1 or not all(_LENGTH.fullmatch(value) for value in lengths):
             return Refusal(400, "Content-Length is no number, or there are two")
         if lengths and int(lengths[0]) > self.limit(scope):
             return _too_large(self.limit(scope))
         return None
 
-    def _authorised(self, headers: dict[bytes, list[bytes]]) -> bool:
-        given = headers.get(b"authorization", [])
-        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    def _authorised(self, headers: Headers) -> bool:
+        given = headers.getlist("authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         right = hmac.compare_digest(_digest(token.strip()), self._digest or b"")
-        return right and scheme.lower() == b"bearer"
+        return right and scheme.lower() == "bearer"
 
     def limit(self, scope: Scope) -> int:
         """The largest body: parsing JSON holds everybody up, so that is short. Of a binary request the JSON part is."""
-        binary = any(name == HEADER.lower().encode() for name, _ in scope["headers"])
         infer = scope["path"].startswith("/v2/models/") and scope["path"].endswith("/infer")
-        if scope["path"] == "/v1/likelihood" or (infer and binary):
+        if scope["path"] == "/v1/likelihood" or (infer and HEADER in Headers(scope=scope)):
             return self.service.settings.largest_body
         return min(LARGEST_JSON, self.service.settings.largest_body)
 
@@ -151,13 +147,6 @@ class _Answer:
             message["headers"] = list(headers.items())
         await self._send(message)
 
-    async def refuse(self, refusal: Refusal) -> None:
-        body = json.dumps({"error": refusal.message}).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body))} | dict(refusal.headers or {})
-        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
-        await self.send({"type": "http.response.body", "body": body})
-
 
 def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body is larger than {limit} bytes; send less, or tensors as binary data")
@@ -167,12 +156,12 @@ def _is_open(path: str) -> bool:
     return path in _OPEN or (path.startswith("/page/") and ".." not in path)
 
 
-def _digest(value: bytes) -> bytes:
+def _digest(token: str) -> bytes:
     """Of equal length whatever was sent, so that comparing says nothing about the token's."""
-    return hashlib.sha256(value).digest()
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _request_id(scope: Scope) -> str:
     """The client's, if it is one, else a new one."""
-    given = [value for name, value in scope["headers"] if name == b"x-request-id" and _REQUEST_ID.fullmatch(value)]
-    return str(given[0].decode()) if given else uuid.uuid4().hex[:16]
+    given = filter(_REQUEST_ID.fullmatch, Headers(scope=scope).getlist("x-request-id"))
+    return next(given, None) or uuid.uuid4().hex[:16]

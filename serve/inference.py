@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from .models import VERSION, Model, Tensor, Tensors, denoising, drawn_tensors, encoding, models_of, wanted_of
-from .protocol import HEADER, TYPES, Asked, read_asked, write_answer
+from .protocol import HEADER, Asked, InferRequest, InputTensor, read_asked, write_answer
 from .service import Refusal, Service, aside
 
 
@@ -26,30 +26,6 @@ class ModelMetadata(BaseModel):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     parameters: dict[str, Any] = Field(description="The model inside, and the parameters a request may have.")
-
-
-class InputTensor(BaseModel):
-    """A tensor; ``data`` is left out where ``parameters.binary_data_size`` says that it follows the JSON."""
-
-    name: str = Field(min_length=1, max_length=200)
-    datatype: str = Field(json_schema_extra={"enum": list(TYPES)})
-    shape: list[int] = Field(max_length=8)
-    data: list[Any] | None = None
-    parameters: dict[str, Any] = {}
-
-
-class OutputTensor(BaseModel):
-    name: str = Field(min_length=1, max_length=200)
-    parameters: dict[str, Any] = {}
-
-
-class InferRequest(BaseModel):
-    """What is wanted of a model; see its metadata for the names."""
-
-    id: str | None = None
-    parameters: dict[str, Any] = {}
-    inputs: list[InputTensor] = Field([], max_length=32)
-    outputs: list[OutputTensor] = Field([], max_length=32)
 
 
 class InferResponse(BaseModel):
@@ -152,19 +128,20 @@ async def _answer(service: Service, request: Request, model: Model, asked: Asked
 
 def _metadata(service: Service, model: Model) -> ModelMetadata:
     manifest = service.flow.bundle.manifest
+    said = {
+        "bundle": manifest.name,
+        "bundle_hash": service.flow.bundle.hash,
+        "precision": manifest.precision,
+        "backend": service.flow.backend.description,
+        "classes": manifest.config.classes,
+        "largest_n": service.settings.largest_n,
+        "request_parameters": list(model.parameters),
+    }
     return ModelMetadata(
         name=model.name,
         versions=[VERSION],
         platform="tarflow",
         inputs=model.inputs,
         outputs=model.outputs,
-        parameters={
-            "bundle": manifest.name,
-            "bundle_hash": service.flow.bundle.hash,
-            "precision": manifest.precision,
-            "backend": service.flow.backend.description,
-            "classes": manifest.config.classes,
-            "largest_n": service.settings.largest_n,
-            "request_parameters": list(model.parameters),
-        },
+        parameters=said,
     )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
+from datetime import UTC, datetime
 from typing import Any
 
 
 def log(event: str, level: str = "info", **fields: Any) -> None:
     """Write a line: when, what, and the fields."""
-    now = time.time()
-    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+    stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     sys.stderr.write(json.dumps({"time": stamp, "level": level, "event": event, **fields}, default=str) + "\n")
-    sys.stderr.flush()
 
 
 class Lines(logging.Handler):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,41 +19,23 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self.samples = Counter("tarflow_samples", "Samples drawn.", registry=registry)
-        self.nonfinite = Counter("tarflow_nonfinite_samples", "Samples drawn that are not finite.", registry=registry)
-        self.batches = Counter("tarflow_batches", "Batches computed.", registry=registry)
-        self.batched = Counter("tarflow_batched_requests", "Requests in those batches.", registry=registry)
-        self.compute = Counter("tarflow_compute_seconds", "Time spent drawing.", registry=registry)
-        self.abandoned = Counter(
-            "tarflow_abandoned_requests",
-            "Requests whose client left or whose time ran out.",
-            ["why"],
-            registry=registry,
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        timer = partial(histogram, buckets=_SECONDS)
+        self.samples = counter("tarflow_samples", "Samples drawn.")
+        self.nonfinite = counter("tarflow_nonfinite_samples", "Samples drawn that are not finite.")
+        self.batches = counter("tarflow_batches", "Batches computed.")
+        self.batched = counter("tarflow_batched_requests", "Requests in those batches.")
+        self.compute = counter("tarflow_compute_seconds", "Time spent drawing.")
+        self.abandoned = counter(
+            "tarflow_abandoned_requests", "Requests whose client left or whose time ran out.", ["why"]
         )
         self.queue = Gauge("tarflow_queue_requests", "Requests waiting now.", registry=registry)
-        self.batch_samples = Histogram("tarflow_batch_samples", "Samples in a batch.", buckets=_ROWS, registry=registry)
-        self.block_seconds = Histogram(
-            "tarflow_block_seconds",
-            "Time to invert one flow block for one tile.",
-            ["block"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.passes = Counter(
-            "tarflow_passes", "Dependent passes (sweeps) by flow block.", ["block"], registry=registry
-        )
-        self.certificate = Histogram(
-            "tarflow_certificate", "Round-trip errors of certified samples.", buckets=_ERRORS, registry=registry
-        )
-        self.responses = Counter(
-            "tarflow_responses", "Answers by route and status.", ["route", "code"], registry=registry
-        )
-        self.seconds = Histogram(
-            "tarflow_request_seconds", "Time to answer, by route.", ["route"], buckets=_SECONDS, registry=registry
-        )
-
-    def watch_queue(self, length: Callable[[], int]) -> None:
-        self.queue.set_function(length)
+        self.batch_samples = histogram("tarflow_batch_samples", "Samples in a batch.", buckets=_ROWS)
+        self.block_seconds = timer("tarflow_block_seconds", "Time to invert one flow block for one tile.", ["block"])
+        self.passes = counter("tarflow_passes", "Dependent passes (sweeps) by flow block.", ["block"])
+        self.certificate = histogram("tarflow_certificate", "Round-trip errors of certified samples.", buckets=_ERRORS)
+        self.responses = counter("tarflow_responses", "Answers by route and status.", ["route", "code"])
+        self.seconds = timer("tarflow_request_seconds", "Time to answer, by route.", ["route"])
 
     def drawn(self, report: Report, counts: list[int], seconds: float) -> None:
         """Count one batch, of requests for so many samples each."""

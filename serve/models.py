@@ -18,13 +18,17 @@ from ..runtime.samples import Progress
 from .batcher import Drawn, OnProgress
 from .drawing import Drawing, request_of
 from .packing import ranges
-from .protocol import TYPES, Asked
+from .protocol import Asked, datatype_of
 from .service import Refusal, Service, validation_message
 
 VERSION = "1"
 _ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits
 OPTIONAL = {"optional": True}
 _SAID = tuple(name for name in Drawing.model_fields if name not in ("labels", "certify", "format", "zoom"))
+_NUMBERS = {
+    "n": "INT64", "seed": "UINT64", "first_sample": "UINT64", "guidance": "FP32", "attention_temperature": "FP32",
+    "denoise": "FP32", "annealed": "BOOL",
+}  # fmt: skip
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -54,9 +58,9 @@ class Model:
             if name not in known:
                 raise Refusal(400, f"model {self.name} has no input '{name}'; expected {', '.join(known)}")
             spec = known[name]
-            if _datatype(array) != spec.datatype or not _fits(array.shape, spec.shape):
+            if datatype_of(array) != spec.datatype or not _fits(array.shape, spec.shape):
                 raise Refusal(
-                    400, f"input '{name}' is {_datatype(array)} {list(array.shape)}; expected {spec.datatype} "
+                    400, f"input '{name}' is {datatype_of(array)} {list(array.shape)}; expected {spec.datatype} "
                     f"{list(spec.shape)}, where -1 is any size",
                 )  # fmt: skip
             if name in asked.parameters:
@@ -84,27 +88,17 @@ def models_of(service: Service) -> dict[str, Model]:
     config = service.flow.config
     images = (-1, *config.image)
     labels = Tensor("labels", "INT64", (-1,), OPTIONAL)
-    seeds = (Tensor("seed", "UINT64", (1,), OPTIONAL), Tensor("first_sample", "UINT64", (1,), OPTIONAL))
+    numbers = {name: Tensor(name, datatype, (1,), OPTIONAL) for name, datatype in _NUMBERS.items()}
+    seeds = numbers["seed"], numbers["first_sample"]
     sample = Model(
         "sample",
-        (
-            labels,
-            Tensor("n", "INT64", (1,), OPTIONAL),
-            *seeds,
-            *(Tensor(name, "FP32", (1,), OPTIONAL) for name in ("guidance", "attention_temperature", "denoise")),
-            Tensor("annealed", "BOOL", (1,), OPTIONAL),
-        ),
+        (labels, *numbers.values()),
         (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,)), Tensor("certificate", "FP32", (-1,))),
         _SAID,
     )
     encode = Model(
         "encode",
-        (
-            Tensor("images", "FP32", images, OPTIONAL),
-            Tensor("pixels", "UINT8", images, OPTIONAL),
-            labels,
-            *seeds,
-        ),
+        (Tensor("images", "FP32", images, OPTIONAL), Tensor("pixels", "UINT8", images, OPTIONAL), labels, *seeds),
         (
             Tensor("latent", "FP32", (-1, config.tokens, config.patch_dim)),
             *(Tensor(name, "FP32", (-1,)) for name in ("log_det", "bits_per_dim", "log_likelihood")),
@@ -122,7 +116,7 @@ def models_of(service: Service) -> dict[str, Model]:
 
 def wanted_of(service: Service, model: Model, asked: Asked) -> Resolved:
     """What a request to the model ``sample`` wants drawn. Raises Refusal and InputError."""
-    said: dict[str, Any] = {name: asked.parameters[name] for name in asked.parameters}
+    said = dict(asked.parameters)
     for name, tensor in asked.tensors.items():
         said[name] = tensor.tolist() if name == "labels" else tensor[0].item()
     if said.get("labels") == []:
@@ -219,7 +213,3 @@ def _number(asked: Asked, name: str, default: Any) -> Any:
 
 def _fits(shape: tuple[int, ...], spec: tuple[int, ...]) -> bool:
     return len(shape) == len(spec) and all(want in (-1, have) for have, want in zip(shape, spec, strict=True))
-
-
-def _datatype(array: NDArray[Any]) -> str:
-    return next(word for word, known in TYPES.items() if known == array.dtype)

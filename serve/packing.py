@@ -11,6 +11,7 @@ import numpy as np
 from ..runtime.image import grid, png
 from .batcher import Drawn
 from .drawing import Format, style_of
+from .protocol import json_numbers
 from .service import Refusal, Service
 
 MEDIA: dict[Format, str] = {"png": "image/png", "zip": "application/zip", "npy": "application/x-npy"}
@@ -68,7 +69,9 @@ class Packing:
     def as_zip(self, drawn: Drawn) -> bytes:
         """Pictures named by seed and index, and samples.json; the same samples give the same bytes."""
         file, samples, request = io.BytesIO(), [], drawn.request
-        labels = request.classes().tolist()
+        labels, errors = request.classes().tolist(), [None] * request.n
+        if drawn.certificate is not None:
+            errors = json_numbers(drawn.certificate)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for i, image in enumerate(drawn.images):
                 index = request.first_sample + i
@@ -76,15 +79,10 @@ class Packing:
                 archive.writestr(zipfile.ZipInfo(name), png(grid(image[None], gap=0), {}, self.zoom))
                 samples.append({
                     "file": name, "index": index, "label": labels[i], "finite": index not in drawn.nonfinite,
-                    "certificate": _certificate(drawn, i),
+                    "certificate": errors[i],
                 })  # fmt: skip
-            said = {
-                "bundle_hash": self.bundle_hash,
-                "seed": request.seed,
-                "style": style_of(request),
-                "samples": samples,
-            }
-            archive.writestr(zipfile.ZipInfo("samples.json"), json.dumps(said, indent=1))
+            said = {"bundle_hash": self.bundle_hash, "seed": request.seed, "style": style_of(request)}
+            archive.writestr(zipfile.ZipInfo("samples.json"), json.dumps(said | {"samples": samples}, indent=1))
         return file.getvalue()
 
     def _text(self, drawn: Drawn) -> dict[str, str]:
@@ -103,9 +101,3 @@ def array(drawn: Drawn) -> bytes:
     file = io.BytesIO()
     np.save(file, np.ascontiguousarray(drawn.images))
     return file.getvalue()
-
-
-def _certificate(drawn: Drawn, i: int) -> float | None:
-    if drawn.certificate is None or not np.isfinite(drawn.certificate[i]):
-        return None
-    return float(drawn.certificate[i])

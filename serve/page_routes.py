@@ -125,19 +125,19 @@ def _add_model(router: APIRouter, service: Service) -> None:
 class Watched(BaseModel):
     """The query of a drawing that is watched."""
 
-    n: int = Field(default=8, ge=1, description="Samples.")
+    n: int = Field(8, ge=1, description="Samples.")
     labels: str | None = Field(
-        default=None,
+        None,
         pattern=r"^(-1|[0-9]{1,6})(,(-1|[0-9]{1,6}))*$",
         max_length=8192,
         description="Classes, dealt out by sample index: 3, or 0,1,2. -1 is the null class.",
     )
-    guidance: float = Field(default=0.0, ge=0, le=1e6, description="Strength of guidance; 0 is none.")
+    guidance: float = Field(0.0, ge=0, le=1e6, description="Strength of guidance; 0 is none.")
     attention_temperature: float = Field(
-        default=1.0, gt=0, le=1e6, description="Of the branch guided away from: what guides without classes."
+        1.0, gt=0, le=1e6, description="Of the branch guided away from: what guides without classes."
     )
-    seed: int = Field(default=0, ge=0, le=LAST)
-    first_sample: int = Field(default=0, ge=0, lt=2**63, description="Index of the first sample.")
+    seed: int = Field(0, ge=0, le=LAST)
+    first_sample: int = Field(0, ge=0, lt=2**63, description="Index of the first sample.")
 
     def request(self, service: Service) -> Resolved:
         """Raises Refusal and InputError for what cannot be drawn."""
@@ -219,7 +219,7 @@ async def _body(
         async for event in events:
             yield event
     except Refusal as refusal:
-        yield _event("error", {"status": refusal.status, "message": refusal.message})
+        yield _event("error", {"status": refusal.status_code, "message": refusal.detail})
     finally:
         if drawing.cancel():  # it was not done, and nobody reads any more
             metrics.abandoned.labels("left").inc()

@@ -110,13 +110,8 @@ def _bound(deployment: Deployment, parts: Share) -> Any:
     replicas, settings = deployment.replicas, deployment.settings
     number: dict[str, Any] = {"num_replicas": replicas.most}
     if replicas.least < replicas.most:
-        number = {
-            "autoscaling_config": {
-                "min_replicas": replicas.least,
-                "max_replicas": replicas.most,
-                "target_ongoing_requests": max(1, settings.queue // 4),
-            }
-        }
+        load = {"target_ongoing_requests": max(1, settings.queue // 4)}
+        number = {"autoscaling_config": load | {"min_replicas": replicas.least, "max_replicas": replicas.most}}
     made = serve.deployment(
         name=NAME,
         ray_actor_options={"num_cpus": parts.cpus, "num_gpus": parts.gpus},

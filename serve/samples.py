@@ -20,11 +20,11 @@ _MINUTES = 300  # seconds: for how long a picture may be another bundle's, serve
 class OneSample(Style):
     """The query of one sample's address."""
 
-    label: Label | None = Field(default=None, description="Its class; -1 or none: the null class.")
-    denoise: Strength | None = Field(default=None, description="Strength; 0 for none.")
+    label: Label | None = Field(None, description="Its class; -1 or none: the null class.")
+    denoise: Strength | None = Field(None, description="Strength; 0 for none.")
     zoom: Zoom | None = None
     edition: str | None = Field(
-        default=None, max_length=64, description="Of bundle, engine and version, as the page's links have it."
+        None, max_length=64, description="Of bundle, engine and version, as the page's links have it."
     )
 
     def of(self, seed: int, index: int) -> Drawing:

@@ -32,11 +32,10 @@ def listen(host: str, port: int, stall: float) -> socket.socket:
     Raises InputError for an address that is none, MachineError for one that cannot be had.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError, OverflowError):
         raise InputError.of("host", f"'{host}', with `port` {port}", "an address, such as 127.0.0.1") from None
+    family, kind, _, _, address = found[0]
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):

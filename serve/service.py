@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 
 from ..runtime.errors import TarflowError
 from ..runtime.flow import Flow
@@ -25,9 +27,11 @@ T = TypeVar("T")
 class Refusal(HTTPException):
     """An answer that is not a result."""
 
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, message, headers)
-        self.status, self.message = status, message
+
+def said(refusal: HTTPException) -> Response:
+    """The answer: one sentence of JSON."""
+    content = json.dumps({"error": str(refusal.detail)})  # in ASCII: a message may quote what UTF-8 has no bytes for
+    return Response(content, refusal.status_code, refusal.headers, "application/json")
 
 
 class Service:
@@ -36,39 +40,33 @@ class Service:
     def __init__(self, flow: Flow, settings: Settings) -> None:
         self.flow, self.settings = flow, settings
         self.metrics = Metrics()
-        self.batcher: Batcher | None = None
-        self.draining = False
+        self.batcher = Batcher(flow, settings, self.metrics)
+        self.started = self.draining = False
 
     @property
     def ready(self) -> bool:
-        return self.batcher is not None and not self.draining
+        return self.started and not self.draining
 
     async def start(self) -> None:
-        batcher = Batcher(self.flow, self.settings, self.metrics)
-        await batcher.start()
-        self.batcher = batcher
+        await self.batcher.start()
+        self.started = True
 
     async def stop(self) -> None:
         self.draining = True
-        if self.batcher is not None:
-            await self.batcher.stop()
+        await self.batcher.stop()
 
     async def draw(self, request: Request, wanted: Resolved) -> Drawn:
         """Samples, drawn together with those of other requests. Raises Refusal."""
-        drawn: Drawn = await self._wait(request, wanted)
+        drawn: Drawn = await self.compute(request, wanted)
         return drawn
 
-    async def compute(self, request: Request, work: Callable[[OnProgress], T]) -> T:
+    async def compute(self, request: Request, work: Resolved | Callable[[OnProgress], T]) -> T:
         """The result of ``work``, called alone in a drawing thread, and queued, bounded and timed like :meth:`draw`.
 
         What it is given is what ``Flow.sample`` takes as progress: it raises when nobody waits any more.
         Raises Refusal.
         """
-        result: T = await self._wait(request, work)
-        return result
-
-    async def _wait(self, request: Request, work: Resolved | Callable[[OnProgress], T]) -> T:
-        if self.batcher is None:
+        if not self.started:
             raise Refusal(503, "the service is still starting; ask again in a moment", {"Retry-After": "1"})
         mine = Waiting(work)
         try:

@@ -25,6 +25,7 @@ from ..runtime.errors import BundleError, InputError, TarflowError
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.image import unpatchify
+from ..runtime.inputs import check_labels
 from ..runtime.machine import cores
 from ..runtime.opening import Opening
 from .words import http_words
@@ -59,18 +60,11 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request, in order; an error of one is its own."""
-        answers: list[Rows | TarflowError] = []
         certified = any("certificate" in request.requested_output_names() for request in requests)
-        for request in requests:
-            try:
-                answers.append(self._checked(self._read(request)))
-            except TarflowError as error:
-                answers.append(error)
-        good = [i for i, answer in enumerate(answers) if not isinstance(answer, TarflowError)]
-        if good:
-            rows = [answer for answer in answers if not isinstance(answer, TarflowError)]
-            for i, answer in zip(good, self._answers(rows, certified), strict=True):
-                answers[i] = answer
+        read = [self._read(request) for request in requests]
+        good = [rows for rows in read if not isinstance(rows, TarflowError)]
+        found = iter(self._answers(good, certified) if good else ())
+        answers = [rows if isinstance(rows, TarflowError) else next(found) for rows in read]
         return [_response(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
     def _answers(self, requests: list[Rows], certified: bool) -> list[Rows | TarflowError]:
@@ -89,8 +83,7 @@ class TritonPythonModel:
     # --- the three tasks: rows in, rows out ---------------------------------------------------------------------
 
     def _sample(self, rows: Rows, certified: bool) -> Rows:
-        drawn_from = zip(rows["seed"].tolist(), rows["index"].tolist(), strict=True)
-        z = np.concatenate([self.flow.noise(seed, range(index, index + 1)) for seed, index in drawn_from])
+        z = self.flow.noise(rows["seed"].tolist(), rows["index"].tolist())
         images = np.empty((len(z), *self.flow.config.image), np.float32)
         certificate = np.zeros((len(z), 1), np.float32)
         for where in self._batches(rows["guidance"]):
@@ -147,17 +140,20 @@ class TritonPythonModel:
         cases = [rows]
         if "guidance" in rows and self.flow.config.classes:
             cases.append(rows | {"guidance": np.ones_like(rows["guidance"])})
-        for case in cases:
-            whole, moved = self.run(case, True), self.run({name: array[order] for name, array in case.items()}, True)
-            if not all(np.array_equal(whole[name][order], moved[name]) for name in whole):
-                return False
-        return True
+        return all(self._moves_unchanged(case, order) for case in cases)
+
+    def _moves_unchanged(self, rows: Rows, order: NDArray[np.intp]) -> bool:
+        whole, moved = self.run(rows, True), self.run({name: array[order] for name, array in rows.items()}, True)
+        return all(np.array_equal(whole[name][order], moved[name]) for name in whole)
 
     # --- what a request says, checked by itself -----------------------------------------------------------------
 
-    def _read(self, request: Any) -> Rows:
+    def _read(self, request: Any) -> Rows | TarflowError:
         tensors = {name: triton.get_input_tensor_by_name(request, name) for name in self.names}
-        return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+        try:
+            return self._checked({name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None})
+        except TarflowError as error:
+            return error
 
     def _checked(self, rows: Rows) -> Rows:
         """The rows with every optional tensor there, numbers flat. Raises InputError for what no row may hold."""
@@ -169,9 +165,7 @@ class TritonPythonModel:
         for name in ("seed", "index"):
             if name in full and (full[name] < 0).any():
                 raise InputError(f"{name} is {full[name].min()}; expected 0 or more")
-        label, classes = full["label"], self.flow.config.classes
-        if (label >= max(classes, 0)).any():
-            raise InputError(f"label {label.max()} is out of range; this model has {classes} classes, and -1 for none")
+        label = check_labels(self.flow.config, full["label"], count)
         for name in ("guidance", "strength"):
             if name in full and not ((full[name] >= 0) & (full[name] < math.inf)).all():
                 raise InputError(f"{name} holds {full[name].tolist()}; expected numbers of 0 or more")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import count
 from typing import Any
-
-import numpy as np
 
 from ..runtime.backend import REPRODUCIBLE_TILE
 from ..runtime.flow import Flow
@@ -15,6 +12,7 @@ from ..runtime.image import unpatchify
 from ..runtime.request import Resolved
 from ..runtime.samples import Preview, Progress, Report, Watch
 from .picture import columns_of, sheet
+from .protocol import json_numbers
 
 Tell = Callable[[str, dict[str, Any]], None]  # an event's name and data; an exception it raises cancels
 
@@ -81,12 +79,5 @@ def _block(preview: Preview, done: int, of: int) -> dict[str, Any]:
 
 def _done(report: Report) -> dict[str, Any]:
     assert report.certificate is not None
-    return {
-        "certificate": [float(error) if math.isfinite(error) else None for error in np.asarray(report.certificate)],
-        "nonfinite": report.nonfinite,
-        "seconds": report.seconds,
-        "certificate_seconds": report.certificate_seconds,
-        "denoise_seconds": report.denoise_seconds,
-        "backend": report.backend,
-        "level": report.level,
-    }
+    names = ("nonfinite", "seconds", "certificate_seconds", "denoise_seconds", "backend", "level")
+    return {"certificate": json_numbers(report.certificate)} | {name: getattr(report, name) for name in names}

@@ -146,7 +146,7 @@ class RayCrew:
     """
 
     def __init__(self, task: Task, parts: Share, notice: Callable[[str], None]) -> None:
-        self.size, self._parts, self._notice = parts.workers, parts, notice
+        self._parts, self._notice = parts, notice
         self._actor = ray.remote(Worker).options(
             num_cpus=parts.cpus, num_gpus=parts.gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )
@@ -154,8 +154,8 @@ class RayCrew:
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}  # reference to news to come -> worker
         self._patient_until: float | None = time.monotonic() + _PATIENCE
-        self._unready = set(range(self.size))
-        for worker in range(self.size):
+        self._unready = set(range(parts.workers))
+        for worker in range(parts.workers):
             self._start(worker)
 
     def _start(self, worker: int) -> None:
@@ -186,7 +186,8 @@ class RayCrew:
         elif self._patient_until is not None and time.monotonic() > self._patient_until:
             self._patient_until = None
             parts, missing = self._parts, len(self._unready)
-            which = "still no worker" if missing == self.size else f"{missing} of {self.size} workers have not begun"
+            some = f"{missing} of {parts.workers} workers have not begun"
+            which = "still no worker" if missing == parts.workers else some
             self._notice(
                 f"{which}: each asks for {parts.cpus:g} CPUs{f' and {parts.gpus} GPU' if parts.gpus else ''}, "
                 f"and Ray has free {_free()}; waiting"

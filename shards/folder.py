@@ -77,7 +77,6 @@ def write_index(folder: Path, job: Job, records: Sequence[Record]) -> dict[str, 
     expected = [(job.name(shard), shard.first, shard.samples) for shard in job.shards()]
     if [(record.name, record.first_sample, record.samples) for record in records] != expected:
         raise BundleError(f"'{folder}': the records do not cover the job once; run the same command again")
-    errors = [record.certificate for record in records if record.certificate is not None]
     engines = sorted({record.engine for record in records})
     level = records[0].level
     if len(engines) > 1:
@@ -89,7 +88,7 @@ def write_index(folder: Path, job: Job, records: Sequence[Record]) -> dict[str, 
         "job": job.content,
         "job_hash": job.hash,
         "samples": sum(record.samples for record in records),
-        "certificate": max(errors, default=None),
+        "certificate": max((r.certificate for r in records if r.certificate is not None), default=None),
         "nonfinite": [i for record in records for i in record.nonfinite],
         "uncertified": [i for record in records for i in record.uncertified],
         "redrawn": [i for record in records for i in record.redrawn],

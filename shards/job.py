@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from ..runtime.bundle import Bundle, ModelShape
@@ -81,13 +82,10 @@ class Job:
 
     def shards(self) -> list[Shard]:
         """All shards, in order: the first and the last may be shorter than the others."""
-        start, shards = self.request.first_sample, []
+        size, start = self.shard_size, self.request.first_sample
         end = start + self.request.n
-        for number in range(self._count):
-            edge = (start // self.shard_size + number) * self.shard_size
-            first = max(edge, start)
-            shards.append(Shard(number, first, min(edge + self.shard_size, end) - first))
-        return shards
+        edges = [start, *range((start // size + 1) * size, end, size), end]
+        return [Shard(number, first, after - first) for number, (first, after) in enumerate(pairwise(edges))]
 
     def name(self, shard: Shard) -> str:
         """The name of a shard's file, or of its folder."""

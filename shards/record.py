@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..runtime.document import Reader
 from ..runtime.errors import BundleError
@@ -73,17 +74,12 @@ def _read(path: Path) -> Record:
     """Raises BundleError for what is no record."""
     reader = Reader(str(path), "record", "its shard is drawn again")
     found = reader.read(path, LARGEST)
+    read: dict[str, Any] = {name: reader.get(found, name, str) for name in ("job", "name", "sha256", "engine", "level")}
+    read |= {name: reader.integers(found, name, 0) for name in ("nonfinite", "uncertified", "redrawn")}
     return Record(
-        job=reader.get(found, "job", str),
-        name=reader.get(found, "name", str),
+        **read,
         first_sample=reader.natural(found, "first_sample", 0),
         samples=reader.natural(found, "samples", 1),
-        sha256=reader.get(found, "sha256", str),
         size=reader.natural(found, "size", 0),
         certificate=None if found.get("certificate", 0) is None else reader.number(found, "certificate", 0),
-        nonfinite=reader.integers(found, "nonfinite", 0),
-        uncertified=reader.integers(found, "uncertified", 0),
-        redrawn=reader.integers(found, "redrawn", 0),
-        engine=reader.get(found, "engine", str),
-        level=reader.get(found, "level", str),
     )

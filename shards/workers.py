@@ -50,11 +50,8 @@ class Task:
         return replace(self, opening=replace(self.opening, threads=threads))
 
 
-@dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker has opened the bundle; ``pid`` is its process."""
-
-    pid: int
+    """A worker has opened the bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +66,6 @@ News = Ready | Record | Lost | TarflowError
 
 class Crew(Protocol):
     """Workers by number. One that is Ready, or has sent a Record, is free until it is handed a shard."""
-
-    size: int
 
     def hand(self, worker: int, shard: Shard) -> None:
         """Let a free worker draw a shard."""
@@ -116,7 +111,7 @@ class Worker:
             if shard is not None:
                 return self.draw(shard)
             self.open()
-            return Ready(os.getpid())
+            return Ready()
         except TarflowError as error:
             return error
 
@@ -163,8 +158,6 @@ def _hopeless(shard: Shard | None, lost: Lost) -> MachineError:
 class Solo:
     """A crew of one: this process itself. ``progress`` is told each position of a shard."""
 
-    size = 1
-
     def __init__(self, task: Task, progress: Callable[[Progress], None] | None = None) -> None:
         self._worker, self._progress = Worker(task), progress
         self._shard: Shard | None = None
@@ -175,7 +168,7 @@ class Solo:
     def wait(self) -> tuple[int, News]:
         if self._shard is None:
             self._worker.open()
-            return 0, Ready(0)
+            return 0, Ready()
         return 0, self._worker.draw(self._shard, self._progress)
 
     def close(self) -> None:
@@ -186,7 +179,6 @@ class Local:
     """A crew of processes on this machine, each with its own copy of the bundle in memory."""
 
     def __init__(self, task: Task, size: int) -> None:
-        self.size = size
         self._task = task.on(task.opening.threads or max(1, cores() // size))
         self._context = multiprocessing.get_context("spawn")  # engines do not survive a fork
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 if TYPE_CHECKING:
+    from tarflow.runtime.flow import Flow
     from tarflow.runtime.samples import Report, Samples
 
 GOLDEN = Path(__file__).parent / "golden"
 DEMO = Path(__file__).parent.parent / "tarflow" / "demo"
-Cli = Callable[..., subprocess.CompletedProcess[str]]
+Done = subprocess.CompletedProcess[str]
+Cli = Callable[..., Done]
 Exported = Callable[..., Path]
 
 
@@ -117,11 +120,66 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
 
 
 @pytest.fixture(scope="session")
+def flow() -> Flow:
+    """The demo, opened on one thread."""
+    from tarflow.runtime.flow import Flow
+
+    return Flow.open(DEMO, threads=1)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What runs the tests that are coroutines."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def cli() -> Cli:
     """cli("generate", ...): the real command in a process of its own."""
 
-    def run(*args: object, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(*args: object, timeout: float = 300, **options: Any) -> Done:
         return python("-m", "tarflow.cli.main", *args, timeout=timeout, **options)
+
+    return run
+
+
+def said(done: Done) -> Any:
+    """The JSON document of a command that went well."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(done: Done, code: int, *words: str) -> str:
+    """Check how a command failed, and return its message."""
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    message = "\n" + done.stderr
+    message = message[message.index("\ntarflow: error: ") + 1 :]
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.fixture
+def tarflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """tarflow("generate", ...) in this process, in a folder of its own, in which a failure may change nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> Done:
+        from tarflow.cli.main import main
+
+        monkeypatch.setattr(sys, "argv", ["tarflow", *map(str, args)])
+        before, terminate = sorted(tmp_path.rglob("*")), signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        if ended.value.code:
+            assert sorted(tmp_path.rglob("*")) == before, "a failure left something behind"
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return Done(sys.argv, code, *capsys.readouterr())
 
     return run
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from tarflow.export.engines.blueprint import GRAPHS, Blueprint
 from tarflow.export.engines.options import Options
-from tarflow.runtime.bundle import RESIDENT, Bundle
+from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.files import sha256
-from tarflow.runtime.ports import Sizes, shapes
-from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Engine, Record, Target
+from tarflow.runtime.tensorrt.record import ENGINE_KINDS, FOLDER, Range, Record, Target
 
 GPU, CAPABILITY, VERSION = "NVIDIA Double", "9.0", "11.4.0.106"
 Result = tuple[Any, ...]
@@ -83,8 +83,10 @@ class DoubleCuda:
         major, minor = CAPABILITY.split(".")
         return CudaError.cudaSuccess, SimpleNamespace(name=GPU.encode(), major=int(major), minor=int(minor))
 
-    def cudaSetDevice(self, device: int) -> Result:
+    def cudaSetDevice(self, number: int) -> Result:
         return (CudaError.cudaSuccess,)
+
+    cudaGraphDestroy = cudaSetDevice  # nothing to do for these
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Result:
         self.streams += 1
@@ -138,9 +140,6 @@ class DoubleCuda:
         self.graphs.add(id(graph))
         return CudaError.cudaSuccess, graph
 
-    def cudaGraphDestroy(self, graph: Any) -> Result:
-        return (CudaError.cudaSuccess,)
-
     def cudaGraphLaunch(self, graph: Any, stream: int) -> Result:
         assert id(graph) in self.graphs
         self.calls.append("replay")
@@ -178,9 +177,6 @@ class DoubleTensorRT:
     DataType = DataType
     __spec__ = ModuleSpec("tensorrt", None)  # what import machinery asks of a module
 
-    class LayerInformationFormat(Enum):
-        JSON = 1
-
     class ExecutionContextAllocationStrategy(Enum):
         STATIC = 0
         USER_MANAGED = 2
@@ -206,14 +202,10 @@ class DoubleRuntime:
         self.trt, self.logger = trt, logger
         self.engine_host_code_allowed = True  # the worst a runtime could begin with
 
-    def deserialize_cuda_engine(self, content: bytes) -> DoubleEngine | None:
+    def deserialize_cuda_engine(self, content: bytes) -> DoubleEngine:
         assert not self.engine_host_code_allowed
         self.trt.deserialised += 1
-        try:
-            return DoubleEngine(self.trt, self.logger, json.loads(content))
-        except (ValueError, KeyError):
-            self.logger.log(self.trt.ILogger.ERROR, "Magic tag does not match")
-            return None
+        return DoubleEngine(self.trt, self.logger, json.loads(content))
 
 
 class DoubleEngine:
@@ -228,13 +220,6 @@ class DoubleEngine:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
 
-    @property
-    def num_io_tensors(self) -> int:
-        return len(self.inputs) + len(self.outputs)
-
-    def get_tensor_name(self, number: int) -> str:
-        return str([*self.inputs, *self.outputs][number])
-
     def get_tensor_dtype(self, name: str) -> DataType:
         return TYPES[{**self.inputs, **self.outputs}[name].type][1]
 
@@ -242,12 +227,6 @@ class DoubleEngine:
         """TensorScatter writes in place; the position is a tensor of its own."""
         source = name.removesuffix("_next")
         return source if source in self.inputs and source != "position" else None
-
-    def create_engine_inspector(self) -> SimpleNamespace:
-        """Says of its layers what TensorRT says."""
-        tensors = [{"Format/Datatype": "Half" if self.plan["precision"] == "fp16" else "Float"}]
-        layers = [{"Name": "MatMul_1", "Inputs": tensors, "Outputs": tensors}]
-        return SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
 
     def create_execution_context(self, strategy: Any) -> DoubleContext:
         assert strategy is self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -336,47 +315,27 @@ class DoubleContext:
 
 
 def build_double(
-    folder: Path,
-    batch: tuple[int, int, int] = (1, 8, 32),
-    window: tuple[int, int, int] = (1, 1, 1),
-    **changes: Any,
+    folder: Path, batch: Range = (1, 8, 32), window: Range = (1, 1, 1), **changes: Any
 ) -> tuple[Path, Record]:
     """Engines for the double in a bundle's folder, and their record with ``changes``."""
-    bundle = Bundle.open(folder)
-    config = bundle.manifest.config
-    record = Record(
-        bundle=bundle.hash,
-        precision=bundle.manifest.precision,
-        package="tensorrt",
-        version=VERSION,
-        target=Target(GPU, (CAPABILITY,)),
-        profiles=Options(batch=batch, window=window).profiles(config),
-    )
+    bundle, options = Bundle.open(folder), Options(batch, window)
+    profiles = options.profiles(bundle.manifest.config)
+    target = Target(GPU, (CAPABILITY,))
+    record = Record(bundle.hash, bundle.manifest.precision, "tensorrt", VERSION, target, profiles)
     record = replace(record, **changes)
+    blueprint = Blueprint(bundle, options, None, record)
     place = folder / FOLDER / "double"
     place.mkdir(parents=True, exist_ok=True)
     engines = {}
-    for block, entry in enumerate(bundle.manifest.blocks):
-        for number, kind in enumerate(ENGINE_KINDS):
-            source = RESIDENT if kind == "step" else kind
-            graph = entry.graphs[source]
-            plan = {
-                "graph": str(folder / graph),
-                "precision": record.precision,
-                "scratch": 1000 * (number + 1),
-                "profiles": [
-                    {
-                        name: (least, shapes(config, source, Sizes(p.batch[2], p.branches, p.window[2]))[name])
-                        for name, least in shapes(config, source, Sizes(p.batch[0], p.branches, p.window[0])).items()
-                    }
-                    for p in record.profiles[kind]
-                ],
-            }
-            name = f"block_{block:02d}.{kind}.engine"
-            (place / name).write_text(json.dumps(plan))
-            engines[name] = Engine(
-                block, kind, graph, "0" * 64, sha256(place / name), 0, 0.0, record.precision, record.precision, "engine"
-            )
+    for name, engine in blueprint.engines().items():
+        sizes = blueprint.shapes(GRAPHS[engine.kind])
+        plan = {
+            "graph": str(folder / engine.graph),
+            "scratch": 1000 * (1 + ENGINE_KINDS.index(engine.kind)),
+            "profiles": [{name: (least[name], most[name]) for name in least} for least, _, most in sizes],
+        }
+        (place / name).write_text(json.dumps(plan))
+        engines[name] = replace(engine, sha256=sha256(place / name), built=record.precision, attested="engine")
     record = replace(record, engines=engines)
     record.write(place)
     return place, record

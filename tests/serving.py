@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -90,6 +91,11 @@ async def calling(flow: Flow, **settings: Any) -> AsyncIterator[tuple[httpx.Asyn
             yield client, app.state.service
 
 
+async def drawn(client: httpx.AsyncClient, *bodies: dict[str, Any]) -> list[httpx.Response]:
+    """The answers to requests for arrays that are made at the same time."""
+    return await asyncio.gather(*(client.post("/v1/samples", json=body | {"format": "npy"}) for body in bodies))
+
+
 def array(content: bytes) -> NDArray[np.float32]:
     found: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
     return found
@@ -99,15 +105,7 @@ def alone(flow: Flow, body: dict[str, Any]) -> NDArray[np.float32]:
     """What the flow draws for the body of a request to /v1/samples, with nobody else around."""
     labels = body.get("labels")
     n = body.get("n") or (len(labels) if isinstance(labels, list) else 1)
-    guidance = Guidance(body.get("guidance", 0.0), body.get("guide", "ab"), body.get("annealed", False))
+    own = {name: body[name] for name in ("seed", "first_sample", "denoise") if name in body}
     return np.asarray(
-        flow.sample(
-            n,
-            labels=labels,
-            seed=body.get("seed", 0),
-            first_sample=body.get("first_sample", 0),
-            guidance=guidance,
-            denoise=body.get("denoise"),
-            reproducible=True,
-        )
+        flow.sample(n, labels=labels, guidance=Guidance(body.get("guidance", 0.0)), reproducible=True, **own)
     )

@@ -4,11 +4,9 @@ can get wrong: one message that says what to do, the documented exit code, and n
 
 from __future__ import annotations
 
-import json
+import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,94 +15,46 @@ import pytest
 from PIL import Image
 
 from tarflow.cli.console import parse_labels
-from tarflow.cli.main import main
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
 
-from .conftest import DEMO, Cli, largest
+from .conftest import DEMO, Cli, Done, Exported, largest, refused, said
 from .interrupting import TARFLOW, interrupted
 
 USAGE, MACHINE, ARTIFACT, INTERRUPTED = 2, 3, 4, 130
-Done = subprocess.CompletedProcess[str]
-Door = Callable[..., Done]
-
-
-def refused(done: Done, code: int, *words: str) -> str:
-    """Check how a command failed, and return its message."""
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert "Traceback" not in done.stderr
-    message = "\n" + done.stderr
-    message = message[message.index("\ntarflow: error: ") + 1 :]
-    for word in words:
-        assert word in message
-    return message
 
 
 @pytest.fixture
-def tarflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Door:
-    """tarflow("generate", ...) in this process, in a folder of its own, in which a failure may change nothing."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["tarflow", *map(str, args)])
-        before, terminate = sorted(tmp_path.rglob("*")), signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, terminate)
-        if ended.value.code:
-            assert sorted(tmp_path.rglob("*")) == before, "a failure left something behind"
-        code = ended.value.code or 0
-        assert isinstance(code, int)
-        return Done(sys.argv, code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def cond(bundle: Callable[[str], Path]) -> Path:
+def cond(bundle: Exported) -> Path:
     """Five classes, trained with Gaussian noise."""
     return bundle("cond")
 
 
 def test_generate_writes_what_the_library_draws_and_says_where_from(cli: Cli, tmp_path: Path) -> None:
-    done = cli(
-        "generate", "--n", 12, "--labels", "0-9", "--guidance", 1, "--seed", 3, "--first-sample", 5, "--json",
-        "--save", "s.npy", "-o", "grid.png", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    what = "--n 12 --labels 0-9 --guidance 1 --seed 3 --first-sample 5 --save s.npy -o grid.png --json"
+    report = said(cli("generate", *what.split(), cwd=tmp_path))
     flow = Flow.open(DEMO)
     labels = (np.arange(12) + 5) % 10
     expected = flow.sample(12, labels=labels, guidance=Guidance(1.0), seed=3, first_sample=5)
     assert largest(np.load(tmp_path / "s.npy"), expected) < 1e-5
-    assert report["bundle_hash"] == flow.bundle.hash
+    assert (report["bundle_hash"], len(report["certificate"]["per_sample"])) == (flow.bundle.hash, 12)
     assert report["certificate"]["max"] < 1e-4
-    assert len(report["certificate"]["per_sample"]) == 12
     with Image.open(tmp_path / "grid.png") as picture:
         text = picture.text  # type: ignore[attr-defined]  # of PNG images only
     assert (text["seed"], text["sample_indices"], text["bundle_hash"]) == ("3", "5-16", flow.bundle.hash)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "s.npy"]
 
 
-def test_generate_takes_the_bundle_in_the_working_folder_before_the_demo(
-    cli: Cli, bundle: Callable[..., Path], tmp_path: Path
-) -> None:
-    (tmp_path / "tarflow-bundle").symlink_to(bundle("uncond"))
-    done = cli("generate", "--n", 1, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bundle"] == "tarflow-bundle"
-    assert (tmp_path / "samples.png").exists()
+def test_generate_takes_the_bundle_in_the_working_folder_before_the_demo(bundle: Exported, tarflow: Cli) -> None:
+    Path("tarflow-bundle").symlink_to(bundle("uncond"))
+    assert said(tarflow("generate", "--n", 1, "--json"))["bundle"] == "tarflow-bundle"
+    assert Path("samples.png").exists()
 
 
 def test_export_without_a_checkpoint_exports_the_demo_and_dry_run_writes_nothing(cli: Cli, tmp_path: Path) -> None:
-    done = cli("export", "--dry-run", "--json", "--engine", "fp16", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    planned = json.loads(done.stdout)
-    assert planned["bundle"] == "tarflow-bundle"
-    assert planned["precision"] == "fp16"
-    assert planned["config"]["classes"] == 10
+    planned = said(cli("export", "--dry-run", "--json", "--engine", "fp16", cwd=tmp_path))
+    found = planned["bundle"], planned["precision"], planned["config"]["classes"]
+    assert found == ("tarflow-bundle", "fp16", 10)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,9 +62,7 @@ def test_export_without_a_checkpoint_exports_the_demo_and_dry_run_writes_nothing
     "command", [["inspect"], ["doctor"], ["bench", "--batch", "1", "--repeats", "1"], ["verify", DEMO]]
 )
 def test_json_is_one_document_on_stdout(cli: Cli, command: list[object], tmp_path: Path) -> None:
-    done = cli(*command, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert isinstance(json.loads(done.stdout), dict)
+    assert isinstance(said(cli(*command, "--json", cwd=tmp_path)), dict)
     plain = cli(*command, cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout
@@ -127,15 +75,10 @@ def test_denoise_and_likelihood_read_folders_and_arrays(cli: Cli, tmp_path: Path
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / "in" / f"{i}.png")
     np.save(tmp_path / "in.npy", pixels[:, None])
-    documents = []
-    for source in ("in", "in.npy"):
-        done = cli("likelihood", DEMO, source, "--labels", 3, "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        documents.append(json.loads(done.stdout))
-    assert documents[0]["bits_per_dim"] == documents[1]["bits_per_dim"]
-    assert documents[0]["names"] == ["0.png", "1.png", "2.png"]
-    done = cli("denoise", DEMO, "in", "--save", "out.npy", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    folder, array = (said(cli("likelihood", DEMO, x, "--labels", 3, "--json", cwd=tmp_path)) for x in ("in", "in.npy"))
+    assert folder["bits_per_dim"] == array["bits_per_dim"]
+    assert folder["names"] == ["0.png", "1.png", "2.png"]
+    said(cli("denoise", DEMO, "in", "--save", "out.npy", "--json", cwd=tmp_path))
     expected = Flow.open(DEMO).denoise(pixels[:, None].astype(np.float32) / 127.5 - 1)
     assert largest(np.load(tmp_path / "out.npy"), expected) < 1e-5
 
@@ -146,7 +89,7 @@ def test_denoise_and_likelihood_read_folders_and_arrays(cli: Cli, tmp_path: Path
 )
 def test_labels_are_dealt_out_by_sample_index(text: str | None, labels: list[int] | None) -> None:
     found = parse_labels(text, first=1, count=4)
-    assert (found is None) if labels is None else (found is not None and found.tolist() == labels)
+    assert (None if found is None else found.tolist()) == labels
 
 
 @pytest.mark.parametrize(
@@ -160,38 +103,23 @@ def test_labels_that_are_none_are_refused(text: str) -> None:
 # --- what a user can get wrong ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["generate", "--colour", "red"],
-        ["generate", "--n", "many"],
-        ["generate", "--n", "1.5"],
-        ["generate", "--seed", ""],
-        ["generate", "--guidance", "strong"],
-        ["verify", "one", "two", "three"],
-        ["export", "--patch-size", "two"],
-        ["likelihood"],
-        ["verify"],
-        ["dance"],
-    ],
-    ids=" ".join,
+UNPARSED = (
+    "generate --colour red; generate --n many; generate --n 1.5; generate --seed=; generate --guidance strong; "
+    "verify one two three; export --patch-size two; likelihood; verify; dance"
 )
-def test_a_command_line_that_does_not_parse_is_a_usage_error(args: list[str], tarflow: Door) -> None:
-    found = tarflow(*args)
+
+
+@pytest.mark.parametrize("line", UNPARSED.split("; "))
+def test_a_command_line_that_does_not_parse_is_a_usage_error(line: str, tarflow: Cli) -> None:
+    found = tarflow(*line.split())
     assert (found.returncode, found.stdout) == (USAGE, "")
     assert found.stderr.startswith("Usage: ")
     assert "Traceback" not in found.stderr
 
 
-def test_the_real_command_says_one_sentence_and_fails(cond: Path, cli: Cli, tmp_path: Path) -> None:
-    message = refused(cli("generate", cond, "--labels", 7, cwd=tmp_path), USAGE, "label 7", "0 to 4")
-    assert message.count("\n") == 1
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("name", ["nothing-here", "x" * 300, "x/" * 3000], ids=["absent", "long name", "long path"])
 @pytest.mark.parametrize("command", ["generate", "inspect", "verify", "likelihood", "export"])
-def test_a_path_to_nothing_is_refused(command: str, name: str, tarflow: Door) -> None:
+def test_a_path_to_nothing_is_refused(command: str, name: str, tarflow: Cli) -> None:
     found = tarflow(command, name, *(["images"] if command == "likelihood" else []))
     refused(found, found.returncode)
     assert found.returncode in (USAGE, MACHINE, ARTIFACT)
@@ -223,11 +151,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("args", "words"), REFUSED, ids=[args for args, _ in REFUSED])
-def test_generate_refuses_what_cannot_be_meant(args: str, words: str, cond: Path, tarflow: Door) -> None:
+def test_generate_refuses_what_cannot_be_meant(args: str, words: str, cond: Path, tarflow: Cli) -> None:
     refused(tarflow("generate", cond, *args.split()), USAGE, *words.split())
 
 
-def test_an_unconditional_model_is_not_told_to_take_labels(bundle: Callable[[str], Path], tarflow: Door) -> None:
+def test_an_unconditional_model_is_not_told_to_take_labels(bundle: Exported, tarflow: Cli) -> None:
     message = refused(tarflow("generate", bundle("uncond"), "--guidance", 1), USAGE, "does nothing", "unconditional")
     assert "labels" not in message
 
@@ -239,42 +167,35 @@ def test_more_samples_than_memory_can_hold_are_refused_at_once(cond: Path, tmp_p
     refused(done, MACHINE, "memory", "--n")
 
 
+SHAPELESS = [np.zeros((2, 12, 16)), np.zeros((16, 12)), np.zeros((0, 16, 12)), np.float32(1)]
+NO_LABELS = [np.zeros(3, int), np.zeros(4, np.float32), np.zeros(4, bool), np.zeros((4, 1), int), np.int64(1)]
 ARRAYS: list[tuple[str, Any, str]] = [
-    ("--noise", np.zeros((2, 12, 16), np.float32), "(N, 16, 12)"),
-    ("--noise", np.zeros((16, 12), np.float32), "(N, 16, 12)"),
-    ("--noise", np.zeros((0, 16, 12), np.float32), "(N, 16, 12)"),
-    ("--noise", np.float32(1), "(N, 16, 12)"),
+    *(("--noise", array, "(N, 16, 12)") for array in SHAPELESS),
     ("--noise", np.zeros((4, 16, 12), np.complex64), "complex64"),
     ("--noise", np.full((4, 16, 12), "x"), "float32"),
     ("--noise", np.zeros((4, 16, 12), bool), "bool"),
     ("--noise", np.pad(np.full((1, 1, 1), np.nan, np.float32), ((1, 2), (3, 12), (0, 11))), "row 1"),
     ("--noise", np.full((4, 16, 12), 1e300), "not finite"),
     ("--noise", np.zeros((2, 16, 12), np.float32), "--n is 4; expected 2"),
-    ("--labels", np.zeros(3, np.int64), "4 integers"),
-    ("--labels", np.zeros(4, np.float32), "4 integers"),
-    ("--labels", np.zeros(4, bool), "4 integers"),
-    ("--labels", np.zeros((4, 1), np.int64), "4 integers"),
-    ("--labels", np.int64(1), "4 integers"),
+    *(("--labels", array, "4 integers") for array in NO_LABELS),
     ("--labels", np.array([0, 1, 2, 5]), "label 5"),
     ("--labels", np.array([0, 0, 0, 2**63], np.uint64), "label"),
 ]
 
 
 @pytest.mark.parametrize(("option", "array", "words"), ARRAYS)
-def test_an_array_that_does_not_fit_is_refused(
-    option: str, array: Any, words: str, cond: Path, tmp_path: Path, tarflow: Door
-) -> None:
-    np.save(tmp_path / "a.npy", array)
+def test_an_array_that_does_not_fit_is_refused(option: str, array: Any, words: str, cond: Path, tarflow: Cli) -> None:
+    np.save("a.npy", array)
     refused(tarflow("generate", cond, "--n", 4, option, "a.npy"), USAGE, words)
 
 
 @pytest.mark.parametrize("option", ["--save", "-o"])
 @pytest.mark.parametrize("place", ["missing/x", "folder", "file/x", "x" * 300, "/sys/tarflow.npy", "/proc/tarflow.npy"])
 def test_an_output_that_cannot_be_written_is_refused_before_sampling(
-    place: str, option: str, cond: Path, tmp_path: Path, tarflow: Door, monkeypatch: pytest.MonkeyPatch
+    place: str, option: str, cond: Path, tmp_path: Path, tarflow: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").touch()
     monkeypatch.setattr(Flow, "draw", lambda *_, **__: pytest.fail("sampled before the place was checked"))
     found = tarflow("generate", cond, "--n", 1, option, place)
     refused(found, USAGE if place in ("missing/x", "folder", "file/x") else MACHINE, place)
@@ -283,25 +204,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_sampling(
 def can_mount() -> bool:
     """Whether this user may mount a file system of its own, seen by nobody else."""
     probe = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"]
-    try:
-        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
+    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+FILLING = "generate {} --n 500 --no-certify --no-denoise --save", "generate {} --n 500 --no-denoise -o", "export {} -o"
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a tmpfs (unshare -m): run as root")
-@pytest.mark.parametrize("command", ["generate --save", "generate -o", "export"])
-def test_a_full_disk_is_said_in_one_sentence_and_nothing_is_left(
-    command: str, golden: Any, cond: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("command", FILLING)
+def test_a_full_disk_is_said_in_one_sentence_and_nothing_is_left(command: str, cond: Path, tmp_path: Path) -> None:
     """With ``disk`` a file system of 64 KiB, what is on it listed before it is gone."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if command == "export":
-        args = ["export", str(golden("cond").checkpoint), "-o", str(disk / "bundle")]
-    else:
-        name, option = command.split()
-        args = [name, str(cond), "--n", "500", "--no-certify", "--no-denoise", option, str(disk / "x")]
+    args = [*command.format(cond).split(), str(disk / "x")]
     script = 'mount -t tmpfs -o size=64k none "$0" || exit 99; "$@"; code=$?; find "$0" >"$0.listing"; exit $code'
     mounted = ["unshare", "-m", "sh", "-c", script, str(disk), *TARFLOW, *args]
     refused(subprocess.run(mounted, capture_output=True, text=True, check=False), MACHINE, "disk is full", str(disk))

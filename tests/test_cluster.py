@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
-from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError, MachineError
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.opening import Opening
@@ -22,25 +19,23 @@ from tarflow.shards import cluster
 from tarflow.shards.folder import INDEX, claimed, write_index
 from tarflow.shards.job import Job, Shard
 from tarflow.shards.record import Record
-from tarflow.shards.workers import Lost, News, Ready, Task, carry_out
+from tarflow.shards.workers import Task, carry_out
 
 from .conftest import DEMO, Cli
-from .test_shards import ARGUMENTS, contents, run, wait_for_shards, whole
+from .test_shards import ARGUMENTS, check_stop, contents, run, wait_for_shards, whole
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A Ray of this machine alone."""
-    import ray
-
     with cluster.connected("local"):
         assert sys.stdout is sys.stderr, "what Ray prints would be in the way of --json"
         yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture
-def job() -> Job:
-    return Job.of(Bundle.open(DEMO), Request(80, (0, 1, 2), first_sample=20, certify=True), shard_size=16)
+def job(flow: Flow) -> Job:
+    return Job.of(flow.bundle, Request(80, (0, 1, 2), first_sample=20, certify=True), shard_size=16)
 
 
 def crew_of(size: int, task: Task) -> cluster.RayCrew:
@@ -57,30 +52,25 @@ def draw_with(crew: cluster.RayCrew, job: Job, folder: Path) -> None:
         crew.close()
 
 
-def test_two_workers_one_of_them_killed_write_what_one_process_writes(address: str, job: Job, tmp_path: Path) -> None:
+def test_two_workers_one_of_them_killed_write_what_one_process_writes(
+    address: str, flow: Flow, job: Job, tmp_path: Path
+) -> None:
     class Deadly(cluster.RayCrew):
         """Kills the first worker that is handed a shard, while it draws."""
 
-        pids: dict[int, int]
-        lost = 0
+        killed = 0
 
         def hand(self, worker: int, shard: Shard) -> None:
             super().hand(worker, shard)
-            if not self.lost:
-                os.kill(self.pids[worker], signal.SIGKILL)
-
-        def wait(self) -> tuple[int, News]:
-            worker, news = super().wait()
-            if isinstance(news, Ready):
-                self.pids = {**getattr(self, "pids", {}), worker: news.pid}
-            self.lost += isinstance(news, Lost)
-            return worker, news
+            if not self.killed:
+                ray.kill(self._actors[worker])
+                self.killed += 1
 
     task = Task(job, DEMO, tmp_path / "ray", Opening(memory="least"))
     crew = Deadly(task, cluster.Share(2, 1, 0.5, 0), print)
     draw_with(crew, job, tmp_path / "ray")
-    assert crew.lost >= 1
-    whole(Flow.open(DEMO, threads=1), job, tmp_path / "alone", job.shards())
+    assert crew.killed == 1
+    whole(flow, job, tmp_path / "alone", job.shards())
     assert contents(tmp_path / "ray") == contents(tmp_path / "alone")
 
 
@@ -107,21 +97,10 @@ def test_a_driver_that_is_killed_on_a_cluster_is_continued_by_another(address: s
     again = cli(*ARGUMENTS, *options, "--out", tmp_path / "ray", "--ray", address, "--workers", 2, "--json")
     assert again.returncode == 0, again.stderr
     assert 48 <= json.loads(again.stdout)["kept"] < 400
-    shutil.copytree(tmp_path / "ray", tmp_path / "checked")
-    (tmp_path / "checked" / "shard-000001.npy").unlink()
-    alone = cli(*ARGUMENTS, *options, "--out", tmp_path / "checked", "--json")
-    assert json.loads(alone.stdout)["drawn"] == 16
-    assert contents(tmp_path / "checked") == contents(tmp_path / "ray")
 
 
 def test_sigterm_on_a_cluster_keeps_finished_shards_and_says_how_to_go_on(address: str, tmp_path: Path) -> None:
-    process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out", "--ray", address)
-    wait_for_shards(tmp_path / "out", 1)
-    process.terminate()
-    _, told = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM, told
-    assert "the same command continues" in told
-    assert "Traceback" not in told
+    check_stop(run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out", "--ray", address), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

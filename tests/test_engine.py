@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import ml_dtypes
 import onnx
-import onnx_ir as ir
 import pytest
 import tensorrt_rtx
 import torch
@@ -58,7 +56,6 @@ from .device_double import DoubleCuda, build_double
 from .interrupting import interrupted
 from .test_old_bundles import without_graphs_for_devices
 
-LARGE = {"2-768-8-8": (2, 768), "4-1024-8-8": (4, 1024)}  # ImageNet64: 1024 patches of 12 numbers, 256 of 48
 QUICK = Options(batch=(1, 2, 4), device=("8.9",))
 
 
@@ -80,69 +77,27 @@ def test_every_graph_of_the_demo_builds_in_every_precision(copy: Exported, preci
     assert read_record(folder) == record
 
 
-def in_bfloat16(model: ir.Model) -> ir.Model:
-    """A float16 graph with every float16 made bfloat16; tracing a large block takes longer than building it."""
-    half, brain, model = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, model.clone()
-    results = (value for node in model.graph.all_nodes() for value in node.outputs)
-    for value in (*model.graph.inputs, *model.graph.initializers.values(), *results):
-        if value.dtype == half:
-            value.dtype = brain
-            constant = value.const_value
-            if constant is None or isinstance(constant, ir.ExternalTensor):
-                continue
-            if constant.nbytes < 64:  # a constant of the graph; weights are written by place(), whatever is here
-                value.const_value = ir.tensor(constant.numpy().astype(ml_dtypes.bfloat16), name=value.name)
-    for node in model.graph.all_nodes():
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
-            node.attributes["to"] = ir.AttrInt64("to", int(brain))
-    return model
-
-
-def test_bf16_graphs_are_the_fp16_graphs_in_another_type(bundle: Exported) -> None:
-    def parts(model: ir.Model) -> list[bytes]:
-        graph = ir.to_proto(model).graph
-        constants = [tensor for tensor in graph.initializer if not tensor.external_data]
-        return [
-            part.SerializeToString(deterministic=True)
-            for part in (*graph.node, *graph.input, *graph.output, *constants)
-        ]
-
-    for path in sorted(bundle("demo", "fp16").glob("block_0[01].*.onnx")):
-        half, brain = ir.load(path), ir.load(bundle("demo", "bf16") / path.name)
-        assert parts(half) != parts(brain)
-        assert parts(in_bfloat16(half)) == parts(brain)
-        types = [
-            {name: value.dtype for name, value in m.graph.initializers.items()} for m in (in_bfloat16(half), brain)
-        ]
-        assert types[0] == types[1]
-
-
-@pytest.mark.parametrize("precisions", [("fp32",), ("fp16", "bf16")], ids="-".join)
-@pytest.mark.parametrize("name", LARGE)
-def test_every_graph_of_a_large_block_builds(tmp_path: Path, name: str, precisions: tuple[str, ...]) -> None:
-    patch, width = LARGE[name]
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("patch", "width"), [(2, 768), (4, 1024)])  # ImageNet64: 1024 patches of 12 numbers, 256 of 48
+def test_every_graph_of_a_large_block_builds(tmp_path: Path, patch: int, width: int, name: str) -> None:
     torch.manual_seed(0)
     model = TarFlow(Config(64, 3, patch, width, blocks=1, layers=8, classes=1000, noise_std=0.05))
-    first = PRECISIONS[precisions[0]]
-    block = typed(model.blocks[0], first)
-    graphs = {kind: trace(kind, block, torch_type(first)) for kind in GRAPHS.values()}
-    options = replace(QUICK, window=(1, 16, 64), batch=(1, 8, 32))
-    manifest = SimpleNamespace(config=shape_of(model.config))
-    record: Any = SimpleNamespace(
-        package="tensorrt_rtx", target=Target(None, ("8.9",)), profiles=options.profiles(manifest.config)
-    )
-    blueprint = Blueprint(cast(Bundle, SimpleNamespace(manifest=manifest)), options, tensorrt_rtx, record)
-    for precision in precisions:
-        stored = write_weights(model, PRECISIONS[precision], tmp_path / "weights.safetensors")
-        for kind, graph in graphs.items():
-            path = tmp_path / f"{kind}.onnx"
-            place(in_bfloat16(graph) if precision == "bf16" else graph, 0, stored, rename(BlockGraph(block), 0), path)
-            parsed = Parsed(tensorrt_rtx, path)
-            assert read_network(tensorrt_rtx, parsed.network).mismatch(precision) is None
-            plan = parsed.built(builder_config(parsed, blueprint, kind))
-            assert plan is not None, parsed.log.take()
-            parameters = sum(p.numel() for p in model.parameters())
-            assert memoryview(plan).nbytes > 0.9 * parameters * (4 if precision == "fp32" else 2)  # weights are in it
+    precision = PRECISIONS[name]
+    block = typed(model.blocks[0], precision)
+    shape, options = shape_of(model.config), replace(QUICK, window=(1, 16, 64), batch=(1, 8, 32))
+    record = Record("", name, "tensorrt_rtx", tensorrt_rtx.__version__, Target(None, ("8.9",)), options.profiles(shape))
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(config=shape))
+    blueprint = Blueprint(bundle, options, tensorrt_rtx, record)
+    stored = write_weights(model, precision, tmp_path / "weights.safetensors")
+    parameters = sum(p.numel() for p in model.parameters())
+    for kind in GRAPHS.values():
+        path = tmp_path / f"{kind}.onnx"
+        place(trace(kind, block, torch_type(precision)), 0, stored, rename(BlockGraph(block), 0), path)
+        parsed = Parsed(tensorrt_rtx, path)
+        assert read_network(tensorrt_rtx, parsed.network).mismatch(name) is None
+        plan = parsed.built(builder_config(parsed, blueprint, kind))
+        assert plan is not None, parsed.log.take()
+        assert memoryview(plan).nbytes > 0.9 * parameters * (4 if name == "fp32" else 2)  # weights are in it
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------

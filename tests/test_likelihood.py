@@ -2,67 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow.cli.images import as_trained_on, read_images
+from tarflow.cli.images import read_images
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow
 
-from .conftest import DEMO, Cli
+from .conftest import DEMO, Cli, refused
 
 CONFIG = replace(Bundle.open(DEMO).manifest.config, channels=3)
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((2, 3, 16, 16), np.float32),
-        np.zeros((2, 8, 8, 3), np.float32),
-        np.zeros((2, 3, 9, 8), np.uint8),
-        np.zeros((3, 8, 8), np.uint8),
-        np.zeros((3, 8, 8), np.float32),
-        np.zeros((0, 3, 8, 8), np.float32),
-        np.zeros((0, 3, 8, 8), np.uint8),
-        np.float32(0),
-        np.uint8(0),
-        np.zeros((2, 3, 8, 8), np.int64),
-        np.zeros((2, 3, 8, 8), np.uint16),
-        np.zeros((2, 3, 8, 8), np.complex64),
-    ],
-    ids=lambda array: f"{array.dtype} {array.shape}",
-)
-def test_an_array_that_is_no_images_of_this_model_is_refused(array: Any, tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", array)
-    with pytest.raises(InputError, match=r"x\.npy' holds .*; expected \(N, 3, 8, 8\), uint8 or floats") as refused:
-        read_images(tmp_path / "x.npy", CONFIG)
-    assert f"{array.dtype} of shape {array.shape}" in str(refused.value)
+SHAPES = ((2, 3, 16, 16), (2, 8, 8, 3), (2, 3, 9, 8), (3, 8, 8), (0, 3, 8, 8), ())
+KINDS = ("int64", "uint16", "complex64")
+NONE = [(shape, kind) for shape in SHAPES for kind in ("float32", "uint8")] + [((2, 3, 8, 8), kind) for kind in KINDS]
 
 
-def test_images_are_a_folder_or_an_array_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "a.npy").write_text("text")
-    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
-    for name, message in (
-        ("nowhere", "no images at"),
-        ("a.npy", "not an .npy array"),
-        (".", "a.png' is 9x8 pixels; this model takes 8x8"),
+@pytest.mark.parametrize(("shape", "kind"), NONE)
+def test_an_array_that_is_no_images_of_this_model_is_refused(shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros(shape, kind))
+    with pytest.raises(
+        InputError, match=re.escape(f"holds {kind} of shape {shape}; expected (N, 3, 8, 8), uint8 or fl")
     ):
-        with pytest.raises(InputError, match=message):
-            read_images(tmp_path / name, CONFIG)
+        read_images(tmp_path / "x.npy", CONFIG)
 
 
-def test_bytes_get_the_noise_of_training_and_floats_are_taken_as_they_are() -> None:
-    flow = Flow.open(DEMO)
-    stored = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8), np.uint8)
-    floats = stored / np.float32(127.5) - 1
-    assert as_trained_on(flow, floats, 5) is floats
-    assert np.array_equal(as_trained_on(flow, stored, 5), flow.dequantise(stored, 5))
+def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png' is 9x8 pixels; this model takes 8x8"):
+        read_images(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
@@ -84,18 +59,14 @@ def test_a_model_without_gaussian_noise_is_not_denoised() -> None:
         flow.sample(1, denoise=True)
 
 
-def test_the_commands_refuse_in_one_sentence_and_write_nothing(cli: Cli, tmp_path: Path) -> None:
+def test_the_commands_refuse_in_one_sentence_and_write_nothing(tarflow: Cli, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8), np.float32))
     np.save(tmp_path / "y.npy", np.zeros(3, np.int64))
-    before = sorted(tmp_path.iterdir())
-    for arguments, message in (
-        (["likelihood", DEMO, "x.npy", "--labels", "y.npy"], "expected 2 integers"),
-        (["likelihood", DEMO, "x.npy", "--labels", "10"], "classes 0 to 9"),
-        (["likelihood", DEMO, "x.npy", "--save", "no/z.npz"], "mkdir -p"),
-        (["denoise", DEMO, "x.npy", "--save", "no/z.npy"], "mkdir -p"),
-        (["denoise", DEMO, "x.npy", "--strength", "nan"], "--strength is nan"),
+    for line, message in (
+        ("likelihood {} x.npy --labels y.npy", "expected 2 integers"),
+        ("likelihood {} x.npy --labels 10", "classes 0 to 9"),
+        ("likelihood {} x.npy --save no/z.npz", "mkdir -p"),
+        ("denoise {} x.npy --save no/z.npy", "mkdir -p"),
+        ("denoise {} x.npy --strength nan", "--strength is nan"),
     ):
-        done = cli(*arguments, cwd=tmp_path)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-        assert message in done.stderr
-    assert sorted(tmp_path.iterdir()) == before
+        assert refused(tarflow(*line.format(DEMO).split()), 2, message).count("\n") == 1

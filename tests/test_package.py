@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import text_format  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tarflow.runtime.bundle import Bundle
@@ -18,16 +17,15 @@ from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.opening import Opening
 from tarflow.serve.repository import TASKS, Models, Serving, config_text, write_repository
 
-from .conftest import DEMO, GOLDEN, Cli, report_of
-from .triton_double import Model, schema
+from .conftest import DEMO, GOLDEN, Cli, refused, report_of, said
+from .triton_double import Model, parsed
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_repository(
-        Bundle.open(DEMO), folder, Serving(instances=2, max_batch=48, opening=Opening(threads=1)), Models()
-    )
+    serving = Serving(instances=2, max_batch=48, opening=Opening(threads=1))
+    write_repository(Bundle.open(DEMO), folder, serving, Models())
     return folder
 
 
@@ -57,12 +55,9 @@ def column(*values: float, kind: Any = np.int64) -> NDArray[Any]:
 
 def request(seed: int, indices: range, label: int | None = None, guidance: float | None = None) -> dict[str, Any]:
     n = len(indices)
-    tensors: dict[str, Any] = {"seed": column(*[seed] * n), "index": column(*indices)}
-    if label is not None:
-        tensors["label"] = column(*[label] * n)
-    if guidance is not None:
-        tensors["guidance"] = column(*[guidance] * n, kind=np.float32)
-    return tensors
+    given = {"label": (label, np.int64), "guidance": (guidance, np.float32)}
+    tensors = {name: column(*[value] * n, kind=kind) for name, (value, kind) in given.items() if value is not None}
+    return {"seed": column(*[seed] * n), "index": column(*indices), **tensors}
 
 
 def answered(answers: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
@@ -72,7 +67,7 @@ def answered(answers: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
 
 def test_the_configuration_says_by_tritons_schema_what_was_asked_for(repository: Path, flow: Flow) -> None:
     for task in TASKS:
-        config = text_format.Parse((repository / f"digits-{task}" / "config.pbtxt").read_text(), schema().ModelConfig())
+        config = parsed((repository / f"digits-{task}" / "config.pbtxt").read_text())
         assert (config.name, config.backend, config.max_batch_size) == (f"digits-{task}", "python", 48)
         assert list(config.dynamic_batching.preferred_batch_size) == [16, 32]
         assert config.dynamic_batching.max_queue_delay_microseconds == 5000
@@ -80,33 +75,25 @@ def test_the_configuration_says_by_tritons_schema_what_was_asked_for(repository:
         assert (group.count, group.kind) == (2, group.KIND_CPU)
         assert config.parameters["bundle_sha256"].string_value == flow.bundle.hash
     serving = Serving(instances=3, max_batch=8, gpus=(0, 2), opening=Opening("auto"))
-    config = text_format.Parse(config_text("m", "encode", flow.bundle, serving), schema().ModelConfig())
+    config = parsed(config_text("m", "encode", flow.bundle, serving))
     (group,) = config.instance_group
     assert (group.count, group.kind, list(group.gpus)) == (3, group.KIND_GPU, [0, 2])
     assert list(config.dynamic_batching.preferred_batch_size) == []
-    assert [(i.name, list(i.dims), i.optional) for i in config.input] == [
-        ("images", [1, 8, 8], False),
-        ("label", [1], True),
-    ]
+    inputs = [(i.name, list(i.dims), i.optional) for i in config.input]
+    assert inputs == [("images", [1, 8, 8], False), ("label", [1], True)]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_a_sample_is_the_flows_own_bit_for_bit_whoever_shares_its_batch(
-    model: Model, flow: Flow, guidance: float
-) -> None:
+def test_a_sample_is_the_flows_own_bit_for_bit_in_any_company(model: Model, flow: Flow, guidance: float) -> None:
     wanted = request(7, range(3, 8), label=4, guidance=guidance)
-    expected = flow.sample(
-        5, labels=4, guidance=Guidance(guidance), seed=7, first_sample=3, reproducible=True, certify=True
-    )
-    others = [
-        request(1, range(100, 117), label=2, guidance=guidance),
-        request(2**62, range(2**40, 2**40 + 1)),
-        request(0, range(4), label=9, guidance=0.25),
-    ]
-    for company in ([wanted], [others[0], wanted], [*others, wanted], [wanted, *others[::-1]]):
+    guided = Guidance(guidance)
+    expected = flow.sample(5, labels=4, guidance=guided, seed=7, first_sample=3, reproducible=True, certify=True)
+    long, far = request(1, range(100, 117), label=2, guidance=guidance), request(2**62, range(2**40, 2**40 + 1))
+    other = request(0, range(4), label=9, guidance=0.25)
+    for company in ([wanted], [long, wanted], [long, far, other, wanted], [wanted, other, far, long]):
         answers = answered(model(*company))
         found = answers[[r is wanted for r in company].index(True)]
-        np.testing.assert_array_equal(found["images"], np.asarray(expected))
+        np.testing.assert_array_equal(found["images"], expected)
         np.testing.assert_array_equal(found["certificate"][:, 0], report_of(expected).certificate)
 
 
@@ -117,7 +104,7 @@ def test_a_repository_that_was_written_before_still_runs(repository: Path, flow:
     shutil.copyfile(GOLDEN / "triton_model_b0b510c.txt", tmp_path / "digits-sample" / "1" / "model.py")
     (found,) = answered(Model(tmp_path / "digits-sample")(request(7, range(3, 8), label=4, guidance=1.5)))
     expected = flow.sample(5, labels=4, guidance=Guidance(1.5), seed=7, first_sample=3, reproducible=True)
-    np.testing.assert_array_equal(found["images"], np.asarray(expected))
+    np.testing.assert_array_equal(found["images"], expected)
 
 
 def test_where_rows_of_a_tile_are_not_independent_each_has_a_tile_of_its_own(repository: Path, flow: Flow) -> None:
@@ -126,21 +113,32 @@ def test_where_rows_of_a_tile_are_not_independent_each_has_a_tile_of_its_own(rep
     model.model.shares = False
     first, second = answered(model(request(7, range(2), label=4, guidance=1), request(8, range(5, 7), label=1)))
     expected = flow.sample(2, labels=4, guidance=Guidance(1.0), seed=7, reproducible=True)
-    np.testing.assert_array_equal(first["images"], np.asarray(expected))
+    np.testing.assert_array_equal(first["images"], expected)
     expected = flow.sample(2, labels=1, seed=8, first_sample=5, reproducible=True)
-    np.testing.assert_array_equal(second["images"], np.asarray(expected))
+    np.testing.assert_array_equal(second["images"], expected)
 
 
 def test_a_sample_without_label_and_guidance_is_drawn_from_the_null_class(model: Model, flow: Flow) -> None:
     (found,) = answered(model(request(0, range(2)), wanted=("images",)))
     assert found.keys() == {"images"}, "the certificate costs an encoding, so it is computed when asked for"
-    np.testing.assert_array_equal(found["images"], np.asarray(flow.sample(2, reproducible=True)))
+    np.testing.assert_array_equal(found["images"], flow.sample(2, reproducible=True))
+
+
+def failed_alone(model: Model, flow: Flow, poison: dict[str, Any]) -> str:
+    """The error of a request in the midst of others, which are answered as ever."""
+    good = request(5, range(3), label=1)
+    before, error, after = model(good, poison, good)
+    expected = flow.sample(3, labels=1, seed=5, reproducible=True)
+    for answer in answered([before, after]):
+        np.testing.assert_array_equal(answer["images"], expected)
+    assert isinstance(error, str)
+    return error
 
 
 @pytest.mark.parametrize(
     ("poison", "message"),
     [
-        (request(0, range(2), label=10), "label 10 is out of range; this model has 10 classes"),
+        (request(0, range(2), label=10), "label 10 is out of range; this model has classes 0 to 9"),
         ({"seed": column(-1), "index": column(0)}, "seed is -1"),
         ({"seed": column(0), "index": column(-5)}, "index is -5"),
         (request(0, range(1), label=1, guidance=-1), "guidance holds"),
@@ -148,16 +146,8 @@ def test_a_sample_without_label_and_guidance_is_drawn_from_the_null_class(model:
         (request(0, range(1), guidance=1), "guidance does nothing for samples without a label"),
     ],
 )
-def test_a_request_that_cannot_be_answered_fails_alone(
-    model: Model, flow: Flow, poison: dict[str, Any], message: str
-) -> None:
-    good = request(5, range(3), label=1)
-    before, error, after = model(good, poison, good)
-    assert isinstance(error, str)
-    assert message in error
-    expected = np.asarray(flow.sample(3, labels=1, seed=5, reproducible=True))
-    for answer in answered([before, after]):
-        np.testing.assert_array_equal(answer["images"], expected)
+def test_a_request_that_cannot_be_answered_fails_alone(model: Model, flow: Flow, poison: Any, message: str) -> None:
+    assert message in failed_alone(model, flow, poison)
 
 
 def test_a_request_the_engine_fails_on_fails_alone(model: Model, flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,12 +159,7 @@ def test_a_request_the_engine_fails_on_fails_alone(model: Model, flow: Flow, mon
         return run(rows, certified)
 
     monkeypatch.setattr(model.model, "run", failing)
-    good = request(5, range(3), label=1)
-    before, error, after = model(good, request(0, range(2), label=7), good)
-    assert error == "out of memory in block 3's step graph"
-    expected = np.asarray(flow.sample(3, labels=1, seed=5, reproducible=True))
-    for answer in answered([before, after]):
-        np.testing.assert_array_equal(answer["images"], expected)
+    assert failed_alone(model, flow, request(0, range(2), label=7)) == "out of memory in block 3's step graph"
 
 
 def test_encoding_and_denoising_are_the_flows_and_do_not_depend_on_company(repository: Path, flow: Flow) -> None:
@@ -245,37 +230,29 @@ def test_copies_share_the_disk_and_a_link_leads_to_the_bundle(repository: Path, 
     write_repository(flow.bundle, tmp_path, Serving(), Models(("sample",), "mine", link=True))
     assert (tmp_path / "mine-sample" / "1" / "bundle").resolve() == DEMO.resolve()
     (found,) = answered(Model(tmp_path / "mine-sample")(request(1, range(2), label=3)))
-    np.testing.assert_array_equal(found["images"], np.asarray(flow.sample(2, labels=3, seed=1, reproducible=True)))
+    np.testing.assert_array_equal(found["images"], flow.sample(2, labels=3, seed=1, reproducible=True))
 
 
-def test_package_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
-    done = cli("package", "--triton", "models", "--instances", 2, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["models"] == ["digits-sample", "digits-encode", "digits-denoise"]
-    assert sorted(p.name for p in (tmp_path / "models" / "digits-sample").glob("**/*.p[by]*")) == [
-        "config.pbtxt",
-        "model.py",
-    ]
+def test_package_on_the_command_line(tarflow: Cli, tmp_path: Path) -> None:
+    found = said(tarflow("package", "--triton", "models", "--instances", 2, "--json"))
+    assert found["models"] == ["digits-sample", "digits-encode", "digits-denoise"]
+    files = sorted(p.name for p in (tmp_path / "models" / "digits-sample").glob("**/*.p[by]*"))
+    assert files == ["config.pbtxt", "model.py"]
     uniform = renamed(tmp_path / "uniform", noise_std=None)
-    done = cli("package", uniform, "--triton", "models", "--name", "a", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "a-sample, a-encode in 'models'" in done.stdout
+    done = tarflow("package", uniform, "--triton", "models", "--name", "a")
+    assert (done.returncode, "a-sample, a-encode in 'models'" in done.stdout) == (0, True), done.stderr
     (tmp_path / "file").touch()
-    done = cli("package", uniform, "--triton", "m", cwd=tmp_path)
-    assert (done.returncode, "give another --name" in done.stderr) == (2, True), done.stderr
+    refused(tarflow("package", uniform, "--triton", "m"), 2, "give another --name")
     for arguments, message in (
-        ((), "Pass --triton DIR"),
-        (("--triton", "models"), "exists; use --force"),
-        (("--triton", "file"), "'file' is a file"),
-        (("--triton", "m", "--name", "../x"), "is no model name for Triton"),
-        (("--triton", "m", "--models", "dance"), "--models is dance; expected some of sample, encode, denoise"),
-        (("--triton", "m", "--gpu", "one"), "--gpu is 'one'; expected device numbers"),
-        (("--triton", "m", "--gpu", "0,0"), "--gpu is 0,0; expected different device numbers"),
-        (("--triton", "m", "--provider", "cuda"), "--provider cuda needs a GPU: name the devices in --gpu"),
-        (("--triton", "m", "--threads", 0), "--threads is 0"),
-        (("--triton", "m", "--max-batch", 0), "--max-batch is 0"),
+        ("", "Pass --triton DIR"),
+        ("--triton models", "exists; use --force"),
+        ("--triton file", "'file' is a file"),
+        ("--triton m --name ../x", "is no model name for Triton"),
+        ("--triton m --models dance", "--models is dance; expected some of sample, encode, denoise"),
+        ("--triton m --gpu one", "--gpu is 'one'; expected device numbers"),
+        ("--triton m --gpu 0,0", "--gpu is 0,0; expected different device numbers"),
+        ("--triton m --provider cuda", "--provider cuda needs a GPU: name the devices in --gpu"),
+        ("--triton m --threads 0", "--threads is 0"),
+        ("--triton m --max-batch 0", "--max-batch is 0"),
     ):
-        done = cli("package", DEMO, *arguments, cwd=tmp_path)
-        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-        assert message in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "models", "uniform"]
+        refused(tarflow("package", DEMO, *arguments.split()), 2, message)

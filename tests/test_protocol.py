@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -16,7 +15,6 @@ from tarflow.runtime.flow import Flow
 from tarflow.serve.protocol import HEADER, LARGEST_JSON, TYPES, read_asked, write_answer
 from tarflow.serve.service import Refusal
 
-from .conftest import DEMO
 from .serving import calling
 
 
@@ -102,7 +100,7 @@ def test_numbers_json_has_no_word_for_become_null_and_travel_whole_as_binary() -
 def test_a_malformed_request_is_refused(document: Any) -> None:
     with pytest.raises(Refusal) as refused:
         read_asked([], json.dumps(document).encode())
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -127,13 +125,13 @@ def test_a_malformed_request_is_refused(document: Any) -> None:
 def test_tricks_with_lengths_and_depth_are_refused(lengths: list[str], body: bytes) -> None:
     with pytest.raises(Refusal) as refused:
         read_asked(lengths, body)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 def test_json_that_would_hold_everybody_up_is_refused_unparsed() -> None:
     with pytest.raises(Refusal) as refused:
         read_asked([], b" " * (LARGEST_JSON + 1))
-    assert refused.value.status == 413
+    assert refused.value.status_code == 413
 
 
 WRONG = [
@@ -156,20 +154,18 @@ WRONG = [
                  "parameters": {"strength": "much"}}, "strength"),
     ("denoise", {"inputs": [{"name": "images", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0] * 64}],
                  "parameters": {"strength": 10**400}}, "larger than any number"),
-    ("sample", {"inputs": [{"name": "\ud800", "datatype": "INT64", "shape": [1], "data": [1]}]}, "no input '\ud800'"),
+    ("sample", {"inputs": [{"name": "\ud800", "datatype": "INT64", "shape": [1], "data": [1]}]}, "valid string"),
     ("sample", {"parameters": {"\ud800": 1}}, "unknown"),
 ]  # fmt: skip
 
 
-def test_what_a_model_cannot_do_is_refused_by_name() -> None:
-    async def scenario() -> None:
-        async with calling(Flow.open(DEMO, threads=1)) as (client, service):
-            for model, body, reason in WRONG:
-                answer = await client.post(f"/v2/models/{model}/infer", content=json.dumps(body))
-                assert answer.status_code == 400, (model, body, answer.text)
-                assert reason in answer.json()["error"]
-            for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):
-                assert (await client.get(path)).status_code == 404
-            assert b"tarflow_batches_total 0.0" in service.metrics.page(), "nothing was computed for any of them"
-
-    asyncio.run(scenario())
+@pytest.mark.anyio
+async def test_what_a_model_cannot_do_is_refused_by_name(flow: Flow) -> None:
+    async with calling(flow) as (client, service):
+        for model, body, reason in WRONG:
+            answer = await client.post(f"/v2/models/{model}/infer", content=json.dumps(body))
+            assert answer.status_code == 400, (model, body, answer.text)
+            assert reason in answer.json()["error"]
+        for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):
+            assert (await client.get(path)).status_code == 404
+        assert b"tarflow_batches_total 0.0" in service.metrics.page(), "nothing was computed for any of them"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
@@ -32,7 +31,7 @@ from tarflow.serve.samples import accepted
 from tarflow.serve.service import Refusal
 
 from .conftest import DEMO, Cli, report_of
-from .serving import Running, alone, array, calling, running
+from .serving import Running, alone, array, calling, drawn, running
 
 CHECKS = [
     checks.not_a_server_error,
@@ -42,11 +41,6 @@ CHECKS = [
     document_checks.response_schema_conformance,
     document_checks.unsupported_method,
 ]
-
-
-@pytest.fixture(scope="module")
-def flow() -> Flow:
-    return Flow.open(DEMO, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +86,8 @@ def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_par
 ) -> None:
     labels = np.array([3, 7, -1])
     numbers: dict[str, Any] = {"first_sample": np.array([14], np.uint64), "guidance": np.array([1.5], np.float32)}
-    inputs = [
-        tensor("labels", labels, "INT64", binary),
-        tensor("seed", np.array([2**64 - 1], np.uint64), "UINT64", binary),
-    ]
+    seed = np.array([2**64 - 1], np.uint64)
+    inputs = [tensor("labels", labels, "INT64", binary), tensor("seed", seed, "UINT64", binary)]
     if binary:
         inputs += [tensor(name, one, "UINT64" if one.dtype == np.uint64 else "FP32") for name, one in numbers.items()]
     said = {} if binary else {name: one.item() for name, one in numbers.items()}
@@ -149,44 +141,27 @@ REQUESTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_a_request_s_bits_do_not_depend_on_who_shares_its_batch(flow: Flow) -> None:
-    async def scenario() -> None:
-        async with calling(flow, workers=2) as (client, service):
-
-            async def ask(body: dict[str, Any]) -> Any:
-                answer = await client.post("/v1/samples", json=body | {"format": "npy"})
-                assert answer.status_code == 200, answer.text
-                return array(answer.content)
-
-            assert service.batcher is not None
-            assert service.batcher.shares
-            together = await asyncio.gather(*map(ask, REQUESTS))
-            backwards = await asyncio.gather(*map(ask, reversed(REQUESTS)))
-            page = service.metrics.page().decode()
-        batches = float(re.findall(r"^tarflow_batches_total (\S+)", page, re.M)[0])
-        assert batches < 0.6 * 2 * len(REQUESTS), "they did share"
-        for body, first, second in zip(REQUESTS, together, reversed(backwards), strict=True):
-            assert np.array_equal(first, alone(flow, body)), body
-            assert np.array_equal(first, second)
-
-    asyncio.run(scenario())
+@pytest.mark.anyio
+async def test_a_request_s_bits_do_not_depend_on_who_shares_its_batch(flow: Flow) -> None:
+    async with calling(flow, workers=2) as (client, service):
+        assert service.batcher.shares
+        together = await drawn(client, *REQUESTS)
+        backwards = await drawn(client, *reversed(REQUESTS))
+        page = service.metrics.page().decode()
+    batches = float(re.findall(r"^tarflow_batches_total (\S+)", page, re.M)[0])
+    assert batches < 0.6 * 2 * len(REQUESTS), "they did share"
+    for body, first, second in zip(REQUESTS, together, reversed(backwards), strict=True):
+        assert np.array_equal(array(first.content), alone(flow, body)), body
+        assert first.content == second.content
 
 
-def test_where_rows_are_not_independent_requests_are_drawn_alone_and_right(flow: Flow) -> None:
-    async def scenario() -> None:
-        async with calling(flow) as (client, service):
-            assert service.batcher is not None
-            service.batcher.shares = False
-            bodies = REQUESTS[1:4]
-            answers = await asyncio.gather(
-                *(client.post("/v1/samples", json=body | {"format": "npy"}) for body in bodies)
-            )
-            assert all(
-                np.array_equal(array(a.content), alone(flow, body)) for a, body in zip(answers, bodies, strict=True)
-            )
-            assert b"tarflow_batches_total 3.0" in service.metrics.page()
-
-    asyncio.run(scenario())
+@pytest.mark.anyio
+async def test_where_rows_are_not_independent_requests_are_drawn_alone_and_right(flow: Flow) -> None:
+    async with calling(flow) as (client, service):
+        service.batcher.shares = False
+        for body, answer in zip(REQUESTS[1:4], await drawn(client, *REQUESTS[1:4]), strict=True):
+            assert np.array_equal(array(answer.content), alone(flow, body))
+        assert b"tarflow_batches_total 3.0" in service.metrics.page()
 
 
 def test_samples_come_as_a_grid_as_pictures_in_a_zip_and_as_an_array(service: Running, flow: Flow) -> None:
@@ -224,13 +199,13 @@ def test_one_sample_may_be_kept_for_ever_and_is_not_drawn_to_say_that_it_has_not
     with Image.open(io.BytesIO(content)) as picture:
         body = {"labels": 4, "guidance": 1.0, "seed": 9, "first_sample": 123456789012}
         assert np.array_equal(np.asarray(picture), to_uint8(alone(flow, body))[0, 0])
-    drawn = service.metric("tarflow_samples_total")
+    before = service.metric("tarflow_samples_total")
     for tag in (headers["etag"], f'"x", W/{headers["etag"]}', "*"):
         status, again, nothing = service.ask("GET", path, headers={"If-None-Match": tag})
         assert (status, again["etag"], nothing) == (304, headers["etag"], b"")
-    assert service.metric("tarflow_samples_total") == drawn
+    assert service.metric("tarflow_samples_total") == before
     assert service.ask("HEAD", path)[0] == 200
-    assert service.metric("tarflow_samples_total") == drawn
+    assert service.metric("tarflow_samples_total") == before
     stream = service.ask("GET", "/v1/samples/stream?n=1&seed=9&first_sample=3&labels=4&guidance=1")[2].decode()
     (link,) = json.loads(stream.rsplit("data: ", 1)[1])["links"]
     status, forever, _ = service.ask("GET", f"/{link}")
@@ -293,12 +268,8 @@ def test_the_log_is_json_lines_with_the_id_a_client_sent(service: Running) -> No
     assert headers["x-request-id"] == "from-outside.7"
     assert service.ask("GET", "/nowhere", headers={"X-Request-Id": 'a"b'})[1]["x-request-id"] != 'a"b'
     (line,) = [line for line in service.lines() if line.get("id") == "from-outside.7"]
-    assert (line["event"], line["method"], line["path"], line["status"]) == (
-        "request",
-        "GET",
-        "/v1/samples/1/2.png",
-        200,
-    )
+    found = [line[key] for key in ("event", "method", "path", "status")]
+    assert found == ["request", "GET", "/v1/samples/1/2.png", 200]
 
 
 def test_the_page_of_the_api_needs_no_other_server(service: Running) -> None:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -26,20 +26,15 @@ from tarflow.runtime.errors import InputError, MachineError
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.request import Request, Resolved
 from tarflow.runtime.samples import Progress, Samples, Watch
-from tarflow.serve.app import create_app
 from tarflow.serve.service import Refusal
 from tarflow.serve.settings import Settings
 
 from .conftest import DEMO, until
-from .serving import Running, alone, array, calling, running
+from .serving import Running, alone, array, calling, drawn, running
 
+pytestmark = pytest.mark.anyio  # those that are coroutines
 _UNWATCHED = Watch()
 TOKEN = "correct-horse-battery"
-
-
-@pytest.fixture(scope="module")
-def flow() -> Flow:
-    return Flow.open(DEMO, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -78,48 +73,38 @@ class Held(Flow):
 @pytest.fixture
 def held() -> Held:
     flow = Held.open(DEMO, threads=1)
-    assert isinstance(flow, Held)
     flow.go, flow.begun, flow.ended = threading.Event(), threading.Event(), threading.Event()
     return flow
 
 
-def test_a_full_queue_answers_429_at_once_and_what_was_accepted_is_answered_right(held: Held, flow: Flow) -> None:
-    async def scenario() -> None:
-        async with calling(held, queue=4, batch=16) as (client, _):
-
-            async def ask(seed: int) -> Any:
-                return await client.post("/v1/samples", json={"n": 16, "seed": seed, "format": "npy"})
-
-            asking = [asyncio.create_task(ask(seed)) for seed in range(24)]
-            while sum(task.done() for task in asking) < 19:  # four wait, and one may have begun
-                await asyncio.sleep(0.01)
-            held.go.set()
-            answers = await asyncio.gather(*asking)
-        statuses = Counter(answer.status_code for answer in answers)
-        assert set(statuses) == {200, 429}
-        assert 4 <= statuses[200] <= 5
-        for seed, answer in enumerate(answers):
-            if answer.status_code == 200:
-                assert np.array_equal(array(answer.content), alone(flow, {"n": 16, "seed": seed}))
-            else:
-                assert 1 <= int(answer.headers["retry-after"]) <= 60
-                assert "wait already" in answer.json()["error"]
-
-    asyncio.run(scenario())
+async def test_a_full_queue_answers_429_at_once_and_what_was_accepted_is_answered_right(held: Held, flow: Flow) -> None:
+    async with calling(held, queue=4, batch=16) as (client, _):
+        bodies = [{"n": 16, "seed": seed, "format": "npy"} for seed in range(24)]
+        asking = [asyncio.create_task(client.post("/v1/samples", json=body)) for body in bodies]
+        while sum(task.done() for task in asking) < 19:  # four wait, and one may have begun
+            await asyncio.sleep(0.01)
+        held.go.set()
+        answers = await asyncio.gather(*asking)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 429}
+    assert 4 <= statuses[200] <= 5
+    for body, answer in zip(bodies, answers, strict=True):
+        if answer.status_code == 200:
+            assert np.array_equal(array(answer.content), alone(flow, body))
+        else:
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert "wait already" in answer.json()["error"]
 
 
-def test_a_request_that_takes_too_long_is_answered_504_and_its_work_ends(held: Held) -> None:
-    async def scenario() -> None:
-        async with calling(held, timeout=0.3) as (client, service):
-            answer = await client.post("/v1/samples", json={"n": 256})
-            assert answer.status_code == 504
-            await service.stop()  # waits for the drawing thread
-            page = service.metrics.page()
-        assert held.ended.is_set()
-        assert b'tarflow_abandoned_requests_total{why="timeout"} 1.0' in page
-        assert b"tarflow_samples_total 0.0" in page
-
-    asyncio.run(scenario())
+async def test_a_request_that_takes_too_long_is_answered_504_and_its_work_ends(held: Held) -> None:
+    async with calling(held, timeout=0.3) as (client, service):
+        answer = await client.post("/v1/samples", json={"n": 256})
+        assert answer.status_code == 504
+        await service.stop()  # waits for the drawing thread
+        page = service.metrics.page()
+    assert held.ended.is_set()
+    assert b'tarflow_abandoned_requests_total{why="timeout"} 1.0' in page
+    assert b"tarflow_samples_total 0.0" in page
 
 
 def request_left_by(gone: asyncio.Event) -> HttpRequest:
@@ -132,33 +117,18 @@ def request_left_by(gone: asyncio.Event) -> HttpRequest:
     return HttpRequest({"type": "http", "headers": []}, receive)
 
 
-def test_a_client_that_leaves_ends_its_work(held: Held) -> None:
-    async def scenario() -> None:
-        async with calling(held) as (_, service):
-            gone = asyncio.Event()
-            asking = asyncio.create_task(service.draw(request_left_by(gone), Request(64).resolved(held.config)))
-            await asyncio.to_thread(until, held.begun.is_set)
-            gone.set()
-            with pytest.raises(Refusal) as refused:
-                await asking
-            await service.stop()
-            assert refused.value.status == 499
-            assert held.ended.is_set()
-            assert b'tarflow_abandoned_requests_total{why="left"} 1.0' in service.metrics.page()
-
-    asyncio.run(scenario())
-
-
-def test_a_client_that_hangs_up_costs_nobody_anything(service: Running, flow: Flow) -> None:
-    body = json.dumps({"n": 64, "seed": 1}).encode()
-    drawn = service.metric("tarflow_samples_total", bearer())
-    for _ in range(3):
-        with socket.create_connection(("127.0.0.1", service.port), timeout=600) as connection:
-            connection.sendall(head("POST /v1/samples", len(body)) + body)
-    status, _, content = service.ask("POST", "/v1/samples", {"n": 2, "seed": 3, "format": "npy"}, bearer())
-    assert status == 200
-    assert np.array_equal(array(content), alone(flow, {"n": 2, "seed": 3}))
-    assert service.metric("tarflow_samples_total", bearer()) - drawn < 3 * 64
+async def test_a_client_that_leaves_ends_its_work(held: Held) -> None:
+    async with calling(held) as (_, service):
+        gone = asyncio.Event()
+        asking = asyncio.create_task(service.draw(request_left_by(gone), Request(64).resolved(held.config)))
+        await asyncio.to_thread(until, held.begun.is_set)
+        gone.set()
+        with pytest.raises(Refusal) as refused:
+            await asking
+        await service.stop()
+        assert refused.value.status_code == 499
+        assert held.ended.is_set()
+        assert b'tarflow_abandoned_requests_total{why="left"} 1.0' in service.metrics.page()
 
 
 def test_slow_readers_and_slow_writers_hold_up_nobody_and_get_all_of_it(service: Running, flow: Flow) -> None:
@@ -216,20 +186,15 @@ def test_a_reader_that_stops_is_cut_off_and_others_are_served(tmp_path: Path) ->
 def test_sigterm_under_load_drains(flow: Flow, tmp_path: Path) -> None:
     """Readiness goes off while requests are still taken; all that were taken are answered; the exit is clean."""
     with running(tmp_path, "--grace", 4) as service:
-        stop, begun = threading.Event(), threading.Event()
+        begun = threading.Event()
 
         def ask(k: int) -> list[tuple[int, int, bytes]]:
             got = []
-            for i in range(1000):
-                if stop.is_set():
-                    break
-                seed = 1000 * k + i
-                try:
+            with contextlib.suppress(ConnectionRefusedError):
+                for seed in range(1000 * k, 1000 * k + 1000):
                     status, _, content = service.ask("POST", "/v1/samples", {"n": 2, "seed": seed, "format": "npy"})
-                except ConnectionRefusedError:
-                    break
-                got.append((seed, status, content))
-                begun.set()
+                    got.append((seed, status, content))
+                    begun.set()
             return got
 
         with ThreadPoolExecutor(8) as pool:
@@ -237,14 +202,11 @@ def test_sigterm_under_load_drains(flow: Flow, tmp_path: Path) -> None:
             assert begun.wait(600)
             service.process.terminate()
             states = set()
-            try:
+            with contextlib.suppress(OSError, HTTPException):  # no longer listening
                 while True:
                     states.add(service.ask("GET", "/v2/health/ready")[0])
                     time.sleep(0.05)
-            except (OSError, HTTPException):  # no longer listening
-                pass
             answers = [answer for future in asking for answer in future.result()]
-            stop.set()
         assert service.process.wait() == 0
         assert 503 in states
         assert {status for _, status, _ in answers} == {200}
@@ -258,7 +220,7 @@ def test_sigterm_under_load_drains(flow: Flow, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_samples_that_overflow_are_named_and_their_mates_unharmed(flow: Flow) -> None:
+async def test_samples_that_overflow_are_named_and_their_mates_unharmed(flow: Flow) -> None:
     """At guidance 20 samples 2 and 11 of seed 0 overflow; they share a tile with others of the same guidance."""
     bodies: list[dict[str, Any]] = [
         {"labels": [2], "first_sample": 2, "guidance": 20.0},
@@ -266,29 +228,21 @@ def test_samples_that_overflow_are_named_and_their_mates_unharmed(flow: Flow) ->
         {"labels": [0, 1, 2], "first_sample": 10, "guidance": 20.0, "certify": True},
         {"labels": [*range(9)], "first_sample": 100, "guidance": 20.0},
     ]
-
-    async def scenario() -> list[Any]:
-        async with calling(flow, delay=30) as (client, service):
-            answers = await asyncio.gather(
-                *(client.post("/v1/samples", json=body | {"format": "npy"}) for body in bodies)
-            )
-            assert b"tarflow_batches_total 1.0" in service.metrics.page(), "16 rows are a tile, and wait for no more"
-            labels = [i % 10 for i in range(2, 18)]
-            infer = {"parameters": {"first_sample": 2, "guidance": 20.0}, "inputs": [
-                {"name": "labels", "datatype": "INT64", "shape": [16], "data": labels}]}  # fmt: skip
-            said = (await client.post("/v2/models/sample/infer", json=infer)).json()
-            assert said["parameters"]["nonfinite"] == "2,11"
-            assert said["outputs"][1]["data"] == [i not in (2, 11) for i in range(2, 18)]
-            assert None in said["outputs"][0]["data"]
-            return answers
-
-    for body, answer in zip(bodies, asyncio.run(scenario()), strict=True):
+    infer = {"parameters": {"first_sample": 2, "guidance": 20.0}, "inputs": [
+        {"name": "labels", "datatype": "INT64", "shape": [16], "data": [i % 10 for i in range(2, 18)]}]}  # fmt: skip
+    async with calling(flow, delay=30) as (client, service):
+        answers = await drawn(client, *bodies)
+        assert b"tarflow_batches_total 1.0" in service.metrics.page(), "16 rows are a tile, and wait for no more"
+        said = (await client.post("/v2/models/sample/infer", json=infer)).json()
+    assert said["parameters"]["nonfinite"] == "2,11"
+    assert said["outputs"][1]["data"] == [i not in (2, 11) for i in range(2, 18)]
+    assert None in said["outputs"][0]["data"]
+    for body, answer in zip(bodies, answers, strict=True):
         assert answer.status_code == 200
         wanted, found = alone(flow, body), array(answer.content)
         assert np.array_equal(found, wanted, equal_nan=True)
         broken = body["first_sample"] + np.flatnonzero(~np.isfinite(wanted).all((1, 2, 3)))
-        assert answer.headers.get("x-tarflow-nonfinite", "") == ",".join(map(str, broken))
-    assert "x-tarflow-nonfinite" not in asyncio.run(scenario())[1].headers
+        assert answer.headers.get("x-tarflow-nonfinite") == (",".join(map(str, broken)) or None)
 
 
 class Poisoned(Flow):
@@ -302,39 +256,32 @@ class Poisoned(Flow):
         return super().draw(request, noise, watch)
 
 
-def test_a_request_the_engine_fails_on_fails_alone() -> None:
+async def test_a_request_the_engine_fails_on_fails_alone() -> None:
     flow = Poisoned.open(DEMO, threads=1)
-    assert isinstance(flow, Poisoned)
     flow.poison = float(flow.noise(13, range(1))[0, 0, 0])
 
-    async def scenario() -> None:
-        async with calling(flow, delay=30) as (client, _):
-            bodies: list[dict[str, Any]] = [{"seed": 12, "n": 6}, {"seed": 13, "n": 5}, {"seed": 14, "n": 5}]
-            answers = await asyncio.gather(
-                *(client.post("/v1/samples", json=body | {"format": "npy"}) for body in bodies)
-            )
-            assert [answer.status_code for answer in answers] == [200, 503, 200]
-            said = answers[1].json()["error"]
-            assert said == "out of memory in block 3's step graph; use a smaller batch_size"
-            for body, answer in zip(bodies[::2], answers[::2], strict=True):
-                assert np.array_equal(array(answer.content), alone(flow, body))
-
-    asyncio.run(scenario())
+    async with calling(flow, delay=30) as (client, _):
+        bodies: list[dict[str, Any]] = [{"seed": 12, "n": 6}, {"seed": 13, "n": 5}, {"seed": 14, "n": 5}]
+        answers = await drawn(client, *bodies)
+        assert [answer.status_code for answer in answers] == [200, 503, 200]
+        said = answers[1].json()["error"]
+        assert said == "out of memory in block 3's step graph; use a smaller batch_size"
+        for body, answer in zip(bodies[::2], answers[::2], strict=True):
+            assert np.array_equal(array(answer.content), alone(flow, body))
 
 
-def test_a_failure_nobody_foresaw_is_a_500_without_a_traceback(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
-    async def scenario() -> None:
-        async with calling(flow) as (client, service):
-            service.flow = None  # type: ignore[assignment]
-            answer = await client.post("/v1/samples", json={})
-            assert answer.status_code == 500
-            identity = answer.headers["x-request-id"]
-            assert identity in answer.json()["error"]
-            assert "Traceback" not in answer.text
-        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-        assert any(line["event"] == "failure" and "AttributeError" in line["error"] for line in lines)
-
-    asyncio.run(scenario())
+async def test_a_failure_nobody_foresaw_is_a_500_without_a_traceback(
+    flow: Flow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with calling(flow) as (client, service):
+        service.flow = None  # type: ignore[assignment]
+        answer = await client.post("/v1/samples", json={})
+        assert answer.status_code == 500
+        identity = answer.headers["x-request-id"]
+        assert identity in answer.json()["error"]
+        assert "Traceback" not in answer.text
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert any(line["event"] == "failure" and "AttributeError" in line["error"] for line in lines)
 
 
 # --- strangers ------------------------------------------------------------------------------------------------------
@@ -371,14 +318,8 @@ def test_without_the_token_only_probes_and_the_page_answer(service: Running) -> 
         status, headers, content = service.ask("GET", path)
         assert (status, headers["www-authenticate"]) == (401, "Bearer"), path
         assert "token" in json.loads(content)["error"]
-    for wrong in (
-        bearer("x"),
-        bearer(TOKEN[:-1]),
-        bearer(TOKEN + "x"),
-        {"Authorization": f"Basic {TOKEN}"},
-        {"Authorization": TOKEN},
-    ):
-        assert service.ask("GET", "/v2", headers=wrong)[0] == 401
+    for wrong in ("Bearer x", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN):
+        assert service.ask("GET", "/v2", headers={"Authorization": wrong})[0] == 401
     assert service.ask("GET", "/v2", headers=bearer())[0] == 200
     assert service.ask("GET", "/v1/samples/1/2.png", headers=bearer())[1]["cache-control"].startswith("private")
     twice = head("GET /v2", None, "Authorization: Bearer other")
@@ -401,39 +342,39 @@ def test_a_token_comes_from_a_file_and_a_weak_one_is_refused(tmp_path: Path, mon
         Settings(token="two words")
 
 
-JSON_BODIES: list[tuple[bytes, int]] = [
-    (b"", 400),
-    (b"{", 400),
-    (b"[]", 400),
-    (b"null", 400),
-    (b"\xff\xfe{}", 400),
-    (b'{"n": NaN}', 400),
-    (b'{"guidance": NaN}', 400),
-    (b'{"guidance": 1e999}', 400),
-    (b'{"guidance": "1"}', 400),
-    (b'{"seed": 1.5}', 400),
-    (b'{"seed": true}', 400),
-    (b'{"seed": 18446744073709551616}', 400),
-    (b'{"seed": ' + b"9" * 5000 + b"}", 400),
-    (b'{"first_sample": 18446744073709551615, "n": 2}', 400),
-    (b'{"labels": []}', 400),
-    (b'{"labels": [1, 2], "n": 3}', 400),
-    (b'{"labels": [[1]]}', 400),
-    (b'{"labels": 9223372036854775808}', 400),
-    (b'{"n": 65}', 400),
-    (b'{"format": "../../etc/passwd"}', 400),
-    (b'{"n": 1, "n ": 1}', 400),
-    (b'{"a":' * 20_000, 400),
-    (b"[" * 200_000, 400),
-    (b'{"labels": [' + b"1," * 524_288 + b"1]}", 413),
+MALFORMED = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe{}",
+    b'{"n": NaN}',
+    b'{"guidance": NaN}',
+    b'{"guidance": 1e999}',
+    b'{"guidance": "1"}',
+    b'{"seed": 1.5}',
+    b'{"seed": true}',
+    b'{"seed": 18446744073709551616}',
+    b'{"seed": ' + b"9" * 5000 + b"}",
+    b'{"first_sample": 18446744073709551615, "n": 2}',
+    b'{"labels": []}',
+    b'{"labels": [1, 2], "n": 3}',
+    b'{"labels": [[1]]}',
+    b'{"labels": 9223372036854775808}',
+    b'{"n": 65}',
+    b'{"format": "../../etc/passwd"}',
+    b'{"n": 1, "n ": 1}',
+    b'{"a":' * 20_000,
+    b"[" * 200_000,
 ]
 
 
 def test_malformed_bodies_are_refused_with_a_reason(service: Running) -> None:
-    for body, expected in JSON_BODIES:
+    for body in MALFORMED:
         status, _, content = service.ask("POST", "/v1/samples", body, bearer())
-        assert status == expected, (body[:60], status, content[:200])
+        assert status == 400, (body[:60], status, content[:200])
         assert json.loads(content)["error"]
+    assert service.ask("POST", "/v1/samples", b" " * (1 << 20) + b"{}", bearer())[0] == 413
     assert service.ask("POST", "/v1/samples", b"{}", bearer() | {"Content-Type": "text/plain"})[0] in (400, 415)
     assert service.ask("POST", "/v1/samples", b"\x1f\x8b", bearer() | {"Content-Encoding": "gzip"})[0] == 415
 
@@ -447,8 +388,6 @@ RAW: list[tuple[bytes, tuple[int, ...]]] = [
     (head("POST /v1/samples", 2, "Transfer-Encoding: chunked") + b"0\r\n\r\n", (400,)),
     (head("POST /v1/samples", None, "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n", (0, 400)),
     (head("POST /v1/samples", None, "Transfer-Encoding: chunked") + _CHUNK * 20, (0, 413)),
-    (head("POST /v2/models/sample/infer", 2, "Inference-Header-Content-Length: -1") + b"{}", (400,)),
-    (head("POST /v2/models/sample/infer", 2, "Inference-Header-Content-Length: 3") + b"{}", (400,)),
     (head("POST /v2/models/sample/infer", 2, *["Inference-Header-Content-Length: 2"] * 2) + b"{}", (400,)),
     (head("POST /v1/samples", 50) + b"{}", (0, 400)),
     (head("GET /" + "a" * 1_000_000), (0, 400, 414)),
@@ -461,32 +400,26 @@ RAW: list[tuple[bytes, tuple[int, ...]]] = [
 ]  # fmt: skip
 
 
-def test_no_header_makes_long_json_short_and_no_zoom_a_picture_small(flow: Flow) -> None:
+async def test_no_header_makes_long_json_short_and_no_zoom_a_picture_small(flow: Flow) -> None:
     tricks: list[Any] = [
         {"Content-Type": "application/json", "Inference-Header-Content-Length": "0"},
         [("Content-Type", "application/json"), ("Content-Type", "text/plain")],
         {"Content-Type": "text/plain"},
     ]
 
-    async def scenario() -> None:
-        async with calling(flow, largest_n=1024) as (client, service):
-            for headers in tricks:
-                answer = await client.post("/v1/samples", content=b"[" + b"[]," * 1_500_000 + b"[]]", headers=headers)
-                assert answer.status_code == 413, headers
-            answer = await client.post("/v1/samples", json={"n": 1024, "zoom": 32})
-            assert (answer.status_code, "less zoom" in answer.json()["error"]) == (400, True)
-            assert b"tarflow_samples_total 0.0" in service.metrics.page()
-
-    asyncio.run(scenario())
+    async with calling(flow, largest_n=1024) as (client, service):
+        for headers in tricks:
+            answer = await client.post("/v1/samples", content=b"[" + b"[]," * 1_500_000 + b"[]]", headers=headers)
+            assert answer.status_code == 413, headers
+        answer = await client.post("/v1/samples", json={"n": 1024, "zoom": 32})
+        assert (answer.status_code, "less zoom" in answer.json()["error"]) == (400, True)
+        assert b"tarflow_samples_total 0.0" in service.metrics.page()
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_service(service: Running) -> None:
     before = service.metric("tarflow_responses_total", bearer(), code="499")
-    for path, kind in (
-        ("/v2/models/sample/infer", b"application/json"),
-        ("/v1/likelihood", b"image/png"),
-        ("/v1/samples", b"application/json"),
-    ):
+    for path in ("/v2/models/sample/infer", "/v1/likelihood", "/v1/samples"):
+        kind = b"image/png" if path == "/v1/likelihood" else b"application/json"
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.sendall(head(f"POST {path}", 50).replace(b"application/json", kind) + b"{}")
     until(lambda: service.metric("tarflow_responses_total", bearer(), code="499") >= before + 3)
@@ -500,53 +433,21 @@ def test_tricks_with_headers_are_refused(service: Running) -> None:
 
 
 def test_no_path_leads_to_a_file(service: Running) -> None:
-    paths = [
-        "/../../etc/passwd",
-        "/page/../../cli/serve.py",
-        "/page/..%2f..%2fapp.py",
-        "/page/%2e%2e/app.py",
-        "//etc/passwd",
-        "/v1/samples/1/..%2f..%2f2.png",
-        "/v1/samples/%00/1.png",
-        "/v1/samples/1/1.png%00.npy",
-        "/v2/models/..%2f..%2fetc%2fpasswd",
-        "/v2/models/sample/versions/../../../manifest.json",
-        "/manifest.json",
-        "/weights.safetensors",
-        "/page/",
-        "/page/nothing.js",
-        "/%ff",
-    ]
-    for path in paths:
+    paths = """
+        /../../etc/passwd //etc/passwd /v2/models/..%2f..%2fetc%2fpasswd /manifest.json /weights.safetensors /%ff
+        /page/ /page/nothing.js /page/../../cli/serve.py /page/..%2f..%2fapp.py /page/%2e%2e/app.py
+        /v1/samples/1/..%2f..%2f2.png /v1/samples/%00/1.png /v1/samples/1/1.png%00.npy
+        /v2/models/sample/versions/../../../manifest.json
+    """
+    for path in paths.split():
         assert raw(service, head(f"GET {path}")) in (400, 404), path
 
 
-def test_bodies_that_never_end_are_given_up(flow: Flow) -> None:
-    async def scenario() -> None:
-        async with calling(flow, timeout=0.3) as (_, service):
-            sent: list[dict[str, Any]] = []
-            calls = 0
+async def test_bodies_that_never_end_are_given_up(flow: Flow) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(600)
 
-            async def receive() -> dict[str, Any]:
-                nonlocal calls
-                calls += 1
-                if calls == 1:
-                    return {"type": "http.request", "body": b"{", "more_body": True}
-                await asyncio.sleep(30)
-                raise AssertionError
-
-            async def send(message: Any) -> None:
-                sent.append(message)
-
-            scope: dict[str, Any] = {
-                "type": "http",
-                "method": "POST",
-                "path": "/v1/samples",
-                "query_string": b"",
-                "raw_path": b"",
-            }
-            scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
-            await create_app(flow, service.settings)(scope, receive, send)
-            assert sent[0]["status"] == 408
-
-    asyncio.run(scenario())
+    async with calling(flow, timeout=0.3) as (client, _):
+        answer = await client.post("/v1/samples", content=endless(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 408

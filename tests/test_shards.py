@@ -45,11 +45,6 @@ ARGUMENTS = ("generate", DEMO, "--labels", "0-9", "--threads", 1)
 
 
 @pytest.fixture(scope="module")
-def flow() -> Flow:
-    return Flow.open(DEMO, threads=1)
-
-
-@pytest.fixture(scope="module")
 def job(flow: Flow) -> Job:
     """Samples 20 ... 99 in four shards, the first and the last short."""
     return Job.of(flow.bundle, Request(80, (0, 1, 2), seed=5, first_sample=20, certify=True), shard_size=32)
@@ -97,6 +92,16 @@ def children(pid: int) -> list[int]:
 
 def wait_for_shards(folder: Path, count: int) -> None:
     until(lambda: len(list((folder / "records").glob("shard-*.json"))) >= count)
+
+
+def check_stop(process: subprocess.Popen[str], folder: Path) -> None:
+    """SIGTERM, once a shard is finished."""
+    wait_for_shards(folder, 1)
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "the same command continues" in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize(("n", "first", "size"), [(80, 20, 32), (1, 0, 16), (64, 64, 32), (100, 31, 16), (5, 14, 1024)])
@@ -240,10 +245,8 @@ class _Deadly(Local):
 class _Doomed:
     """One worker that opens and then always dies."""
 
-    size = 1
-
     def __init__(self) -> None:
-        self._news: Iterator[News] = cycle([Ready(1), Lost("no memory")])
+        self._news: Iterator[News] = cycle([Ready(), Lost("no memory")])
 
     def hand(self, worker: int, shard: Shard) -> None:
         pass
@@ -279,22 +282,13 @@ def test_a_driver_that_is_killed_loses_nothing_finished(job: Job, cli: Cli, tmp_
 
 
 def test_sigterm_keeps_finished_shards_and_says_how_to_go_on(tmp_path: Path) -> None:
-    process = run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out")
-    wait_for_shards(tmp_path / "out", 1)
-    process.terminate()
-    _, told = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM, told
-    assert "the same command continues" in told
-    assert "Traceback" not in told
+    check_stop(run("--n", 100_000, "--shard-size", 16, "--out", tmp_path / "out"), tmp_path / "out")
     assert not list((tmp_path / "out").rglob(".*")), "half-written files"
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: Path, tmp_path: Path) -> None:
     before = contents(drawn)
-    with (
-        pytest.raises(InputError, match="holds another job: seed is 5 there, 6 here"),
-        claimed(drawn, seeded(job, 6)),
-    ):
+    with pytest.raises(InputError, match="holds another job: seed is 5 there, 6 here"), claimed(drawn, seeded(job, 6)):
         pass
     assert contents(drawn) == before
     (tmp_path / "thesis.tex").touch()

@@ -7,8 +7,8 @@ What runs behind it is the real model.py and the real Flow. It is no proof that 
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,28 +17,18 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import tritonclient
 from google.protobuf import json_format, text_format  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+# By its file: the package around it wants grpc, which nothing here needs.
+SCHEMA = runpy.run_path(str(Path(tritonclient.__path__[0], "grpc", "model_config_pb2.py")))
 KINDS = {"TYPE_FP32": np.dtype(np.float32), "TYPE_INT64": np.dtype(np.int64)}
 
 
-def schema() -> ModuleType:
-    """tritonclient's model_config_pb2, by its file: the package around it wants grpc, which nothing here needs."""
-    found = importlib.util.find_spec("tritonclient")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    return load("model_config_pb2", Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py")
-
-
-def load(name: str, path: Path) -> ModuleType:
-    """A module from its file, not to be found by others."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def parsed(config: str) -> Any:
+    """A ModelConfig from protobuf's text format."""
+    return text_format.Parse(config, SCHEMA["ModelConfig"]())
 
 
 # --- triton_python_backend_utils, as far as model.py uses it --------------------------------------------------------
@@ -90,7 +80,7 @@ class Model:
     """One model of a repository, loaded; call it with requests that are to share a batch."""
 
     def __init__(self, folder: Path) -> None:
-        self.config = text_format.Parse((folder / "config.pbtxt").read_text(), schema().ModelConfig())
+        self.config = parsed((folder / "config.pbtxt").read_text())
         assert self.config.name == folder.name, "Triton refuses a model named unlike its folder"
         assert self.config.backend == "python"
         utils = ModuleType("triton_python_backend_utils")
@@ -98,7 +88,7 @@ class Model:
             setattr(utils, part.__name__, part)
         sys.modules[utils.__name__] = utils
         try:
-            self.model: Any = load("model", folder / "1" / "model.py").TritonPythonModel()
+            self.model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
         finally:
             del sys.modules[utils.__name__]
         (group,) = self.config.instance_group
@@ -107,11 +97,7 @@ class Model:
             {
                 "model_config": text,
                 "model_instance_kind": "GPU" if group.kind == group.KIND_GPU else "CPU",
-                "model_instance_name": f"{folder.name}_0",
                 "model_instance_device_id": str(group.gpus[0]) if group.gpus else "0",
-                "model_repository": str(folder),
-                "model_version": "1",
-                "model_name": folder.name,
             }
         )
 
@@ -142,7 +128,7 @@ class Model:
         return response.tensors
 
     def _checked(self, spec: Any, array: NDArray[Any]) -> NDArray[Any]:
-        kind = KINDS[type(spec).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[spec.data_type].name]
+        kind = KINDS[SCHEMA["DataType"].Name(spec.data_type)]
         assert array.dtype == kind, f"{spec.name} is {array.dtype}, declared {kind}"
         assert array.shape[1:] == tuple(spec.dims), f"{spec.name} is (N, {array.shape[1:]}), declared {spec.dims}"
         return array

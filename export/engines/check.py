@@ -90,10 +90,8 @@ def _nodes(trt: Any, path: Path) -> tuple[Node, ...]:
     builder = trt.Builder(log)
     network = builder.create_network(0)  # must outlive its parser
     parser = trt.OnnxParser(network, log)
-    taken = set(range(len(names)))
-    if not parser.supports_model_v2(path.read_bytes(), str(path)):
-        taken = set()
-        for number in range(parser.num_subgraphs):
-            if parser.is_subgraph_supported(number):
-                taken |= set(parser.get_subgraph_nodes(number))
-    return tuple(Node(name, operator, number in taken) for number, (name, operator) in enumerate(names))
+    whole, taken = parser.supports_model_v2(path.read_bytes(), str(path)), set[int]()
+    for number in range(parser.num_subgraphs):
+        if parser.is_subgraph_supported(number):
+            taken.update(parser.get_subgraph_nodes(number))
+    return tuple(Node(name, operator, whole or number in taken) for number, (name, operator) in enumerate(names))

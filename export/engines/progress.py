@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,31 +75,19 @@ def apart(work: Callable[[threading.Event], Result], tick: Callable[[], None] = 
     process that ends while TensorRT still builds is aborted. So no callback may run in the main thread, and nothing
     but the work's own end ends the wait: after an interruption Thread.join counts a running thread as ended.
     """
-    cancelled, ended = threading.Event(), threading.Event()
-    results: list[Result] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
+    cancelled = threading.Event()
+    with ThreadPoolExecutor(1, "tarflow-build") as pool:
+        built = pool.submit(work, cancelled)
         try:
-            results.append(work(cancelled))
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            ended.set()
-
-    try:
-        threading.Thread(target=run, name="tarflow-build").start()
-        while not ended.wait(0.1):
-            tick()
-    except BaseException:
-        cancelled.set()
-        while not ended.is_set():
-            with contextlib.suppress(KeyboardInterrupt):
-                ended.wait()
-        raise
-    if failures:
-        raise failures[0]
-    return results[0]
+            while wait([built], 0.1).not_done:
+                tick()
+        except BaseException:
+            cancelled.set()
+            while not built.done():
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait([built])
+            raise
+    return built.result()
 
 
 def monitor(trt: Any, moved: Callable[[float], None], cancelled: threading.Event) -> Any:
@@ -107,25 +96,22 @@ def monitor(trt: Any, moved: Callable[[float], None], cancelled: threading.Event
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a base that is known only now
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps, steps done
+            self._phases: dict[str, tuple[int, int]] = {}  # name -> steps, steps done; outermost first
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._phases[phase_name] = (parent_phase, max(num_steps, 1), 0)
+            self._phases[phase_name] = (max(num_steps, 1), 0)
 
         def phase_finish(self, phase_name: str) -> None:
             self._phases.pop(phase_name, None)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            parent, steps, _ = self._phases.get(phase_name, (None, 1, 0))
-            self._phases[phase_name] = (parent, steps, step + 1)
-            moved(self._fraction())
-            return not cancelled.is_set()
-
-        def _fraction(self) -> float:
-            total, weight = 0.0, 1.0
-            for _, steps, done in self._phases.values():  # in the order they began: outermost first
-                total += weight * min(done, steps) / steps
+            steps, _ = self._phases.get(phase_name, (1, 0))
+            self._phases[phase_name] = (steps, step + 1)
+            fraction, weight = 0.0, 1.0
+            for steps, done in self._phases.values():
+                fraction += weight * min(done, steps) / steps
                 weight /= steps
-            return min(total, 1.0)
+            moved(min(fraction, 1.0))
+            return not cancelled.is_set()
 
     return Monitor()
