@@ -141,17 +141,14 @@ def _reference(against: Path, network: FeatureNetwork, bundle: Bundle) -> Statis
 
 def _pictures(path: Path, bundle: Bundle) -> NDArray[np.uint8]:
     """8-bit images of the model's shape from a folder or .npy; floats are taken to be in [-1, 1] units."""
-    from ..runtime.image import to_uint8
-
     stored, _ = read_images(path, bundle.manifest.config)
-    return stored if stored.dtype.kind == "u" else to_uint8(_finite(stored))
+    return stored if stored.dtype.kind == "u" else _as_bytes(stored)
 
 
 def _draw(flow: Flow, network: FeatureNetwork, request: Resolved) -> NDArray[np.float32]:
     """Features (n, F) of the samples of a request, drawn part by part."""
     import numpy as np
 
-    from ..runtime.image import to_uint8
     from ..runtime.samples import Watch
 
     vectors, end = [], request.first_sample + request.n
@@ -159,7 +156,7 @@ def _draw(flow: Flow, network: FeatureNetwork, request: Resolved) -> NDArray[np.
         for start in range(request.first_sample, end, _PART):
             part = request.part(start, min(_PART, end - start))
             progress = _scaled(bar, (start - request.first_sample) / request.n, part.n / request.n)
-            vectors.append(network(to_uint8(_finite(flow.draw(part, watch=Watch(progress))))))
+            vectors.append(network(_as_bytes(flow.draw(part, watch=Watch(progress)))))
     return np.concatenate(vectors)
 
 
@@ -170,11 +167,13 @@ def _scaled(bar: Callable[[Progress], None] | None, before: float, share: float)
     return lambda p: bar(replace(p, done=round(1000 * (before + share * p.done / p.total)), total=1000))
 
 
-def _finite(images: NDArray[Any]) -> NDArray[Any]:
-    """The images, if all are finite; else CheckFailed: a black picture would be judged in a sample's place."""
+def _as_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """8-bit images, if all are finite; else CheckFailed: a black picture would be judged in a sample's place."""
     import numpy as np
+
+    from ..runtime.image import to_uint8
 
     broken = int((~np.isfinite(images).all((1, 2, 3))).sum())
     if broken:
         raise CheckFailed(f"{broken} of {len(images)} samples are not finite, so they have no features: guide less")
-    return images
+    return to_uint8(images)

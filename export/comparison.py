@@ -65,11 +65,9 @@ class Comparison:
         model = open_checkpoint(self.folder if self.checkpoint is None else self.checkpoint, self.hints)
         theirs, ours = asdict(model.config), asdict(bundle.manifest.config)
         if theirs != ours:
-            differing = ", ".join(
-                f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key]
-            )
+            wrong = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
             raise InputError(
-                f"'{self.checkpoint or 'weights'}' is not the model in '{self.folder}': {differing}; name the "
+                f"'{self.checkpoint or 'weights'}' is not the model in '{self.folder}': {wrong}; name the "
                 "checkpoint it was exported from",
                 field="checkpoint",
             )

@@ -30,16 +30,6 @@ def torch_type(precision: Precision) -> torch.dtype:
     return found
 
 
-def half_names(block: Block) -> set[str]:
-    """Names, within a block, of the parameters stored in the precision's type: every matrix product's."""
-    return {
-        f"{name}.{part}"
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-        for part in ("weight", "bias")
-    }
-
-
 def typed(block: Block, precision: Precision) -> Block:
     """The block with its matrix products in ``precision``; the same object in float32."""
     dtype = torch_type(precision)

@@ -46,12 +46,10 @@ def trace(kind: str, block: Block, cache_dtype: torch.dtype) -> ir.Model:
     """Trace one kind of graph of a block. Initializers keep the names the graph module gives its weights."""
     config = shape_of(block.config)
     module = KINDS[kind](block).eval()
-    window = min(_SIZES.window, config.tokens - 1) if kind == RESIDENT else _SIZES.window
+    sizes = replace(_SIZES, window=min(_SIZES.window, config.tokens - 1)) if kind == RESIDENT else _SIZES
     types = {"number": torch.float32, "index": torch.int64, "cache": cache_dtype}
     ports = inputs(config, kind)
-    arguments: list[Any] = [
-        torch.zeros(shape(port, replace(_SIZES, window=window)), dtype=types[port.holds]) for port in ports
-    ]
+    arguments: list[Any] = [torch.zeros(shape(port, sizes), dtype=types[port.holds]) for port in ports]
     axes: list[Any] = [_dynamic(port) for port in ports]
     fixed = sum(port.holds != "cache" for port in ports)
     if fixed < len(ports):  # the cache is one argument, a list

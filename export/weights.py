@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow.checkpoint import CONFIG_KEY, DERIVED, SCALE, CheckpointError, reference_name, reference_state
 from tarflow.model import TarFlow
@@ -19,7 +19,7 @@ from tarflow.model import TarFlow
 from ..runtime.errors import InputError
 from ..runtime.precision import Precision
 from .graphs import BlockGraph
-from .precision import half_names, torch_type
+from .precision import torch_type
 from .quantise import candidates, quantise
 
 _ALIGNMENT = 4096  # of the first tensor: a page, so that mapping the file keeps tensors aligned
@@ -96,8 +96,8 @@ def _class_tables(model: TarFlow, stored: dict[str, ir.ExternalTensor], path: Pa
 
 
 def _tensors(model: TarFlow, precision: Precision, int8: Collection[str]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    block = model.blocks[0]
-    half = {reference_name(f"blocks.{k}.{name}") for k in range(len(model.blocks)) for name in half_names(block)}
+    products = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    half = {reference_name(f"{name}.{part}") for name in products for part in ("weight", "bias")}
     for name, tensor in reference_state(model).items():
         if name in int8:
             levels, scale = quantise(tensor)

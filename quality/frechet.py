@@ -20,6 +20,7 @@ from ..runtime.errors import InputError, Remedy
 from ..runtime.files import replacing
 
 Array64 = NDArray[np.float64]
+Features = NDArray[np.floating[Any]]
 _CHUNK = 4096  # feature vectors converted to float64 at a time
 _ROUNDING = 32 * np.finfo(np.float64).eps  # of the largest eigenvalue: what is below is noise of the solver
 
@@ -38,7 +39,7 @@ class Statistics:
         return len(self.mean)
 
     @classmethod
-    def of(cls, features: NDArray[np.floating[Any]], weights: NDArray[np.integer[Any]] | None = None) -> Statistics:
+    def of(cls, features: Features, weights: NDArray[np.integer[Any]] | None = None) -> Statistics:
         """Statistics of features (N, F), vector i counted ``weights[i]`` times. Unbiased covariance.
 
         Raises InputError for fewer than two vectors, or ones that are not finite.
@@ -104,9 +105,7 @@ def square_root(covariance: Array64) -> Array64:
     return root
 
 
-def estimate(
-    features: NDArray[np.floating[Any]], reference: Statistics, resamples: int = 100, seed: int = 0
-) -> Estimate:
+def estimate(features: Features, reference: Statistics, resamples: int = 100, seed: int = 0) -> Estimate:
     """The distance of features (N, F) to the reference, with its error by the bootstrap: images drawn again from
     those there are, with replacement, ``resamples`` times. Raises InputError as :func:`distance` does.
     """

@@ -26,6 +26,7 @@ _GAIN = 0.95  # of the serial time: what a window must stay below to be chosen, 
 _EXACT_ERROR = 1e-4  # against serial decoding: what exact mode promises
 _SCREENED = 4  # samples on which every window is tried; the best of them is measured on all
 Watch = Callable[[str], None]
+_Timed = tuple[float, int, Array]  # seconds, passes and patches of one batch
 
 
 class _Outcome(NamedTuple):
@@ -52,8 +53,8 @@ class _Work:
     branches: list[Branches]
     solutions: list[Array]
 
-    def time(self, number: int, how: Parallel | None) -> tuple[float, int, Array]:
-        """Seconds, passes and patches of one batch."""
+    def time(self, number: int, how: Parallel | None) -> _Timed:
+        """One batch."""
         began = time.perf_counter()
         decoding = self.flow.backend.decoding(self.block, self.starts[number], self.branches[number])
         x, passes = solve(decoding, self.flow.config.tokens, how)
@@ -61,9 +62,13 @@ class _Work:
         return time.perf_counter() - began, passes, x
 
     def compare(self, window: int, tolerance: float, limit: int, batches: int) -> _Outcome:
-        """Solve the first ``batches`` batches both ways by turns, in parallel for at most ``limit`` passes."""
+        """The first ``batches`` batches in parallel, for at most ``limit`` passes."""
         how = Parallel(window, tolerance, limit)
-        runs = [(self.time(i, None), self.time(i, how)) for i in range(batches)]
+        return self._beside_serial(window, lambda number: self.time(number, how), batches)
+
+    def _beside_serial(self, window: int, solved: Callable[[int], _Timed], batches: int) -> _Outcome:
+        """Solve the first ``batches`` batches both ways by turns."""
+        runs = [(self.time(i, None), solved(i)) for i in range(batches)]
         return _Outcome(
             window,
             max(passes for _, (_, passes, _) in runs),
@@ -73,19 +78,18 @@ class _Work:
         )
 
     def lanes(self) -> _Outcome | None:
-        """Divided among threads, beside undivided decoding by turns; None where that cannot be."""
+        """Divided among threads; None where that cannot be."""
         lanes = self.flow.lanes
         if lanes is None or len(self.starts[0]) < 2:
             return None
-        lanes.solve(self.block, self.starts[0], self.branches[0])  # opens the graph
-        own, divided, error = [], [], 0.0
-        for number, (z, branches) in enumerate(zip(self.starts, self.branches, strict=True)):
-            own.append(self.time(number, None)[0])
+
+        def divided(number: int) -> _Timed:
             began = time.perf_counter()
-            x = lanes.solve(self.block, z, branches)
-            divided.append(time.perf_counter() - began)
-            error = max(error, float(np.abs(x - self.solutions[number]).max()))
-        return _Outcome(1, self.flow.config.tokens - 1, median(divided), median(own), error)
+            x = lanes.solve(self.block, self.starts[number], self.branches[number])
+            return time.perf_counter() - began, self.flow.config.tokens - 1, x
+
+        divided(0)  # opens the graph
+        return self._beside_serial(1, divided, len(self.starts))
 
     def serial(self) -> _Outcome:
         seconds = median(self.time(i, None)[0] for i in range(len(self.starts)))
@@ -123,15 +127,12 @@ def calibrate(
     if not batches or min(batches) < 1 or samples < 1:
         raise InputError(f"batches {', '.join(map(str, batches))} and samples {samples} must all be 1 or more")
     most = flow.backend.largest_batch
-    rows: dict[str, list[Row]] = {mode: [] for mode in TOLERANCES}
     sizes = sorted(b for b in set(batches) if most is None or b <= most)
     cases = [(batch, Guidance()) for batch in sizes]
     if 1 in sizes and flow.config.classes:
         cases.insert(1, (1, Guidance(1.0)))
-    for batch, guidance in cases:
-        for mode, row in _measure(flow, batch, guidance, samples, watch).items():
-            rows[mode].append(row)
-    modes = {mode: tuple(found) for mode, found in rows.items()}
+    measured = [_measure(flow, batch, guidance, samples, watch) for batch, guidance in cases]
+    modes = {mode: tuple(rows[mode] for rows in measured) for mode in TOLERANCES}
     return Plan(flow.bundle.hash, flow.backend.machine, samples, modes)
 
 

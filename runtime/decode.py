@@ -43,11 +43,7 @@ def tolerance_of(mode: str, tolerance: float | None) -> float:
     if tolerance is None:
         return TOLERANCES.get(mode, 0.0)
     if mode == "serial":
-        raise InputError(
-            f"`decode` serial has no `tolerance` to set to {tolerance:g}: it is exact; drop one of the two",
-            field="tolerance",
-            found=tolerance,
-        )
+        raise InputError.of("tolerance", tolerance, "none with `decode` serial, which is exact", "drop one of the two")
     if not 0 <= tolerance < math.inf:
         raise InputError.of("tolerance", tolerance, "a number of 0 or more, such as 1e-3")
     return tolerance

@@ -20,6 +20,7 @@ _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _CHUNK = 1 << 16  # Philox blocks computed at once: temporaries stay in cache
 
+Seeds = int | Sequence[int]  # one for all samples, or one each
 SAMPLING = 0  # streams: the counter's second word
 DEQUANTISATION = 0x80000000
 
@@ -59,9 +60,7 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int] | NDArray[np.ui
     return np.stack([c0, c1, c2, c3], 1).astype(np.uint32)
 
 
-def uniform(
-    seed: int | Sequence[int], samples: Iterable[int], count: int, stream: int = SAMPLING
-) -> NDArray[np.float64]:
+def uniform(seed: Seeds, samples: Iterable[int], count: int, stream: int = SAMPLING) -> NDArray[np.float64]:
     """``count`` numbers in (0, 1) for each sample: (len(samples), count), each an odd multiple of 2^-53."""
     seeds = [seed] if isinstance(seed, (int, np.integer)) else seed
     indices = np.array([_words(sample, "first_sample") for sample in samples], np.uint32).reshape(-1, 2)
@@ -83,12 +82,10 @@ def uniform(
     return out[:, :count]
 
 
-def normal(
-    seed: int | Sequence[int], samples: Iterable[int], shape: Sequence[int], stream: int = SAMPLING
-) -> NDArray[np.float32]:
+def normal(seed: Seeds, samples: Iterable[int], shape: Sequence[int], stream: int = SAMPLING) -> NDArray[np.float32]:
     """Standard normal noise, one row of ``shape`` for each sample index: (len(samples), *shape) float32.
 
-    A row depends on its seed, ``stream`` and its sample index alone. ``seed`` is one for all samples, or one each.
+    A row depends on its seed, ``stream`` and its sample index alone.
     Seeds and indices are integers in [0, 2^64).
     Raises InputError for a seed or index outside that range.
     """

@@ -122,16 +122,12 @@ def share(workers: int | None, opening: Opening, most: int) -> Share:
     and its cores for threads. Raises MachineError if there are no GPUs for a provider that needs them.
     """
     provider = opening.provider
-    nodes = [node["Resources"] for node in _nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in known if node["Alive"] and node["Resources"].get("CPU")]
     cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
     on_gpu = provider in ON_DEVICE or (provider == "auto" and gpus > 0)
     if on_gpu and not gpus:
-        raise MachineError(
-            f"`provider` {provider} needs GPUs, and Ray knows of none here; use `provider` cpu",
-            field="provider",
-            found=provider,
-            expected="cpu",
-        )
+        raise MachineError.of("provider", provider, "cpu", f"{provider} needs GPUs, and Ray knows of none here")
     count = min(workers or (gpus if on_gpu else len(nodes)) or 1, most)
     sizes = [int(node["CPU"]) for node in nodes]
     fitting = (t for t in range(max(sizes, default=1), 0, -1) if sum(size // t for size in sizes) >= count)
@@ -196,10 +192,6 @@ class RayCrew:
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
-
-
-def _nodes() -> list[dict[str, Any]]:
-    return ray.nodes()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _free() -> str:

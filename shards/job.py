@@ -56,8 +56,8 @@ class Job:
         shape = bundle.manifest.config
         job = cls(request.resolved(shape), bundle.hash, format, shard_size)
         if format in PICTURES and shape.channels not in (1, 3):
-            found = f"'{format}', and pictures have 1 or 3 channels; this model has {shape.channels}"
-            raise InputError(f"`format` is {found}: use npy or safetensors", field="format", found=format)
+            why = f"pictures have 1 or 3 channels; this model has {shape.channels}"
+            raise InputError.of("format", f"'{format}'", "npy or safetensors", why)
         return job
 
     def __post_init__(self) -> None:

@@ -101,17 +101,15 @@ class Worker:
         self.flow = flow
         return flow
 
-    def draw(self, shard: Shard, progress: Callable[[Progress], None] | None = None) -> Record:
-        """Draw and write one shard."""
-        return draw(self.flow or self.open(), self.task.job, shard, self.task.folder, progress)
+    def work(self, shard: Shard | None, progress: Callable[[Progress], None] | None = None) -> Ready | Record:
+        """Draw and write a shard; for None, just open the bundle."""
+        flow = self.flow or self.open()
+        return Ready() if shard is None else draw(flow, self.task.job, shard, self.task.folder, progress)
 
     def attempt(self, shard: Shard | None) -> News:
-        """Draw a shard, or open for None; an error of ours comes back as a value, to be raised where a user sees it."""
+        """The same, but an error of ours comes back as a value, to be raised where a user sees it."""
         try:
-            if shard is not None:
-                return self.draw(shard)
-            self.open()
-            return Ready()
+            return self.work(shard)
         except TarflowError as error:
             return error
 
@@ -166,10 +164,7 @@ class Solo:
         self._shard = shard
 
     def wait(self) -> tuple[int, News]:
-        if self._shard is None:
-            self._worker.open()
-            return 0, Ready()
-        return 0, self._worker.draw(self._shard, self._progress)
+        return 0, self._worker.work(self._shard, self._progress)
 
     def close(self) -> None:
         pass

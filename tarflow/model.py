@@ -7,7 +7,7 @@ G guidance branches (1, or 2 when guided). Read bottom-up: attention, layer, blo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +161,10 @@ class Block(nn.Module):
             shift = shift + mix[1, g] * branch_shift
         return log_scale, shift
 
+    def branches(self, z: Tensor, labels: Iterable[Tensor | None], temperatures: Iterable[float]) -> list[Branch]:
+        """Those that decode z (B, T, D), their caches empty."""
+        return [Branch(one, t, Cache(self.config, len(z), z)) for one, t in zip(labels, temperatures, strict=True)]
+
     def decode(self, z: Tensor, labels: list[Tensor | None], mix: Tensor, temperatures: list[float]) -> Tensor:
         """z (B, T, D) -> x (B, T, D), one position after the other.
 
@@ -168,11 +172,7 @@ class Block(nn.Module):
         at each step.
         """
         z = self.order(z)
-        branches = [
-            Branch(branch_labels, temperature, Cache(self.config, len(z), z))
-            for branch_labels, temperature in zip(labels, temperatures, strict=True)
-        ]
-        x = [z[:, :1]]
+        branches, x = self.branches(z, labels, temperatures), [z[:, :1]]
         for i in range(self.config.tokens - 1):
             log_scale, shift = self.step(x[-1], i, branches, mix[:, :, i])
             x.append(z[:, i + 1 : i + 2] * log_scale.exp() + shift)

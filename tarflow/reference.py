@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .model import Block, Branch, Cache, TarFlow
+from .model import Block, Branch, TarFlow
 
 if TYPE_CHECKING:
-    from .runtime.backend import Array, Branches
+    from .runtime.backend import Array, Branches, Labels, Mask
 
 
 class Twin:
@@ -44,7 +44,7 @@ class Twin:
         z, log_det = self.model.blocks[block].encode(self.tensor(x), self.tensor(branches.labels[0]))
         return z.cpu().numpy(), log_det.cpu().numpy()
 
-    def gradient(self, block: int, x: Array, labels: NDArray[np.int64], grad_z: Array, grad_log_det: Array) -> Array:
+    def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         inputs = self.tensor(x).requires_grad_(True)
         with torch.enable_grad():
             z, log_det = self.model.blocks[block].encode(inputs, self.tensor(labels))
@@ -85,9 +85,7 @@ class TwinDecoding:
         self.x[:, position + 1 : position + 1 + window] = self.evaluate(position, window)
 
     @torch.no_grad()
-    def evaluate(
-        self, position: int, window: int, rows: NDArray[np.bool_] | None = None, steady: bool = False
-    ) -> Array:
+    def evaluate(self, position: int, window: int, rows: Mask | None = None, steady: bool = False) -> Array:
         found = []
         for i in range(position, position + window):
             known = torch.from_numpy(self.x[:, i : i + 1]).to(self.z)
@@ -108,7 +106,4 @@ class TwinDecoding:
 
 def _passes(block: Block, like: Tensor, branches: Branches) -> list[Branch]:
     labels = torch.from_numpy(np.ascontiguousarray(branches.labels)).to(like.device)
-    return [
-        Branch(labels[g], 1.0 / float(inverse), Cache(block.config, len(like), like))
-        for g, inverse in enumerate(branches.inverse_temperature)
-    ]
+    return block.branches(like, labels, (1.0 / float(inverse) for inverse in branches.inverse_temperature))

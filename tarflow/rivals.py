@@ -157,9 +157,9 @@ class _State:
 
 
 def _static_step(block: Block, places: Tensor, state: _State) -> None:
-    x, position, batch = state.x, state.position, len(state.x)
+    x, position, batch, guidance = state.x, state.position, len(state.x), state.guidance
     patch = x.index_select(1, position).to(places.dtype)
-    if state.guidance > 0:
+    if guidance > 0:
         patch = patch.repeat(2, 1, 1)
     h = block.embed(patch, state.labels) + places.index_select(0, position)
     seen = (torch.arange(block.config.tokens, device=x.device) <= position).unsqueeze(0)  # (1, T)
@@ -170,10 +170,8 @@ def _static_step(block: Block, places: Tensor, state: _State) -> None:
         h = h + layer.attention.merge(F.scaled_dot_product_attention(query, keys, values, attn_mask=seen))
         h = h + layer.mlp(h)
     log_scale, shift = (part.float() for part in block.read_out(h))
-    if state.guidance > 0:
-        log_scale, shift = (
-            part[:batch] * (1 + state.guidance) - part[batch:] * state.guidance for part in (log_scale, shift)
-        )
+    if guidance > 0:
+        log_scale, shift = (part[:batch] * (1 + guidance) - part[batch:] * guidance for part in (log_scale, shift))
     following = position + 1
     x.index_copy_(1, following, state.z.index_select(1, following) * log_scale.exp() + shift)
     position.copy_(following)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,16 +41,6 @@ class Drawn:
 
     images: Array
     certificate: Array | None
-
-
-class Drawer(Protocol):
-    """What is asked of all of them."""
-
-    def sample(self, n: int | None = None, *, guidance: Guidance = UNGUIDED, **how: Any) -> Drawn: ...
-    @property
-    def encode(self) -> Callable[..., tuple[Array, Array]]: ...
-    @property
-    def denoise(self) -> Callable[..., Array]: ...
 
 
 class OfPython:
@@ -85,6 +76,9 @@ class OfC:
         return Drawn(images, self.flow.certificate(len(images)) if certify else None)
 
 
+Drawer = OfPython | OfC
+
+
 def _told(progress: Callable[[int], None], done: int) -> int:
     try:
         progress(done)
@@ -96,8 +90,6 @@ def _told(progress: Callable[[int], None], done: int) -> int:
 @contextmanager
 def double_device() -> Iterator[tuple[DoubleCuda, DoubleTensorRT]]:
     """CUDA and TensorRT doubles in place of the real ones; everything on them is given back at the end."""
-    import gc
-
     cuda = DoubleCuda()
     trt = DoubleTensorRT(cuda)
     with pytest.MonkeyPatch.context() as patch:

@@ -33,7 +33,6 @@ Result = tuple[Any, ...]
 class CudaError(Enum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
-    cudaErrorInvalidValue = 1
     cudaErrorInsufficientDriver = 35
     cudaErrorStreamCaptureUnsupported = 900
 

@@ -17,21 +17,12 @@ import pytest
 
 from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.image import to_uint8
 from tarflow.runtime.noise import normal
 
-from .conftest import DEMO, Exported, amend, largest
-from .cpp_library import (
-    BUNDLE,
-    INPUT,
-    LIBRARY,
-    SOURCE,
-    CppError,
-    CppFlow,
-    OpenOptions,
-    SampleOptions,
-    Shape,
-    onnxruntime_library,
-)
+from . import cpp_library
+from .conftest import DEMO, Exported, largest
+from .cpp_library import LIBRARY, SOURCE, CppError, CppFlow, onnxruntime_library
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,15 +60,17 @@ def test_a_bf16_bundle_is_refused_on_a_cpu_with_what_to_do(bundle: Exported) -> 
         CppFlow(bundle("uncond", "bf16"))
 
 
-def failure(work: Callable[[], object]) -> str | None:
-    """What one runtime says about a bundle it refuses."""
+def opens(runtime: Callable[[Path], object], folder: Path) -> bool:
+    """Whether one runtime takes a bundle; one that it refuses, it must refuse as a bundle."""
     try:
-        work()
-    except BundleError as error:
-        return str(error)
+        runtime(folder)
+    except BundleError:
+        return False
     except CppError as error:
-        return str(error) if error.status == BUNDLE else f"status {error.status}"
-    return None
+        if error.status != cpp_library.BUNDLE:
+            raise
+        return False
+    return True
 
 
 def test_bundles_that_python_refuses_are_refused(demo: Path, tmp_path: Path) -> None:
@@ -93,10 +86,9 @@ def test_bundles_that_python_refuses_are_refused(demo: Path, tmp_path: Path) -> 
             if changed:
                 changed[rng.integers(len(changed))] = content[rng.integers(len(content))]
         (folder / "manifest.json").write_bytes(changed)
-        expected, found = failure(lambda: Flow.open(folder)), failure(lambda: CppFlow(folder))
-        assert (found is None) == (expected is None), (bytes(changed), expected, found)
-        assert found is None or not found.startswith("status")
-        refused += found is not None
+        taken = opens(CppFlow, folder)
+        assert taken == opens(Flow.open, folder), bytes(changed)
+        refused += not taken
     assert 50 < refused < 150
 
 
@@ -124,13 +116,17 @@ def test_what_python_refuses_is_refused_in_the_same_words(demo: Path, options: d
         )
     with pytest.raises(CppError) as refused:
         CppFlow(demo).sample(2, **options)
-    assert refused.value.status == INPUT
+    assert refused.value.status == cpp_library.INPUT
     assert str(refused.value) == str(python.value).replace("`scale`", "`guidance`").replace("`what`", "`guided`")
 
 
 def test_the_header_says_what_this_file_believes(tmp_path: Path) -> None:
     """Sizes and offsets of the structs, as a C compiler sees them."""
-    structs = {"tarflow_open_options": OpenOptions, "tarflow_shape": Shape, "tarflow_sample_options": SampleOptions}
+    structs = {
+        "tarflow_open_options": cpp_library.OpenOptions,
+        "tarflow_shape": cpp_library.Shape,
+        "tarflow_sample_options": cpp_library.SampleOptions,
+    }
     fields = [(struct, name) for struct, python in structs.items() for name, *_ in python._fields_]
     lines = [f'printf("%zu ", offsetof({struct}, {name}));' for struct, name in fields]
     lines += [f'printf("%zu ", sizeof({struct}));' for struct in structs]
@@ -155,18 +151,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
-def sampled(program: Path, tmp_path: Path, library: Path, **environment: str) -> bytes:
-    environment = {"TARFLOW_ONNXRUNTIME": onnxruntime_library(), "LD_LIBRARY_PATH": str(library), **environment}
+def draws_a_three(program: Path, tmp_path: Path, library: Path) -> bool:
+    """Whether the example writes the picture of what Python draws."""
+    environment = {"TARFLOW_ONNXRUNTIME": onnxruntime_library(), "LD_LIBRARY_PATH": str(library)}
     command = [str(x) for x in (program, DEMO, 3, 7, tmp_path / "three.pgm")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    return (tmp_path / "three.pgm").read_bytes()
-
-
-def as_pgm(image: np.ndarray[Any, Any]) -> bytes:
-    pixels = np.clip((image + 1) * np.float32(127.5) + np.float32(0.5), 0, 255).astype(np.uint8)
-    content: bytes = b"P5 %d %d 255\n" % pixels.shape + pixels.tobytes()
-    return content
+    pixels = to_uint8(Flow.open(DEMO).sample(1, labels=3, seed=7))[0, 0]
+    expected: bytes = b"P5 %d %d 255\n" % pixels.shape + pixels.tobytes()
+    return (tmp_path / "three.pgm").read_bytes() == expected
 
 
 DOWNSTREAM = """
@@ -181,17 +174,16 @@ set_target_properties(static PROPERTIES LINKER_LANGUAGE CXX)
 """
 
 
-def test_a_project_uses_the_installed_package_through_find_package(installed: Path, demo: Path, tmp_path: Path) -> None:
+def test_a_project_uses_the_installed_package_through_find_package(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text(DOWNSTREAM.format(source=SOURCE / "examples" / "sample.c"))
     configure = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={installed}"]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path / "build"], check=True, capture_output=True)
-    expected = as_pgm(np.asarray(Flow.open(demo).sample(1, labels=3, seed=7))[0, 0])
     for program in ("shared", "static"):
-        assert sampled(tmp_path / "build" / program, tmp_path, Path("/nowhere")) == expected
+        assert draws_a_three(tmp_path / "build" / program, tmp_path, Path("/nowhere"))
 
 
-def test_a_project_uses_the_installed_package_through_pkg_config(installed: Path, demo: Path, tmp_path: Path) -> None:
+def test_a_project_uses_the_installed_package_through_pkg_config(installed: Path, tmp_path: Path) -> None:
     (pc,) = installed.rglob("tarflow.pc")
     flags = subprocess.run(
         ["pkg-config", "--cflags", "--libs", "tarflow"],
@@ -202,40 +194,20 @@ def test_a_project_uses_the_installed_package_through_pkg_config(installed: Path
     ).stdout.split()
     command = ["cc", str(SOURCE / "examples" / "sample.c"), "-o", str(tmp_path / "sample"), *flags]
     subprocess.run(command, check=True)
-    expected = as_pgm(np.asarray(Flow.open(demo).sample(1, labels=3, seed=7))[0, 0])
-    assert sampled(tmp_path / "sample", tmp_path, pc.parent.parent) == expected
+    assert draws_a_three(tmp_path / "sample", tmp_path, pc.parent.parent)
 
 
 def test_only_the_c_api_is_exported() -> None:
-    listing = subprocess.run(
-        ["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    names = {line.split()[-1].split("@")[0] for line in listing if line} - {"TARFLOW_1"}
-    declared = {
-        word.split("(")[0].lstrip("*")
-        for line in (SOURCE / "include" / "tarflow.h").read_text().splitlines()
-        if line.startswith("TARFLOW_API")
-        for word in line.split()
-        if word.lstrip("*").startswith("tarflow_") and "(" in word
-    }
-    assert names == declared
+    listing = subprocess.run(["nm", "-D", "--defined-only", LIBRARY], capture_output=True, text=True, check=True)
+    names = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()} - {"TARFLOW_1"}
+    header = (SOURCE / "include" / "tarflow.h").read_text()
+    assert names == set(re.findall(r"^TARFLOW_API .*?(tarflow_\w+)\(", header, re.M))
 
 
 def test_the_headers_stay_small() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (SOURCE / "include").iterdir()}
     assert lines["tarflow.h"] <= 200
     assert lines["tarflow.hpp"] <= 150
-
-
-def test_a_manifest_edited_to_match_other_files_is_still_one_bundle(copy: Exported) -> None:
-    """Hashes made right again after a swap of graphs: both runtimes notice only when the graph runs."""
-    folder = copy("vp")
-    shutil.copyfile(folder / "block_00.forward.onnx", folder / "block_00.step.onnx")
-    amend(folder, "block_00.step.onnx")
-    with pytest.raises(CppError, match="block 0's step graph failed"):
-        CppFlow(folder).sample(1)
-    with pytest.raises(BundleError, match="block 0's step graph failed"):
-        Flow.open(folder).sample(1)
 
 
 def test_the_readmes_five_minutes_are_true(tmp_path: Path) -> None:

@@ -91,16 +91,11 @@ def test_two_hundred_concurrent_requests_are_all_right_and_memory_stays_flat(sta
     requests: list[dict[str, Any]] = [
         {"labels": [i % 10] * (1 + i % 3), "seed": i // 7, "index": i, "guidance": float(i % 2)} for i in range(200)
     ]
-    expected = [
-        flow.sample(
-            len(r["labels"]),
-            labels=r["labels"],
-            seed=r["seed"],
-            first_sample=r["index"],
-            guidance=Guidance(r["guidance"]),
-        )
-        for r in requests
-    ]
+
+    def by_library(labels: list[int], seed: int, index: int, guidance: float) -> NDArray[np.float32]:
+        return flow.sample(len(labels), labels=labels, seed=seed, first_sample=index, guidance=Guidance(guidance))
+
+    expected = [by_library(**request) for request in requests]
     alone = [service.draw(**request) for request in requests[:10]]
     with ThreadPoolExecutor(200) as pool:
         first = list(pool.map(lambda request: service.draw(**request), requests))

@@ -22,7 +22,7 @@ from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.ort.stepwise import StepwiseDecoding
 from tarflow.runtime.plan import Plan, Row, find_plan
 
-from .conftest import DEMO, Cli, Exported, largest, report_of
+from .conftest import DEMO, Cli, Exported, largest, refused, report_of, said
 
 GUIDANCES = [Guidance(), Guidance(1.5), Guidance(1.0, "a", annealed=True), Guidance(0.7, "b", False, 0.5)]
 LABELS = np.array([3, 7, -1, 0, 9])
@@ -279,24 +279,12 @@ def test_calibration_chooses_by_the_times_it_is_given(
         assert max(row.errors) <= (1e-4 if mode == "exact" else 0.01)
 
 
-def test_a_measured_plan_is_kept_and_found_again(folder: Path) -> None:
-    flow = Flow.open(folder)
-    plan = calibrate(flow, batches=(2, 1), samples=2)
-    assert [(row.rows, row.branches) for row in plan.modes["fast"]] == [(1, 1), (2, 2), (2, 1)]
-    plan.write(flow.bundle)
-    assert find_plan(flow.bundle, flow.backend.machine) == plan
+def test_a_measured_plan_is_kept_and_followed(folder: Path, cli: Cli) -> None:
     with pytest.raises(InputError, match="1 or more"):
-        calibrate(flow, batches=(0,))
-
-
-def test_the_command_keeps_a_plan(folder: Path, cli: Cli) -> None:
-    done = cli("calibrate", folder, "--batch", "1", "--samples", 2, "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+        calibrate(Flow.open(folder), batches=(0,))
+    document = said(cli("calibrate", folder, "--batch", "2,1", "--samples", 2, "--json"))
     assert Path(document["plan"]).is_file()
-    assert document["modes"]["fast"][0]["rows"] == 1
-    done = cli("generate", folder, "--n", 1, "--decode", "fast", "--json", "--save", folder.parent / "x.npy")
-    assert done.returncode == 0, done.stderr
-    assert "calibrated" in json.loads(done.stdout)["decoding"]
-    done = cli("calibrate", folder, "--batch", "0")
-    assert (done.returncode, "--batch is '0'" in done.stderr) == (2, True)
+    assert [(row["rows"], row["branches"]) for row in document["modes"]["fast"]] == [(1, 1), (2, 2), (2, 1)]
+    drawn = cli("generate", folder, "--n", 1, "--decode", "fast", "--json", "--save", folder.parent / "x.npy")
+    assert "calibrated" in said(drawn)["decoding"]
+    refused(cli("calibrate", folder, "--batch", "0"), 2, "--batch is '0'")

@@ -21,7 +21,7 @@ from tarflow.export.comparison import Comparison, verify_bundle
 from tarflow.export.estimate import estimate
 from tarflow.export.pipeline import export
 from tarflow.quality import parity
-from tarflow.runtime.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle
+from tarflow.runtime.bundle import MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import BundleError, CheckFailed, InputError, MachineError
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.precision import PRECISIONS, Tolerance
@@ -114,16 +114,6 @@ def test_fp16_of_the_demo_is_close_to_fp32(bundle: Exported, demo: Path) -> None
     assert largest(single.bits_per_dim(a, labels), half.bits_per_dim(a, labels)) < 2e-3
 
 
-def test_golden_pairs_are_pytorchs(bundle: Exported) -> None:
-    tensors = load_file(bundle("vp") / GOLDEN)
-    model = load(bundle("vp"))
-    labels = torch.from_numpy(tensors["labels"])
-    assert (labels < 0).any()
-    images = model.decode(torch.from_numpy(tensors["noise"]), labels)
-    assert largest(images.numpy(), tensors["images"]) < 1e-5
-    assert largest(model.denoise(images, labels).numpy(), tensors["denoised"]) < 1e-5
-
-
 def test_an_export_out_of_tolerance_leaves_no_bundle(
     golden: Goldens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,27 +187,20 @@ def test_an_unknown_precision_is_refused_before_anything_is_read(tmp_path: Path)
         export("nothing.pth", tmp_path / "bundle", "fp8")
 
 
-@pytest.mark.parametrize(
-    "kind", ["folder of something", "file", "link", "foreign manifest.json", "folder with an own manifest"]
-)
-def test_what_is_no_bundle_is_never_replaced(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "precious"
-    if kind == "file":
-        path.write_text("mine")
-    elif kind == "link":
-        (tmp_path / "real").mkdir()
-        path.symlink_to(tmp_path / "real")
-    else:
-        path.mkdir()
-        (path / "thesis.tex").write_text("mine")
-    if kind == "foreign manifest.json":  # as every browser extension and web application has
-        (path / MANIFEST).write_text(json.dumps({"name": "My extension", "manifest_version": 3}))
-    if kind == "folder with an own manifest":
-        (path / MANIFEST).write_text("not even JSON")
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = json.dumps({"name": "My extension", "manifest_version": 3})  # as every web application has one
+    for folder, manifest in (("something", None), ("foreign", extension), ("own", "not even JSON")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "thesis.tex").write_text("mine")
+        if manifest is not None:
+            (tmp_path / folder / MANIFEST).write_text(manifest)
+    (tmp_path / "link").symlink_to(tmp_path / "something")
+    (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
     begins(monkeypatch)
-    with pytest.raises(InputError, match="`force` does not replace it; choose another name"):
-        export("nothing.pth", path, force=True)
+    for path in tmp_path.iterdir():
+        with pytest.raises(InputError, match="`force` does not replace it; choose another name"):
+            export("nothing.pth", path, force=True)
     assert contents(tmp_path) == before
 
 

@@ -99,17 +99,12 @@ def test_a_report_names_samples_that_overflow_and_those_that_were_redrawn(demo: 
     assert report_of(again).nonfinite == tuple(left)
 
 
-def test_progress_counts_every_step(flow: Flow) -> None:
-    seen: list[Progress] = []
-    flow.sample(10, labels=1, batch_size=5, progress=seen.append)
-    assert [p.done for p in seen] == list(range(1, seen[-1].total + 1))
-    assert seen[-1].total == 2 * 4 * 15
-
-
-def test_preview_shows_every_tile_after_every_block_and_the_last_is_the_raw_sample(flow: Flow) -> None:
+def test_progress_counts_every_step_and_previews_show_every_tile_after_every_block(flow: Flow) -> None:
     seen: list[Preview] = []
+    steps: list[Progress] = []
     how: dict[str, Any] = {"labels": 1, "first_sample": 14, "guidance": GUIDED, "reproducible": True}
-    drawn = flow.sample(5, **how, denoise=False, preview=seen.append)
+    drawn = flow.sample(5, **how, denoise=False, preview=seen.append, progress=steps.append)
+    assert [(p.done, p.total) for p in steps] == [(done, 2 * 4 * 15) for done in range(1, 2 * 4 * 15 + 1)]
     assert [p.block for p in seen] == [3, 2, 1, 0] * 2
     assert [p.first for p in seen] == [14] * 4 + [16] * 4
     assert [len(p.images) for p in seen] == [2] * 4 + [3] * 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import io
@@ -12,6 +11,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from tarflow.runtime.image import grid, png, to_uint8
 from tarflow.runtime.request import Resolved
 from tarflow.runtime.samples import Preview, Samples, Watch
 from tarflow.serve.app import create_app
-from tarflow.serve.batcher import Waiting
 from tarflow.serve.service import Service
 from tarflow.serve.settings import Settings
 
@@ -65,13 +64,8 @@ class PacedFlow(Flow):
 class Server(uvicorn.Server):
     """A real server in a thread."""
 
-    loop: asyncio.AbstractEventLoop
     service: Service
     url: str
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
-        await super().serve(sockets)
 
 
 @contextlib.contextmanager
@@ -361,22 +355,16 @@ def test_numbers_that_cannot_be_are_refused_here_and_by_the_server(visit: Visit,
     visit.refused = ("400",)
 
 
-def test_a_full_queue_says_when_to_ask_again(browser: Browser, flow: PacedFlow) -> None:
-    with serving(flow, queue=1) as server:
-        held = threading.Event()
-
-        async def occupy() -> None:
-            server.service.batcher.put(Waiting(lambda progress: held.wait(600)))
-
-        batcher = server.service.batcher
+def test_a_full_queue_says_when_to_ask_again(browser: Browser, paced: PacedFlow) -> None:
+    with serving(paced, queue=1) as server, ThreadPoolExecutor(2) as others:
         for waiting in (0, 1):  # one that is computed, one that waits
-            asyncio.run_coroutine_threadsafe(occupy(), server.loop).result()
-            until(lambda w=waiting: len(batcher.waiting) == w)  # type: ignore[misc]
+            others.submit(httpx.get, f"{server.url}v1/samples/stream?n=1", timeout=600)
+            until(lambda w=waiting: paced.shown == 1 and len(server.service.batcher.waiting) == w)  # type: ignore[misc]
         with visiting(browser, server, "429") as visit:
             visit.open(server.url)
             visit.draw.click()
             expect(visit.alert).to_contain_text(re.compile(r"requests wait already.*Try again in \d+ s\."))
-            held.set()
+            paced.pace.release(FREE)
             expect(visit.alert).to_contain_text("Try again now.")
             visit.draws(8)
             expect(visit.alert).to_be_hidden()
@@ -516,21 +504,11 @@ def test_the_page_allows_nothing_from_elsewhere(server: Server) -> None:
     assert httpx.get(server.url, headers={"If-None-Match": index.headers["etag"]}).status_code == 304
 
 
-def events(text: str) -> list[tuple[str, dict[str, Any]]]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return [
-        (name, json.loads(data, parse_constant=refuse))
-        for name, data in re.findall(r"^event: (\w+)\ndata: (.*)\n$", text, flags=re.MULTILINE)
-    ]
-
-
 def test_events_name_overflowing_samples_and_are_valid_json(server: Server) -> None:
     address = f"{server.url}v1/samples/stream?n=24&guidance=40&labels=0,1,2,3,4,5,6,7,8,9"
-    told = events(httpx.get(address, timeout=60).text)
+    told = re.findall(r"^event: (\w+)\ndata: (.*)\n$", httpx.get(address, timeout=60).text, re.MULTILINE)
     assert [name for name, _ in told] == ["start", *["block"] * 8, "done"]
-    done = told[-1][1]
+    done = [json.loads(data, parse_constant=pytest.fail) for _, data in told][-1]
     assert done["nonfinite"], "guidance of 40 must overflow somewhere, or this test shows nothing"
     assert len(done["certificate"]) == 24
     assert all(error is None or error >= 0 for error in done["certificate"])

@@ -99,12 +99,12 @@ def test_memory_serves_block_after_block_until_something_in_it_is_not_finite(bun
     flow = open_flow("resident", bundle("cond"))
     backend: Any = flow.backend
     flow.sample(3, labels=0)
-    (kept,) = backend._idle
+    (kept,) = backend._idle._free
     noise = flow.noise(0, range(3))
     noise[1] = 3e38
     with np.errstate(all="ignore"):
         flow.sample(noise=noise, labels=0, denoise=False)
-    assert kept not in backend._idle
+    assert kept not in backend._idle._free
 
 
 def test_graphs_for_devices_keep_the_rules_of_the_parsers(bundle: Exported) -> None:

@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,26 @@ from polygraphy.backend.trt import CreateConfig
 from tarflow.export.engines.target import capability_name
 from tarflow.runtime.precision import ENGINE_PRECISIONS
 
+from .conftest import python
 from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntime, DoubleTensorRT
 
 ROOT = Path(__file__).parent.parent
 RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}  # behind a check of the package
-# Files that speak to TensorRT, and what a variable is in them; a variable that is ours there is not listed.
-CLASSES: dict[str, dict[str, str]] = {
-    "runtime/tensorrt/library.py": {},
-    "runtime/tensorrt/engines.py": {"engine": "ICudaEngine", "context": "IExecutionContext", "_runtime": "Runtime"},
-    "runtime/tensorrt/resident.py": {"engine": "ICudaEngine"},
-    "export/engines/target.py": {},
-    "export/engines/network.py": {
-        "network": "INetworkDefinition",
-        "parser": "OnnxParser",
-        "builder": "Builder",
-        "config": "IBuilderConfig",
-        "runtime": "Runtime",
-        "e": "ParserError",
-        "cache": "ITimingCache",
-    },
-    "export/engines/progress.py": {},
-    "export/engines/build.py": {"config": "IBuilderConfig"},
-    "export/engines/layers.py": {
-        "network": "INetworkDefinition",
-        "layer": "ILayer",
-        "engine": "ICudaEngine",
-        "inspector": "EngineInspector",
-        "tensor": "ITensor",
-    },
-    "export/engines/check.py": {
-        "parser": "OnnxParser",
-        "builder": "Builder",
-        "network": "INetworkDefinition",
-        "config": "IBuilderConfig",
-    },
+VARIABLES = {"engine": "ICudaEngine", "context": "IExecutionContext", "runtime": "Runtime", "_runtime": "Runtime"}
+VARIABLES |= {"builder": "Builder", "config": "IBuilderConfig", "cache": "ITimingCache", "parser": "OnnxParser"}
+VARIABLES |= {"network": "INetworkDefinition", "layer": "ILayer", "tensor": "ITensor", "e": "ParserError"}
+VARIABLES |= {"inspector": "EngineInspector"}
+# Files that speak to TensorRT, and which of those variables are TensorRT's in them.
+FILES = {
+    "runtime/tensorrt/library.py": "",
+    "runtime/tensorrt/engines.py": "engine context _runtime",
+    "runtime/tensorrt/resident.py": "engine",
+    "export/engines/target.py": "",
+    "export/engines/network.py": "network parser builder config runtime e cache",
+    "export/engines/progress.py": "",
+    "export/engines/build.py": "config",
+    "export/engines/layers.py": "network layer engine inspector tensor",
+    "export/engines/check.py": "parser builder network config",
 }
 OURS = {"exists", "get"}  # members of our own, on variables of these names
 # Names that a text reaches: what every getattr and hasattr of those files may ask for.
@@ -78,17 +63,9 @@ BY_POLYGRAPHY = {
     "load_timing_cache": {("IBuilderConfig", "create_timing_cache"), ("IBuilderConfig", "set_timing_cache")},
 }
 LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
-SYMBOLS = (
-    "createInferBuilder_INTERNAL",
-    "createInferRefitter_INTERNAL",
-    "createInferRuntime_INTERNAL",
-    "getPluginRegistry",
-    "getBuilderPluginRegistry",
-    "createNvOnnxParser_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL",
-    "getNvOnnxParserVersion",
-    "initLibNvInferPlugins",
-)
+SYMBOLS = """createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL getPluginRegistry
+    getBuilderPluginRegistry createNvOnnxParser_INTERNAL createNvOnnxParserRefitter_INTERNAL getNvOnnxParserVersion
+    initLibNvInferPlugins"""
 DUMP = (
     "import json, importlib, sys\nm = importlib.import_module(sys.argv[1])\n"
     "print(json.dumps([m.__version__, {n: dir(getattr(m, n)) for n in dir(m)}]))"
@@ -99,15 +76,14 @@ DUMP = (
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
     """package -> name -> its members. The bindings load their libraries on import: empty ones will do for names."""
     folder = tmp_path_factory.mktemp("libraries")
-    (folder / "empty.c").write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in SYMBOLS))
+    (folder / "empty.c").write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in SYMBOLS.split()))
     for library in LIBRARIES:
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, "empty.c"]
         subprocess.run(command, cwd=folder, check=True)
     found = {}
     for package, version in (("tensorrt_bindings", "11.4."), ("tensorrt_rtx", "")):
         environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)} if version else None
-        command = [sys.executable, "-c", DUMP, package]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = python("-c", DUMP, package, env=environment)
         assert done.returncode == 0, done.stderr
         said, found[package] = json.loads(done.stdout)
         assert said.startswith(version)
@@ -131,7 +107,7 @@ def attributes(file: str) -> list[list[str]]:
 def used() -> set[tuple[str, str]]:
     """(class or "", member) of TensorRT that the code uses."""
     found: set[tuple[str, str]] = set()
-    for file in CLASSES:
+    for file, variables in FILES.items():
         for parts in attributes(file):
             for module in ("trt", "_trt"):
                 if module in parts[:-1]:
@@ -139,11 +115,11 @@ def used() -> set[tuple[str, str]]:
                     found.add(("", rest[0]))
                     if len(rest) > 1 and not rest[1].startswith("__"):
                         found.add((rest[0], rest[1]))
-            for variable, kind in CLASSES[file].items():
+            for variable in variables.split():
                 if variable in parts[:-1] and parts[0] in (variable, "self", "parsed"):
                     member = parts[parts.index(variable) + 1]
                     if member not in OURS:
-                        found.add((kind, member))
+                        found.add((VARIABLES[variable], member))
     return found
 
 
@@ -155,7 +131,7 @@ def calls(file: str, *names: str) -> list[ast.Call]:
 
 
 def test_names_that_only_a_text_or_polygraphy_reaches_are_listed_here() -> None:
-    reached = {ast.unparse(call) for file in CLASSES for call in calls(file, "getattr", "hasattr")}
+    reached = {ast.unparse(call) for file in FILES for call in calls(file, "getattr", "hasattr")}
     assert reached == BY_TEXT.keys(), "a name is asked for by a text that is not checked here"
     (call,) = calls("export/engines/network.py", "CreateConfig")
     arguments = {keyword.arg for keyword in call.keywords}
@@ -182,11 +158,8 @@ def test_all_names_exist_in_tensorrt_and_in_tensorrt_rtx(names: dict[str, dict[s
 
 
 def test_the_double_has_nothing_that_tensorrt_has_not(names: dict[str, dict[str, list[str]]]) -> None:
-    for double, kind in (
-        (DoubleRuntime, "Runtime"),
-        (DoubleEngine, "ICudaEngine"),
-        (DoubleContext, "IExecutionContext"),
-    ):
+    doubles = {DoubleRuntime: "Runtime", DoubleEngine: "ICudaEngine", DoubleContext: "IExecutionContext"}
+    for double, kind in doubles.items():
         methods = {name for name in vars(double) if not name.startswith("_")}
         assert methods
         assert methods <= set(names["tensorrt_bindings"][kind]), double

@@ -60,11 +60,11 @@ def _build_all(blueprint: Blueprint, watch: Watch) -> Record:
     old = {name: found for name, found in _finished(folder).items() if name in wanted and found.key == wanted[name].key}
     record = replace(blueprint.record, engines=old)  # an interruption must not forget what is yet to be looked at
     clock = Clock(len(wanted), watch)
-    for number, (name, engine) in enumerate(wanted.items()):
+    for name, engine in wanted.items():
         if name in old and _is_whole(folder / name, old[name]):
-            clock.kept(name, number)
+            clock.begin(name, kept=True)
             continue
-        clock.begin(name, number)
+        clock.begin(name)
         made = apart(partial(_build_one, blueprint, name, engine, clock.moved), clock.tick)
         clock.built()
         record = replace(record, engines={**record.engines, name: made})

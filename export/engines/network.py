@@ -32,10 +32,8 @@ class Parsed:
         self.parser = trt.OnnxParser(self.network, self.log)
         if not self.parser.parse_from_file(str(path)):
             errors = [self.parser.get_error(number) for number in range(self.parser.num_errors)]
-            said = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors[:3])
-            raise BundleError(
-                f"'{path}' is not taken by TensorRT's parser {trt.__version__}: {said or self.log.take()}"
-            )
+            why = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors[:3])
+            raise BundleError(f"'{path}' is not taken by TensorRT's parser {trt.__version__}: {why or self.log.take()}")
 
     def built(self, config: Any) -> Any:
         """The engine as bytes; None if it does not build, and ``log`` says why."""

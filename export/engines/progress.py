@@ -37,12 +37,9 @@ class Clock:
         self._built = 0
         self._name, self._number, self._fraction = "", 0, 0.0
 
-    def kept(self, name: str, number: int) -> None:
-        self.watch(Headway(name, number + 1, self.total, 1.0, self._elapsed(), None, kept=True))
-
-    def begin(self, name: str, number: int) -> None:
-        self._name, self._number, self._fraction = name, number, 0.0
-        self._tell()
+    def begin(self, name: str, kept: bool = False) -> None:
+        self._name, self._number, self._fraction = name, self._number + 1, float(kept)
+        self._tell(kept)
 
     def tick(self) -> None:
         if time.monotonic() - self._told > 1:
@@ -56,16 +53,12 @@ class Clock:
     def moved(self, fraction: float) -> None:
         self._fraction = max(self._fraction, fraction)
 
-    def _tell(self) -> None:
+    def _tell(self, kept: bool = False) -> None:
         self._told = time.monotonic()
-        done = self._built + self._fraction
-        left = None
-        if self._built:  # engines of a kind take alike; before the first nobody knows
-            left = self._elapsed() / max(done, 0.1) * (self.total - self._number - self._fraction)
-        self.watch(Headway(self._name, self._number + 1, self.total, self._fraction, self._elapsed(), left))
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
+        elapsed, done, left = self._told - self._started, self._built + self._fraction, None
+        if self._built and not kept:  # engines of a kind take alike; before the first nobody knows
+            left = elapsed / max(done, 0.1) * (self.total - self._number + 1 - self._fraction)
+        self.watch(Headway(self._name, self._number, self.total, self._fraction, elapsed, left, kept))
 
 
 def apart(work: Callable[[threading.Event], Result], tick: Callable[[], None] = lambda: None) -> Result:

@@ -6,9 +6,11 @@ and position stay on the device.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..backend import REPRODUCIBLE_TILE, WINDOW, Array, Branches, Decoding, Labels
 from ..bundle import RESIDENT, Bundle
@@ -19,9 +21,10 @@ from ..memory import USUAL, Budget, forward_row, gradient_row, spend
 from ..opening import Opening
 from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
 from ..resident import ResidentDecoding
+from ..spare import Spare
 from .resident import OrtSteps
 from .sessions import Sessions
-from .stepwise import Buffers, StepwiseDecoding
+from .stepwise import StepwiseDecoding
 
 _CPU_WINDOW = 16  # costs two to three steps at batch 1, and finds about as many patches where a block is hard
 _ON_CPU = Opening()
@@ -53,9 +56,8 @@ class OrtBackend:
         self.machine = f"cpu {processor()}, {opening.threads or cores()} threads" if on_cpu else f"cuda {gpu()}"
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
-        self._buffers = Buffers(keep=not self.budget.one_block)
-        self._idle: list[OrtSteps] = []
-        self._lock = threading.Lock()
+        self._buffers: Spare[NDArray[np.uint8]] = Spare(keep=not self.budget.one_block)
+        self._idle: Spare[OrtSteps] = Spare(keep=not self.budget.one_block)
         if not on_cpu:
             self.sessions.get(0, "forward")  # fails here and now if the provider does not start
 
@@ -70,34 +72,19 @@ class OrtBackend:
         labels = classes(self.config, branches.labels)
         if not self.resident:
             return StepwiseDecoding(self.sessions, self._buffers, block, z, replace(branches, labels=labels))
-        steps = self._steps(block, len(z), len(branches.labels))
+        shape, idle = (len(z), len(branches.labels)), self._idle
+        steps = idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape, idle))
+        steps.block = block
         return ResidentDecoding(steps, self.bundle.manifest.blocks[block].reversed, z, labels, branches)
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
-        passes = len(branches.inverse_temperature)
-        most = self.budget.rows(forward_row(self.config, passes))
+        most = self.budget.rows(forward_row(self.config, len(branches.labels)))
         z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches), most)
         return z, log_det
 
     def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         feeds = gradient_feeds(self.config, x, labels, grad_z, grad_log_det)
         return self._run(block, "gradient", feeds, self.budget.rows(gradient_row(self.config)))[0]
-
-    def give(self, steps: OrtSteps) -> None:
-        """Take memory back for another block."""
-        if not self.budget.one_block:
-            with self._lock:
-                self._idle.append(steps)
-
-    def _steps(self, block: int, batch: int, branches: int) -> OrtSteps:
-        """Memory for this shape, left by an earlier block or new; memory of other shapes is let go of."""
-        with self._lock:
-            self._idle = [steps for steps in self._idle if steps.shape == (batch, branches)]
-            steps = self._idle.pop() if self._idle else None
-        if steps is None:
-            steps = OrtSteps(self.sessions, (batch, branches), self.give)
-        steps.block = block
-        return steps
 
     def _of_a_tile(self, budget: Budget) -> list[int]:
         """How many images of a reproducible tile are computed at once: plain, guided, and in the gradient."""

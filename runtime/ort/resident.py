@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from ..bundle import RESIDENT
 from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
+from ..spare import Spare
 from .sessions import Sessions
 
 _GRAPH_IDS = itertools.count(1)  # a number for every captured CUDA graph of the process
@@ -24,8 +24,8 @@ class OrtSteps:
     them take turns. So a step can be run twice without harm, which ONNX Runtime does to capture a CUDA graph.
     """
 
-    def __init__(self, sessions: Sessions, shape: tuple[int, int], give: Callable[[OrtSteps], None]) -> None:
-        self._sessions, self.shape, self.block, self._give = sessions, shape, 0, give
+    def __init__(self, sessions: Sessions, shape: tuple[int, int], idle: Spare[OrtSteps]) -> None:
+        self._sessions, self.shape, self.block, self._idle = sessions, shape, 0, idle
         self._precision = PRECISIONS[sessions.bundle.manifest.precision]
         self._values: dict[str, Any] = {}
         self._ports = inputs(sessions.bundle.manifest.config, RESIDENT)
@@ -56,7 +56,7 @@ class OrtSteps:
 
     def close(self, clean: bool) -> None:
         if clean:
-            self._give(self)
+            self._idle.give(self)
 
     def _bind(self, window: int) -> tuple[Any, Any, Any]:
         batch, branches = self.shape

@@ -7,7 +7,6 @@ still empty.
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -17,38 +16,19 @@ from ..backend import Array, Branches, Mask, block_order, check_window
 from ..parts import Feeds
 from ..ports import MASKED
 from ..precision import PRECISIONS
+from ..spare import Spare
 from .sessions import Sessions
-
-
-class Buffers:
-    """Large buffers handed from one block's cache to the next: fresh ones cost a page fault for every 4 KiB."""
-
-    def __init__(self, keep: bool) -> None:
-        self._keep = keep
-        self._free: list[NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> NDArray[np.uint8]:
-        with self._lock:
-            fitting = [i for i, buffer in enumerate(self._free) if len(buffer) == size]
-            if fitting:
-                return self._free.pop(fitting[0])
-            self._free.clear()  # of another batch: let go before there are two
-        return np.empty(size, np.uint8)
-
-    def give(self, buffers: list[NDArray[np.uint8]]) -> None:
-        with self._lock:
-            if self._keep:
-                self._free += buffers
 
 
 class StepwiseDecoding:
     """One block being inverted: every buffer is allocated here, none inside the loop of steps."""
 
-    def __init__(self, sessions: Sessions, buffers: Buffers, block: int, z: Array, branches: Branches) -> None:
+    def __init__(
+        self, sessions: Sessions, spare: Spare[NDArray[np.uint8]], block: int, z: Array, branches: Branches
+    ) -> None:
         manifest = sessions.bundle.manifest
         config = self._config = manifest.config
-        self._sessions, self._buffers, self._block = sessions, buffers, block
+        self._sessions, self._spare, self._block = sessions, spare, block
         self._session = sessions.get(block, "step")
         self._reversed = manifest.blocks[block].reversed
         self._z = np.ascontiguousarray(block_order(z, self._reversed))
@@ -63,8 +43,9 @@ class StepwiseDecoding:
         self._cache_type = np.dtype(PRECISIONS[manifest.precision].storage)
         rows = branches.labels.size
         self._cache = np.zeros((2 * config.layers, rows, config.heads, 0, config.head_dim), self._cache_type)
-        whole = 2 * config.layers * rows * config.width * config.tokens
-        self._memory = [buffers.take(whole * self._cache.itemsize) for _ in range(2)]
+        size = 2 * config.layers * rows * config.width * config.tokens * self._cache.itemsize
+        self._memory = [spare.take(lambda one: len(one) == size, lambda: np.empty(size, np.uint8)) for _ in range(2)]
+        self._cache_names = [f"{part}_{layer}" for layer in range(config.layers) for part in ("key", "value")]
         # Larger buckets make attention read more empty slots, smaller ones copy the cache more often: 16, 32, 64 slots
         # for 64, 256, 1024 patches balance the two.
         self._bucket = 16 * math.ceil(math.sqrt(3 * config.tokens) / 16)
@@ -85,9 +66,8 @@ class StepwiseDecoding:
         self._unmask(position)
         self._x_in[:] = self.x[:, position:end]
         self._z_in[:] = self._z[:, position + 1 : end + 1]
-        self._index_in[:] = (
-            range(tokens - 1 - position, tokens - 1 - end, -1) if self._reversed else range(position, end)
-        )
+        index = np.arange(position, end)
+        self._index_in[:] = tokens - 1 - index if self._reversed else index
         if self._mix_varies:
             self._mix_in[:] = self._mix[position:end].transpose(1, 2, 0, 3)
         if rows is not None and not steady and 2 * np.count_nonzero(rows) <= len(rows):
@@ -111,9 +91,7 @@ class StepwiseDecoding:
         feeds |= {"labels": self._labels[:, rows].repeat(end - position, 1), "bias": self._bias}
         feeds["mix"] = self._mix_in[:, rows].reshape(len(self._labels), -1, self._mix_in.shape[3])
         feeds["query_scale"] = self._query_scale[cached]
-        for layer in range(self._config.layers):
-            feeds[f"key_{layer}"] = self._cache[2 * layer, cached]
-            feeds[f"value_{layer}"] = self._cache[2 * layer + 1, cached]
+        feeds |= zip(self._cache_names, self._cache[:, cached], strict=True)
         found, fresh = self._sessions.run(self._block, "step", feeds)
         self._x_out[rows] = found.reshape(-1, *self._x_out.shape[1:])
         self._cache[:, cached, :, position:end] = fresh.reshape(len(self._cache), -1, *fresh.shape[1:])
@@ -128,7 +106,7 @@ class StepwiseDecoding:
 
     def close(self) -> None:
         """Hand the memory of the cache to the next block. The decoding must not be used afterwards."""
-        self._buffers.give(self._memory)
+        self._spare.give(*self._memory)
         self._memory = []
 
     def _unmask(self, position: int) -> None:
@@ -168,13 +146,10 @@ class StepwiseDecoding:
             "query_scale": self._query_scale,
             "bias": self._bias,
         }
-        for layer in range(config.layers):
-            self.inputs[f"key_{layer}"] = self._cache[2 * layer]
-            self.inputs[f"value_{layer}"] = self._cache[2 * layer + 1]
+        self.inputs |= zip(self._cache_names, self._cache, strict=True)
+        fresh = self._fresh.reshape(-1, *self._fresh.shape[2:])
         try:
-            self._bind(
-                {"x_next": self._x_out.reshape(-1, patch_dim), "fresh": self._fresh.reshape(-1, *self._fresh.shape[2:])}
-            )
+            self._bind({"x_next": self._x_out.reshape(-1, patch_dim), "fresh": fresh})
         except Exception as error:  # a graph with other inputs than the manifest lets expect
             raise self._sessions.failed(self._block, "step", error) from None
 

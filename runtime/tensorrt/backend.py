@@ -14,16 +14,17 @@ import numpy as np
 
 from ..backend import WINDOW, Array, Branches, Decoding, Labels, check_batch
 from ..bundle import Bundle
-from ..errors import BundleError, MachineError
+from ..errors import BundleError, MachineError, Remedy
 from ..memory import spend
 from ..opening import Opening
 from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
 from ..ports import Sizes, outputs, shape
 from ..resident import ResidentDecoding
+from ..spare import Spare
 from .cuda import Cuda, Memory
 from .engines import Engines
 from .library import import_tensorrt
-from .record import Here, Record, folders, rebuild
+from .record import Here, Record, folders
 from .record_reader import read_record
 from .resident import TrtSteps
 
@@ -37,10 +38,9 @@ def open_tensorrt(bundle: Bundle, opening: Opening = _ON_TENSORRT, folder: Path 
     """
     cuda = Cuda()  # before any Runtime(): without a driver TensorRT returns one that crashes when used
     found = folders(bundle) if folder is None else [folder]
+    reasons, remedy, anew = [], None, Remedy("build", {"bundle": bundle.folder})
     if not found:
-        message = f"'{bundle.folder}' has no TensorRT engines; build engines on this machine"
-        raise BundleError(message, remedy=rebuild(bundle.folder))
-    reasons, remedy = [], None
+        raise BundleError(f"'{bundle.folder}' has no TensorRT engines; build engines on this machine", remedy=anew)
     for place in found:
         try:
             record = read_record(place)
@@ -56,11 +56,11 @@ def open_tensorrt(bundle: Bundle, opening: Opening = _ON_TENSORRT, folder: Path 
             if not wrong:
                 return TrtBackend(bundle, record, place, trt, opening)
         reasons.append(f"{place.name}: {'; '.join(wrong)}")
-        remedy = remedy or rebuild(bundle.folder, record, Here(record.package, "", cuda.name, cuda.capability))
+        remedy = remedy or record.rebuild(bundle.folder, Here(record.package, "", cuda.name, cuda.capability))
     listed = "\n  ".join(reasons)
     raise BundleError(
         f"no engines of '{bundle.folder}' run on this machine:\n  {listed}\nBuild engines on this machine",
-        remedy=remedy or rebuild(bundle.folder),
+        remedy=remedy or anew,
     )
 
 
@@ -75,7 +75,7 @@ class TrtBackend:
         name = self.engines.here.gpu
         self.description = f"{record.package} {trt.__version__} {record.precision}, {name}"
         self.machine = f"tensorrt {name}"
-        self._idle: list[TrtSteps] = []
+        self._idle: Spare[TrtSteps] = Spare(keep=not self.engines.one_block)
         self._memory: dict[str, Memory] = {}  # of forward and gradient, by tensor
 
     def lanes(self) -> None:
@@ -83,12 +83,11 @@ class TrtBackend:
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         least, most = self.engines.range("step", len(branches.labels))
-        others = rebuild(self.bundle.folder, self.engines.record, self.engines.here, (least, most, len(z)))
-        check_batch(len(z), most, others)
+        check_batch(len(z), most, self.engines.rebuild(batch=(least, most, len(z))))
         with self.engines.launching:
-            shape = max(len(z), least), len(branches.labels)
-            self._idle = [steps for steps in self._idle if steps.shape == shape]
-            steps = self._idle.pop() if self._idle else TrtSteps(self.engines, shape, self.cuda_graph, self.give)
+            shape, idle = (max(len(z), least), len(branches.labels)), self._idle
+            new = partial(TrtSteps, self.engines, shape, self.cuda_graph, idle)
+            steps = idle.take(lambda one: one.shape == shape, new)
             self.engines.holders.add(steps)
             steps.begin(block)
         reverse = self.bundle.manifest.blocks[block].reversed
@@ -100,12 +99,6 @@ class TrtBackend:
 
     def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         return self._run(block, "gradient", gradient_feeds(self.config, x, labels, grad_z, grad_log_det))[0]
-
-    def give(self, steps: TrtSteps) -> None:
-        """Take memory back for another block."""
-        if not self.engines.one_block:
-            with self.engines.launching:
-                self._idle.append(steps)
 
     def _run(self, block: int, kind: str, feeds: Feeds) -> list[Array]:
         """An engine that is no step, on the host's arrays."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle
-from ..errors import BundleError, InputError, MachineError
+from ..errors import BundleError, InputError, MachineError, Remedy
 from ..precision import PRECISIONS
 from .cuda import Cuda, Memory
 from .library import make_logger
-from .record import Here, Profile, Record, rebuild
+from .record import Here, Profile, Range, Record
 
 if TYPE_CHECKING:
     from .resident import TrtSteps
@@ -80,13 +80,17 @@ class Engines:
             field="window",
             found=window,
             expected=f"1 to {widest}",
-            remedy=rebuild(self.bundle.folder, self.record, self.here, window=(1, window, window)),
+            remedy=self.rebuild(window=(1, window, window)),
         )
 
     def range(self, kind: str, branches: int) -> tuple[int, int]:
         """The least and the most images an engine takes at once."""
         chosen: Profile = self.record.profiles[kind][self.profile(kind, branches)]
         return chosen.batch[0], chosen.batch[2]
+
+    def rebuild(self, **sizes: Range) -> Remedy:
+        """Building them again for this machine, of other ``sizes`` if these are what is wrong."""
+        return self.record.rebuild(self.bundle.folder, self.here, **sizes)
 
     def _deserialise(self, block: int, kind: str) -> Any:
         name = next(n for n, entry in self.record.engines.items() if (entry.block, entry.kind) == (block, kind))
@@ -99,7 +103,7 @@ class Engines:
                 raise BundleError(
                     f"block {block}'s step engine keeps its cache as {engine.get_tensor_dtype(tensor)}; the record "
                     f"says {self.record.precision}: build the engines again",
-                    remedy=rebuild(self.bundle.folder, self.record, self.here),
+                    remedy=self.rebuild(),
                 )
         self._reserve(kind == "step", int(engine.device_memory_size_v2))
         return engine
@@ -129,5 +133,5 @@ class Engines:
             return MachineError(message, field="batch_size")
         return BundleError(
             f"block {block}'s {kind} engine {what}; TensorRT says: {said}. If it stays so, build the engines again",
-            remedy=rebuild(self.bundle.folder, self.record, self.here),
+            remedy=self.rebuild(),
         )

@@ -146,7 +146,7 @@ class Record:
 
     def read(self, folder: Path, name: str) -> bytes:
         """The content of an engine, its hash checked. Raises BundleError for one that is missing or was changed."""
-        path, engine, again = folder / name, self.engines[name], rebuild(folder.parent.parent, self)
+        path, engine, again = folder / name, self.engines[name], self.rebuild(folder.parent.parent)
         if path.is_symlink() or not path.is_file():
             raise BundleError(f"'{path}' is missing or no regular file; build the engines again", remedy=again)
         content = path.read_bytes()
@@ -159,28 +159,19 @@ class Record:
             )
         return content
 
+    def rebuild(self, bundle: Path, here: Here | None = None, **sizes: Range) -> Remedy:
+        """Building engines like these for the machine it is done on, which ``here`` describes.
 
-def rebuild(
-    bundle: Path,
-    record: Record | None = None,
-    here: Here | None = None,
-    batch: Range | None = None,
-    window: Range | None = None,
-) -> Remedy:
-    """Building engines like those of ``record`` for the machine it is done on, which ``here`` describes.
-
-    ``batch`` and ``window`` are what they should have been built with, if that is what is wrong.
-    """
-    if record is None:
-        return Remedy("build", {"bundle": bundle})
-    steps = record.profiles["step"]
-    batch, window = batch or steps[0].batch, window or steps[-1].window
-    wanted: dict[str, Any] = {"bundle": bundle, "engine": record.precision, "batch": batch}
-    if window[2] > 1:
-        wanted["window"] = window
-    if record.target.gpu is None:
-        wanted["device"] = record.target.for_machine(here)
-    return Remedy("build", wanted if record.level is None else wanted | {"level": record.level})
+        ``sizes`` are the batch and the window they should have been built with, if that is what is wrong.
+        """
+        steps = self.profiles["step"]
+        wanted: dict[str, Any] = {"bundle": bundle, "engine": self.precision, "batch": steps[0].batch}
+        wanted |= {"window": steps[-1].window, **sizes}
+        if wanted["window"][2] == 1:
+            del wanted["window"]
+        if self.target.gpu is None:
+            wanted["device"] = self.target.for_machine(here)
+        return Remedy("build", wanted if self.level is None else wanted | {"level": self.level})
 
 
 def folders(bundle: Bundle) -> list[Path]:

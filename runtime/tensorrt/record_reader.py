@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..document import Reader, short
+from ..errors import Remedy
 from ..precision import ENGINE_PRECISIONS
 from . import record
 from .record import Engine, Profile, Range, Record, Target
@@ -26,7 +27,7 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / record.RECORD
     advice = f"remove '{folder}' and build the engines again"
-    reader = Reader(str(path), "record", advice, record.rebuild(folder.parent.parent))
+    reader = Reader(str(path), "record", advice, Remedy("build", {"bundle": folder.parent.parent}))
     top = reader.versioned(path, _LIMIT, record.FORMAT, record.SCHEMA)
     for name in record.GONE:
         if reader.get(top, name, bool):
@@ -68,9 +69,7 @@ def _profiles(reader: Reader, profiles: Mapping[str, Any], kind: str) -> tuple[P
     entries = reader.get(profiles, kind, list)
     if not entries:
         raise reader.wrong(f"'profiles.{kind}' is empty; an engine is built for one profile at least")
-    return tuple(
-        _profile(reader, reader.typed(entry, dict, f"profiles.{kind}[{k}]")) for k, entry in enumerate(entries)
-    )
+    return tuple(_profile(reader, reader.typed(one, dict, f"profiles.{kind}[{k}]")) for k, one in enumerate(entries))
 
 
 def _profile(reader: Reader, entry: dict[str, Any]) -> Profile:
@@ -79,13 +78,11 @@ def _profile(reader: Reader, entry: dict[str, Any]) -> Profile:
 
 
 def _range(reader: Reader, entry: dict[str, Any], key: str) -> Range:
-    numbers = reader.get(entry, key, list)
-    whole = len(numbers) == 3 and all(type(number) is int for number in numbers)
-    if not whole or not 1 <= numbers[0] <= numbers[1] <= numbers[2] <= _MOST:
-        raise reader.wrong(
-            f"'{key}' is {short(numbers)}; expected three integers, 1 <= least <= best <= most <= {_MOST}"
-        )
-    return numbers[0], numbers[1], numbers[2]
+    sizes = reader.get(entry, key, list)
+    whole = len(sizes) == 3 and all(type(size) is int for size in sizes)
+    if not whole or not 1 <= sizes[0] <= sizes[1] <= sizes[2] <= _MOST:
+        raise reader.wrong(f"'{key}' is {short(sizes)}; expected three integers, 1 <= least <= best <= most <= {_MOST}")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _engines(reader: Reader, entries: dict[str, Any]) -> dict[str, Engine]:

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from ..bundle import RESIDENT
 from ..errors import BundleError
-from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
+from ..ports import POSITION, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
+from ..spare import Spare
 from .cuda import Captured, Memory
 from .engines import Engines
-from .record import rebuild
 
 
 class TrtSteps:
@@ -25,10 +25,8 @@ class TrtSteps:
     and is copied back behind the step, as part of it. ``cuda_graph`` False launches every kernel of every step anew.
     """
 
-    def __init__(
-        self, engines: Engines, shape: tuple[int, int], cuda_graph: bool, give: Callable[[TrtSteps], None]
-    ) -> None:
-        self._engines, self.shape, self._cuda_graph, self._give = engines, shape, cuda_graph, give
+    def __init__(self, engines: Engines, shape: tuple[int, int], cuda_graph: bool, idle: Spare[TrtSteps]) -> None:
+        self._engines, self.shape, self._cuda_graph, self._idle = engines, shape, cuda_graph, idle
         self._ports = {port.name: port for port in inputs(engines.bundle.manifest.config, RESIDENT)}
         self._memory: dict[tuple[str, int], Memory] = {}
         self._graphs: dict[tuple[int, int], Captured] = {}  # by block and window
@@ -38,14 +36,12 @@ class TrtSteps:
     def begin(self, block: int) -> None:
         """Decode this block next. Raises BundleError for an engine that does not update its cache in place."""
         engine = self._engines.get(block, "step")
-        apart = [
-            name for name in self._ports if is_state(name) and not engine.get_aliased_input_tensor(next_name(name))
-        ]
+        apart = [name for name in filter(is_state, self._ports) if not engine.get_aliased_input_tensor(next_name(name))]
         if set(apart) - {POSITION}:
             raise BundleError(
                 f"block {block}'s step engine does not update its cache in place: it was built from a graph of an "
                 "older bundle. Build the engines again",
-                remedy=rebuild(self._engines.bundle.folder, self._engines.record, self._engines.here),
+                remedy=self._engines.rebuild(),
             )
         self._block, self._moves = block, bool(apart)
 
@@ -74,7 +70,7 @@ class TrtSteps:
 
     def close(self, clean: bool) -> None:
         if clean:
-            self._give(self)
+            self._idle.give(self)
 
     def forget(self, kept: int | None = None) -> None:
         """Destroy what was captured of all blocks but one: their engine, or memory it works in, is about to go."""
@@ -104,14 +100,11 @@ class TrtSteps:
         place = name, window if name == "offsets" else 1
         if place not in self._memory:
             port = self._ports.get(name, self._ports[POSITION])
-            size = math.prod(shape(port, Sizes(*self.shape, window))) * self._itemsize(port)
+            cache = PRECISIONS[self._engines.record.precision].cache_bytes
+            itemsize = {"cache": cache, "index": 8, "number": 4}[port.holds]
+            size = math.prod(shape(port, Sizes(*self.shape, window))) * itemsize
             memory = Memory(self._engines.cuda, size)
             if name == "offsets":
                 self._engines.cuda.upload(memory.address, np.arange(window))
             self._memory[place] = memory
         return self._memory[place].address
-
-    def _itemsize(self, port: Port) -> int:
-        if port.holds == "cache":
-            return PRECISIONS[self._engines.record.precision].cache_bytes
-        return 8 if port.holds == "index" else 4
