@@ -25,6 +25,7 @@ TYPES: dict[str, np.dtype[Any]] = {
     "UINT64": np.dtype("<u8"), "FP32": np.dtype("<f4"), "FP64": np.dtype("<f8"),
 }  # fmt: skip
 LARGEST_JSON = 4 << 20  # bytes: parsing holds the interpreter, and more belongs into binary tensors
+_MOST_PARTS = 1 << 17  # lists and names: an image a row at a time has fewer, and a million of them take seconds
 _MOST_NUMBERS = 1 << 40
 _KINDS: dict[str, set[type]] = {
     "b": {bool},
@@ -137,6 +138,8 @@ def _split(lengths: list[str], body: bytes) -> int:
 
 def read_object(content: bytes, advice: str = "") -> dict[str, Any]:
     """A JSON object. Raises Refusal."""
+    if sum(map(content.count, (b"[", b"{", b":"))) > _MOST_PARTS:
+        _refuse(f"the body is of more than {_MOST_PARTS:,} lists and names{advice}")
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -108,7 +107,6 @@ def _end_after(seconds: float) -> None:
 
     def end() -> None:
         log("ended", "warning", why="a thread did not return")
-        sys.stdout.flush()
         os._exit(0)
 
     timer = threading.Timer(seconds, end)
@@ -134,7 +132,8 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self._await_head()
         if len(self.connections) > self.most:
-            idle = [one for one in self.connections if isinstance(one, _Connection) and one.idle and one is not self]
+            others = [one for one in self.connections if isinstance(one, _Connection) and one is not self]
+            idle = [one for one in others if one.idle and not one.transport.get_write_buffer_size()]
             one_too_many = min(idle, key=lambda one: one.idle_since, default=self)
             one_too_many.transport.abort()
             self.connections.discard(one_too_many)

@@ -128,7 +128,7 @@ def test_a_log_that_cannot_be_written_decides_nothing(tmp_path: Path, stderr: st
                     os.write(reader, bytes(1024))
         if "leaves" in stderr:
             os.close(reader)
-        big = pool.submit(service.ask, "POST", "/v1/samples", {"n": 256, "certify": True})
+        big = pool.submit(service.ask, "POST", "/v1/samples", {"n": 128, "certify": True})
         until(lambda: service.metric("tarflow_block_seconds_count") > 0)
         assert service.stop() == 0
         assert big.result()[0] == 200
