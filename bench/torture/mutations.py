@@ -22,10 +22,10 @@ TEXTS = ("1e999", "[" * 100_000, '{"a":' * 100_000, "-0", "9" * 5000, "1e-400", 
 
 
 def flipped(content: bytes, dice: Dice, head: int | None = None) -> bytes:
-    """One to eight bits flipped; every other time all of them among the first ``head`` bytes."""
+    """A bit flipped, or up to eight; every other time all of them among the first ``head`` bytes."""
     damaged = bytearray(content)
     end = head if head and dice.random() < 0.5 else len(content)
-    for place in dice.integers(0, end, dice.integers(1, 9)):
+    for place in dice.integers(0, end, min(dice.geometric(0.5), 8)):
         damaged[place] ^= 1 << dice.integers(8)
     return bytes(damaged)
 
