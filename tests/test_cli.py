@@ -316,7 +316,7 @@ def test_a_failed_self_test_is_a_problem(tarflow: Cli, monkeypatch: pytest.Monke
     assert done.stdout.endswith("problem: self-test cpu: no\n")
 
 
-def test_weights_of_a_file_that_has_both_are_chosen_by_a_flag(cond: Path, tarflow: Cli, golden: Goldens) -> None:
+def test_weights_of_a_file_that_has_both_are_chosen_by_a_flag(tarflow: Cli, golden: Goldens) -> None:
     checkpoint = golden("cond").checkpoint
     raw = torch.load(checkpoint, weights_only=True)
     torch.save({"net": raw, "ema_net": dict(raw)}, checkpoint.name)
