@@ -160,7 +160,6 @@ class Bundle:
                 f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
                 "copy the bundle again"
             )
-        self.check_graphs()
         with self._reading(WEIGHTS), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
             said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -168,6 +167,7 @@ class Bundle:
             raise _damaged(self.folder, f"'{self.folder}': the manifest describes another model than its weights do")
         if wrong := unsupported(self.manifest.config, shapes):
             raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' holds another model than it describes: {wrong}")
+        self.check_graphs()
 
     def check_graphs(self) -> None:
         """Look into every graph, for what :func:`check_graph` refuses. Their hashes are right already."""

@@ -41,13 +41,13 @@ def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))  # a link stays a link
     with disk_errors(path):
+        if not path.parent.is_dir():
+            raise InputError(f"the folder of '{path}' does not exist; create it first: mkdir -p '{path.parent}'")
         found = _mode(path)
         if found is not None and stat.S_ISDIR(found):
             raise InputError(f"'{path}' is a folder; expected the name of a file to write")
         if found is not None and not stat.S_ISREG(found):
             raise InputError(f"'{path}' is a device or a pipe; expected the name of a file to write")
-        if not path.parent.is_dir():
-            raise InputError(f"the folder of '{path}' does not exist; create it first: mkdir -p '{path.parent}'")
         with hidden(path) as folder:
             partial = folder / (path.name + ".partial"[: 255 - len(os.fsencode(path.name))])
             yield partial
@@ -115,10 +115,8 @@ def check_room(path: str | os.PathLike[str], needed: int, advice: str = "choose 
     there = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
     disk = shutil.disk_usage(there)
     if disk.total and needed > disk.free:
-        raise MachineError(
-            f"'{path}' takes about {needed / 1e9:.1f} GB; its disk has {disk.free / 1e9:.1f} GB left: free some, or "
-            + advice
-        )
+        left = f"its disk has {size_text(disk.free)} left"
+        raise MachineError(f"'{path}' takes about {size_text(needed)}; {left}: free some, or {advice}")
 
 
 def check_replaceable(path: str | os.PathLike[str], force: bool, marker: str | None = "manifest.json") -> None:

@@ -25,12 +25,14 @@ from ..runtime.errors import BundleError, InputError, MachineError, TarflowError
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.image import unpatchify
-from ..runtime.inputs import check_labels
+from ..runtime.inputs import AMBIGUOUS, AS_THEY_ARE, check_bounded, check_labels, is_ambiguous
 from ..runtime.machine import cores
 from ..runtime.opening import Opening
+from ..runtime.samples import nonfinite
 from .words import http_words
 
 Rows = dict[str, NDArray[Any]]  # tensors by name, first dimension samples
+_MOST_ROWS = 20  # named in an error
 
 
 class TritonPythonModel:
@@ -69,7 +71,7 @@ class TritonPythonModel:
         good = [rows for rows in read if not isinstance(rows, TarflowError)]
         found = iter(self._answers(good, certified) if good else ())
         answers = [rows if isinstance(rows, TarflowError) else next(found) for rows in read]
-        return [_response(request, answer) for request, answer in zip(requests, answers, strict=True)]
+        return [_response(*each) for each in zip(requests, answers, map(_warning, read), strict=True)]
 
     def _answers(self, requests: list[Rows], certified: bool) -> list[Rows | TarflowError]:
         """All requests computed together; if the engine fails on them, each by itself: the guilty one fails alone."""
@@ -82,7 +84,7 @@ class TritonPythonModel:
             return [answer for rows in requests for answer in self._answers([rows], certified)]
         ends = np.cumsum([len(rows["label"]) for rows in requests])[:-1]
         parts = {name: np.split(array, ends) for name, array in found.items()}
-        return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(requests))]
+        return [_finite({name: arrays[i] for name, arrays in parts.items()}) for i in range(len(requests))]
 
     # --- the three tasks: rows in, rows out ---------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class TritonPythonModel:
         log_det = np.empty(count, np.float32)
         for where in self._tiles(np.zeros(count)):
             x, labels = (pad_rows(rows[name][where], REPRODUCIBLE_TILE) for name in ("images", "label"))
-            latent[where], log_det[where] = (found[: len(where)] for found in self.flow.encode(x, labels))
+            latent[where], log_det[where] = (found[: len(where)] for found in self.flow.encode(x, labels, AS_THEY_ARE))
         bits = self.flow.bits_of(latent, log_det)
         return {"latent": latent, "log_det": log_det[:, None], "bits_per_dim": bits[:, None]}
 
@@ -117,7 +119,7 @@ class TritonPythonModel:
         images = np.empty_like(rows["images"])
         for where in self._tiles(rows["strength"]):
             x, labels = (pad_rows(rows[name][where], REPRODUCIBLE_TILE) for name in ("images", "label"))
-            images[where] = self.flow.denoise(x, labels, float(rows["strength"][where[0]]))[: len(where)]
+            images[where] = self.flow.denoise(x, labels, float(rows["strength"][where[0]]), AS_THEY_ARE)[: len(where)]
         return {"images": images}
 
     def _batches(self, alike: NDArray[Any]) -> list[NDArray[np.intp]]:
@@ -175,8 +177,10 @@ class TritonPythonModel:
                 raise InputError(f"{name} holds {full[name].tolist()}; expected numbers of 0 or more")
         if "guidance" in full and ((full["guidance"] > 0) & (label < 0)).any():
             raise InputError("guidance does nothing for samples without a label: give labels, or guidance 0")
-        if "images" in full and not np.isfinite(full["images"]).all():
-            raise InputError("images hold numbers that are not finite; expected floats in [-1, 1]")
+        if "images" in full:
+            if not np.isfinite(full["images"]).all():
+                raise InputError("images hold numbers that are not finite; expected floats in [-1, 1]")
+            check_bounded(full["images"])
         return full
 
     def _example(self) -> Rows:
@@ -201,11 +205,31 @@ def _check_tensors() -> None:
         )
 
 
-def _response(request: Any, answer: Rows | TarflowError) -> Any:
+def _finite(found: Rows) -> Rows | TarflowError:
+    """Results, or the error that they are where some are not finite: no output says which."""
+    broken = nonfinite(*(array for name, array in found.items() if name != "certificate"))
+    if not broken:
+        return found
+    rows = ", ".join(map(str, broken[:_MOST_ROWS])) + (", ..." if len(broken) > _MOST_ROWS else "")
+    return InputError(f"rows {rows} come to nothing finite: guide less, or give images like the model's")
+
+
+def _warning(rows: Rows | TarflowError) -> str | None:
+    """What is to be said of a request's images beside their results."""
+    doubtful = not isinstance(rows, TarflowError) and "images" in rows and is_ambiguous(rows["images"])
+    return f"images: {AMBIGUOUS}" if doubtful else None
+
+
+def _response(request: Any, answer: Rows | TarflowError, warning: str | None) -> Any:
     if isinstance(answer, TarflowError):
         kind = triton.TritonError.INVALID_ARG if isinstance(answer, InputError) else triton.TritonError.INTERNAL
         error = triton.TritonError(http_words(answer, labels="label"), kind)
         return triton.InferenceResponse(output_tensors=[], error=error)
     wanted = [name for name in answer if name in request.requested_output_names()]
     tensors = [triton.Tensor(name, np.ascontiguousarray(answer[name])) for name in wanted]
+    if warning is not None:
+        try:
+            return triton.InferenceResponse(output_tensors=tensors, parameters={"warning": warning})
+        except TypeError:  # a Triton whose answers have no parameters
+            triton.Logger.log_warn(warning)
     return triton.InferenceResponse(output_tensors=tensors)

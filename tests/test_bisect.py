@@ -34,7 +34,7 @@ def test_a_sound_bundle_has_nothing_to_find(bundle: Exported) -> None:
 
 def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(copy: Exported, cli: Cli, tmp_path: Path) -> None:
     folder = copy("cond")
-    planted = plant(folder, "block_02.step.onnx", "Exp", "Tanh", 0)
+    planted = plant(folder, "block_02.step.onnx", "Exp", "Neg", 0)
     done = cli("bisect", folder, "--json", "-o", tmp_path / "repro")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)["found"]
@@ -50,7 +50,7 @@ def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(copy: Exported, cl
     assert "--force" in again.stderr
 
 
-@pytest.mark.parametrize(("kind", "op", "other"), [("forward", "Exp", "Tanh"), ("gradient", "Neg", "Abs")])
+@pytest.mark.parametrize(("kind", "op", "other"), [("forward", "Exp", "Neg"), ("gradient", "Neg", "Exp")])
 def test_a_wrong_node_in_the_parallel_graphs_is_named(copy: Exported, kind: str, op: str, other: str) -> None:
     folder = copy("cond")
     planted = plant(folder, f"block_01.{kind}.onnx", op, other, 0)

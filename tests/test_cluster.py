@@ -129,7 +129,7 @@ def test_a_ray_of_ones_own_has_a_token_and_leaves_none_behind(
 def test_a_worker_s_cores_are_those_of_one_machine(
     monkeypatch: pytest.MonkeyPatch, nodes: list[int], workers: int | None, each: int
 ) -> None:
-    monkeypatch.setattr(cluster, "_nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
     parts = cluster.share(workers, Opening(), 100)
     assert (parts.workers, parts.threads) == (workers or len(nodes), each)
     assert sum(int(n / parts.cpus) for n in nodes) >= parts.workers, "each of them has a place"

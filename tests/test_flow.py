@@ -169,7 +169,7 @@ def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
         ({"n": 1, "decode": "quick"}, "`decode` is 'quick'; expected one of serial, exact, fast"),
         ({"n": 1, "tolerance": -1.0}, "`tolerance` is -1.0"),
         ({"n": 1, "tolerance": float("nan")}, "`tolerance` is nan"),
-        ({"n": 1, "decode": "serial", "tolerance": 1e-3}, "`decode` serial has no `tolerance`"),
+        ({"n": 1, "decode": "serial", "tolerance": 1e-3}, "`tolerance` is 0.001; expected none with `decode` serial"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], message: str) -> None:

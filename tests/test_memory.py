@@ -70,7 +70,9 @@ def test_the_gradient_of_long_sequences_stays_below_the_limit(tmp_path: Path, cl
             "import sys, numpy; from tarflow.runtime.flow import Flow; from tarflow.runtime.memory import peak\n"
             f"Flow.open('long', memory={memory}).denoise(numpy.load('x.npy'), [0, 1] * 16); print(peak())"
         )
-        return int(python("-c", code, cwd=tmp_path).stdout)
+        done = python("-c", code, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
 
     limit = 600 * MIB
     assert peak_of(limit) < limit < peak_of(None)
@@ -99,7 +101,7 @@ except (MachineError, MemoryError, OSError):
 
 
 @pytest.mark.parametrize(
-    "limits", [("NOFILE", 3, 4), ("AS", 1, 8, 20, 60, 120), ("NPROC", 0, 1)], ids=lambda limits: limits[0]
+    "limits", [("NOFILE", 3), ("AS", 1, 8, 20, 60, 120), ("NPROC", 0, 1)], ids=lambda limits: limits[0]
 )
 def test_a_limit_of_the_machine_is_not_the_bundle_s_fault(limits: tuple[str, int]) -> None:
     which, *values = limits

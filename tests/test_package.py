@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,19 @@ def test_encoding_and_denoising_are_the_flows_and_do_not_depend_on_company(repos
     assert isinstance(error, str)
     assert "not finite" in error
     np.testing.assert_array_equal(answered([fine])[0]["images"], full["images"])
+
+
+def test_what_is_not_finite_is_an_error_and_floats_of_another_range_are_warned_of_or_refused(repository: Path) -> None:
+    encode, denoise = (Model(repository / f"digits-{task}") for task in ("encode", "denoise"))
+    images = np.random.default_rng(0).choice([-8, 8], (16, 1, 8, 8)).astype(np.float32)
+    for model in (encode, denoise):
+        error, fine = model({"images": images}, {"images": images[:1] / 16})
+        assert re.match(r"rows 0, 1, .* come to nothing finite", str(error))
+        assert np.isfinite(answered([fine])[0].popitem()[1]).all()
+        (error,) = model({"images": images[:1] ** 2})
+        assert "expected floats in [-1, 1]" in str(error)
+        answered(model({"images": images[:1] / 16}, {"images": abs(images[:1]) / 16}))
+        assert [list(said) for said in model.said] == [[], ["warning"]]
 
 
 def test_a_model_refuses_another_bundle_and_a_damaged_one(tmp_path: Path) -> None:

@@ -74,10 +74,16 @@ class Request:
 
 
 class InferenceResponse:
-    def __init__(self, output_tensors: Sequence[Tensor], error: TritonError | None = None) -> None:
+    def __init__(
+        self,
+        output_tensors: Sequence[Tensor],
+        error: TritonError | None = None,
+        parameters: dict[str, str] | None = None,
+    ) -> None:
         if error is not None and not isinstance(error, TritonError):
             raise TypeError(f"error is a {type(error).__name__}; expected TritonError")
         self.tensors, self.error = {tensor.name(): tensor.as_numpy() for tensor in output_tensors}, error
+        self.parameters = parameters or {}
 
 
 def get_input_tensor_by_name(request: Request, name: str) -> Tensor | None:
@@ -119,6 +125,7 @@ class Model:
         rows = [len(next(iter(request.tensors.values()))) for request in ready]
         assert sum(rows) <= self.config.max_batch_size, "Triton makes no larger batch"
         responses = self.model.execute(ready)
+        self.said = [response.parameters for response in responses]
         assert len(responses) == len(requests)
         return [self._answer(response, n, names) for response, n in zip(responses, rows, strict=True)]
 
