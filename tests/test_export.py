@@ -226,7 +226,7 @@ def test_a_place_that_takes_no_folder_is_refused_before_the_work(
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "weights_size", lambda *_: 1 << 60)
     monkeypatch.setattr(pipeline, "oracle_pairs", lambda *_: pytest.fail("began the export"))
-    with pytest.raises(MachineError, match="GB left: free some"):
+    with pytest.raises(MachineError, match="GiB left: free some"):
         export(DEMO, tmp_path / "a" / "bundle")
     assert contents(tmp_path) == {}
 

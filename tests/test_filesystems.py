@@ -245,7 +245,7 @@ def test_a_place_that_takes_nothing_is_refused_before_the_work(cli: Cli, tmp_pat
         pytest.fail("began the work")
     with pytest.raises(MachineError, match="cannot be written"):
         check_replaceable("/proc/bundle", force=False)
-    with pytest.raises(MachineError, match=r"takes about 1152921504.6 GB; its disk has .* left"):
+    with pytest.raises(MachineError, match=r"takes about 1073741824.0 GiB; its disk has .* left"):
         check_room(tmp_path / "new" / "bundle", 1 << 60)
 
 
