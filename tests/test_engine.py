@@ -159,7 +159,9 @@ def test_ctrl_c_ends_a_build_at_once_with_130_and_it_goes_on_from_whole_engines(
     (place,) = (folder / "engines").iterdir()
     made = read_record(place).engines
     assert 1 <= len(made) < 12
-    assert {path.name for path in place.iterdir()} == {*made, "engines.json"}
+    left = {path.name for path in place.iterdir()}
+    assert left >= {*made, "engines.json"}
+    assert all(name.endswith(".engine") for name in left - {"engines.json"})  # the last may not be in the record yet
     assert all(sha256(place / name) == engine.sha256 for name, engine in made.items())
     seen: list[Headway] = []
     _, record = build(Bundle.open(folder), options=Options(device=("8.9",)), watch=seen.append)

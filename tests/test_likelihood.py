@@ -101,7 +101,7 @@ def test_python_takes_a_range_warns_where_it_may_be_another_and_refuses_what_is_
     with pytest.warns(UserWarning, match=r"none above 1: taken as images in \[-1, 1\]"):
         flow.log_likelihood(pixels / 255)
     for method in (flow.encode, flow.denoise, flow.log_likelihood, flow.bits_per_dim):
-        with pytest.raises(InputError, match=r"`images` is of values up to 248; expected floats in \[-1, 1\]"):
+        with pytest.raises(InputError, match=r"`images` is an array of values up to 248; expected floats in \[-1, 1\]"):
             method(pixels.astype(np.float32))
         with pytest.raises(InputError, match="`range` is "):
             method(pixels / 255, range=(0, 2))
