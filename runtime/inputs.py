@@ -108,7 +108,7 @@ def check_bounded(images: NDArray[Any]) -> NDArray[Any]:
     """The images; InputError if they cannot be pictures in [-1, 1] units."""
     largest = float(np.abs(images).max(initial=0))
     if _LARGEST_VALUE < largest <= float(np.finfo(np.float32).max):  # what is not finite is refused elsewhere
-        raise InputError.of("images", f"an array of values up to {largest:g}", "floats in [-1, 1]", "scale them to that")
+        raise InputError.of("images", f"an array up to {largest:g}", "floats in [-1, 1]", "scale them to that")
     return images
 
 

@@ -83,12 +83,12 @@ def test_floats_of_another_range_are_refused_or_asked_about(cli: Cli, tmp_path: 
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["bits_per_dim"] == pytest.approx(expected, abs=1e-4)
         asked = cli("denoise", DEMO, "x.npy", "--save", "y.npy", cwd=tmp_path)
-        sentence = {"-1,1": "", "0,1": "--range 0,1 or --range -1,1", "0,255": "of values up to"}[values]
+        sentence = {"-1,1": "", "0,1": "--range 0,1 or --range -1,1", "0,255": "is an array up to"}[values]
         assert (asked.returncode, asked.stderr.count("\n")) == ((2, 1) if sentence else (0, 0))
         assert sentence in asked.stderr
     for arguments in (["evaluate", DEMO, "--samples", "x.npy"], ["report", DEMO, "--data", "x.npy", "--n", "2"]):
         done = cli(*arguments, cwd=tmp_path)
-        assert (done.returncode, "of values up to 2" in done.stderr) == (2, True), done.stderr
+        assert (done.returncode, "is an array up to 2" in done.stderr) == (2, True), done.stderr
     done = cli("likelihood", DEMO, "x.npy", "--range", "1,2", cwd=tmp_path)
     assert (done.returncode, "--range is '1,2'; expected -1,1, 0,1, 0,255" in done.stderr) == (2, True), done.stderr
 
@@ -101,7 +101,7 @@ def test_python_takes_a_range_warns_where_it_may_be_another_and_refuses_what_is_
     with pytest.warns(UserWarning, match=r"none above 1: taken as images in \[-1, 1\]"):
         flow.log_likelihood(pixels / 255)
     for method in (flow.encode, flow.denoise, flow.log_likelihood, flow.bits_per_dim):
-        with pytest.raises(InputError, match=r"`images` is an array of values up to 248; expected floats in \[-1, 1\]"):
+        with pytest.raises(InputError, match=r"`images` is an array up to 248; expected floats in \[-1, 1\]"):
             method(pixels.astype(np.float32))
         with pytest.raises(InputError, match="`range` is "):
             method(pixels / 255, range=(0, 2))
