@@ -102,7 +102,6 @@ def hide(event, arguments):
     if event == "ctypes.dlsym" and arguments[1] == "renameat2":
         raise AttributeError(arguments[1])
 
-most = peak()
 usage = resource.getrusage
 resource.getrusage = lambda who: resource.struct_rusage((*usage(who)[:2], usage(who).ru_maxrss << 10, *usage(who)[3:]))
 sys.addaudithook(hide)
@@ -110,7 +109,7 @@ sysconfig.get_config_vars()  # of the Python that really runs
 sys.platform = "darwin"
 sys.modules["fcntl"] = None  # only shards need it
 del os.sched_getaffinity
-assert 0.9 * most < peak() < 2 * most, (most, peak())
+assert usage(resource.RUSAGE_SELF).ru_maxrss <= peak() >> 10 <= usage(resource.RUSAGE_SELF).ru_maxrss
 
 from tarflow.cli.main import main
 sys.argv = ["tarflow", "generate", "--n", "16", "--labels", "0-9", "-o", "grid.png", "--save", "samples.npy", "--json"]
