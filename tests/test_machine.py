@@ -103,14 +103,13 @@ def hide(event, arguments):
         raise AttributeError(arguments[1])
 
 usage = resource.getrusage
-most = usage(resource.RUSAGE_SELF).ru_maxrss << 10
 resource.getrusage = lambda who: resource.struct_rusage((*usage(who)[:2], usage(who).ru_maxrss << 10, *usage(who)[3:]))
 sys.addaudithook(hide)
 sysconfig.get_config_vars()  # of the Python that really runs
 sys.platform = "darwin"
 sys.modules["fcntl"] = None  # only shards need it
 del os.sched_getaffinity
-assert most == peak(), "of another unit"
+assert usage(resource.RUSAGE_SELF).ru_maxrss <= peak() >> 10 <= usage(resource.RUSAGE_SELF).ru_maxrss
 
 from tarflow.cli.main import main
 sys.argv = ["tarflow", "generate", "--n", "16", "--labels", "0-9", "-o", "grid.png", "--save", "samples.npy", "--json"]
