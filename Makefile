@@ -63,8 +63,8 @@ $(RUN)/done: pyproject.toml constraints.txt $(wildcard $(foreach room,$(ROOMS),$
 	mkdir -p $(@D)
 	touch $@
 
-$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in, and what links test hosts
-	$(CPP)/cmake/debian-packages.sh chromium iproute2
+$(DEV)/chromium: $(DEV)/done | $(CPP_BUILD)/needs ## the browser that the page is tested in, what links test hosts, what kills at a call
+	$(CPP)/cmake/debian-packages.sh chromium iproute2 strace
 	touch $@
 
 $(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-headers.sh
