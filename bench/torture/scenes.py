@@ -65,8 +65,18 @@ def _digest(path: Path) -> str:
     if path.parent.name == FOLDER and path.suffix == ".json":
         return "a plan"
     if path.name == "state.pt":  # a state that was read and saved again holds the same in other bytes
-        return hashlib.sha256(repr(torch.load(path, weights_only=True)).encode()).hexdigest()
+        return hashlib.sha256(repr(_in_full(torch.load(path, weights_only=True))).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _in_full(state: object) -> object:
+    """A state whose ``repr`` abbreviates nothing: tensors by their bytes."""
+    if isinstance(state, torch.Tensor):
+        content = state.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return state.dtype, tuple(state.shape), hashlib.sha256(content).hexdigest()
+    if isinstance(state, Mapping):
+        return {name: _in_full(part) for name, part in state.items()}
+    return [_in_full(part) for part in state] if isinstance(state, (list, tuple)) else state
 
 
 def is_hidden(path: Path) -> bool:
