@@ -3,6 +3,7 @@ RUN := .env-run
 DEV := .env-dev
 OLDEST := .env-oldest
 NEWEST := .env-3.13
+STANDIN := build/gpu/done
 ROOMS := tarflow export runtime shards quality serve cli
 PIP_FLAGS := --quiet --disable-pip-version-check
 
@@ -20,7 +21,7 @@ test: ## everything that is checked before a change lands
 	$(MAKE) -j 2 prepare
 	$(MAKE) unit cpp-test
 
-prepare: lint types $(DEV)/chromium $(NEWEST)/done cpp-dev # what needs no idle machine: one core each
+prepare: lint types $(DEV)/chromium $(NEWEST)/done $(STANDIN) cpp-dev # what needs no idle machine: one core each
 
 lint: $(DEV)/done
 	$(DEV)/bin/ruff check .
@@ -29,7 +30,7 @@ lint: $(DEV)/done
 types: $(DEV)/done
 	$(DEV)/bin/mypy
 
-unit: $(DEV)/done $(DEV)/chromium $(OLDEST)/done $(NEWEST)/done cpp-dev
+unit: $(DEV)/done $(DEV)/chromium $(OLDEST)/done $(NEWEST)/done $(STANDIN) cpp-dev
 	$(DEV)/bin/pytest -n 2 --dist worksteal --durations=12
 
 cpp: $(CPP_BUILD)/needs ## libtarflow, in runtime/cpp/build/release
@@ -95,6 +96,11 @@ $(NEWEST)/done: pyproject.toml constraints.txt | $(OLDEST)/done
 	mkdir -p $(@D)
 	if [ "$(PYTHON_3_13)" ]; then "$(PYTHON_3_13)" -m venv $(NEWEST) && \
 	  $(NEWEST)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[serve]"; fi
+	touch $@
+
+# What stands in for CUDA's libraries, and ONNX Runtime for GPUs, which it lets run where there is none.
+$(STANDIN): $(wildcard bench/gpu/standin/src/*) bench/gpu/standin/build.py bench/gpu/wheels.py | $(DEV)/done
+	$(DEV)/bin/python -m bench.gpu.standin.build
 	touch $@
 
 clean:

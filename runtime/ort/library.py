@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 from typing import Any
 
@@ -23,9 +25,16 @@ def load_onnxruntime() -> Any:
             f"ONNX Runtime is not installed ({error}); install one of its two builds: pip install onnxruntime, "
             "or pip install onnxruntime-gpu on a machine with CUDA"
         ) from None
-    if PROVIDERS["cuda"] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls(directory="")  # CUDA's libraries, where pip put them
     return onnxruntime
+
+
+@functools.cache
+def load_cuda() -> None:
+    """CUDA's libraries from where pip put them, for ONNX Runtime's provider. What is missing the provider will say."""
+    ort = load_onnxruntime()
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # which is for results; it prints there what it did not find
+            ort.preload_dlls(directory="")
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

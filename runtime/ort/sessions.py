@@ -15,7 +15,7 @@ from ..errors import BundleError, MachineError, Remedy, TarflowError, limit_of_m
 from ..machine import cores, cpu_quota
 from ..opening import Opening
 from ..parts import Feeds
-from .library import PROVIDERS, check_path, first_line, load_onnxruntime, share_arena
+from .library import PROVIDERS, check_path, first_line, load_cuda, load_onnxruntime, share_arena
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,6 +45,8 @@ class Sessions:
                 expected="cpu",
             )
         self.device = opening.provider  # by the name that tensors on it take
+        if self.device == "cuda":
+            load_cuda()
         self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time
         self.captures = opening.cuda_graph and self.device == "cuda"
         self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"

@@ -47,7 +47,14 @@ def audit(bundle: Bundle) -> dict[str, Any]:
         phases += run(flow, guided)
     events = read()
     did = {name: summary(part(events, name)) for name in phases}
-    return {"backend": flow.backend.description, "placement": PLACED, "phases": did, "bad": dict(bad(events))}
+    found = {"backend": flow.backend.description, "placement": PLACED, "phases": did, "bad": dict(bad(events))}
+    return found | {"libraries": libraries()}
+
+
+def libraries() -> list[str]:
+    """CUDA's, or what stands in for them, that this process has loaded."""
+    words = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return sorted({name for name in (Path(word).name for word in words) if name.startswith(("libcu", "libnv"))})
 
 
 def run(flow: Flow, guided: bool) -> list[str]:

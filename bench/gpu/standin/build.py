@@ -1,12 +1,16 @@
 """The stand-in, built: libraries that take the place of CUDA's, and the ONNX Runtime that runs on them.
 
-Needs a C++ compiler and nm. CUDA's headers and ONNX Runtime come from the package index when they are first needed.
+    python -m bench.gpu.standin.build
+
+Needs a C++ compiler, nm and readelf. CUDA's headers and ONNX Runtime come from the package index when they are first
+needed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections import defaultdict
@@ -89,6 +93,11 @@ def asked_of(provider: Path) -> dict[str, set[str]]:
     return found
 
 
+def needed_by(library: Path) -> list[str]:
+    """The libraries that one is linked to."""
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "--dynamic", "--wide", library))
+
+
 def symbols(*arguments: str | Path) -> list[list[str]]:
     return [line.split() for line in run("nm", *arguments).splitlines()]
 
@@ -105,3 +114,7 @@ def run(*command: str | Path) -> str:
         raise SystemExit(
             f"{command[0]} is not to be found here; the stand-in for CUDA is compiled: install g++"
         ) from None
+
+
+if __name__ == "__main__":
+    build()

@@ -1,0 +1,81 @@
+"""ONNX Runtime's real CUDA provider on libraries that stand in for CUDA's: all it does with a device but the numbers.
+
+No kernel runs. What is placed, captured, allocated, copied and waited for, by which thread, is what a GPU would get.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from bench.gpu.checkout import KEPT
+from bench.gpu.standin.__main__ import find
+from bench.gpu.standin.build import LIBRARIES, Standin, build, needed_by
+
+from .conftest import DEMO, Exported
+
+PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def standin() -> Standin:
+    """Built once for all workers, and kept; a line of skip where its wheels cannot be had."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(KEPT / "lock"):
+        try:
+            return build()
+        except SystemExit as error:
+            pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("case", [("demo", "fp32"), ("cond", "fp16")], ids="-".join)
+def test_every_node_of_a_step_is_on_the_device_and_captured(
+    standin: Standin, bundle: Exported, case: tuple[str, str]
+) -> None:
+    found = find(standin, "audit", bundle(*case))
+    assert found["bad"] == {}
+    assert "absent" not in found
+    assert "without CUDA graphs" not in found["backend"]
+    for name, placed in found["placement"].items():
+        assert set(placed["on the CPU"]) <= {"Concat"}, name  # of sizes, which are the host's
+        assert placed["copies"] == 0, name
+    for guided in ("unguided", "guided"):
+        for block in (0, 1):
+            first, second, third = (found["phases"][f"{guided}-block-{block}-step-{step}"] for step in range(3))
+            assert first["captured"] == second["captured"] > 0  # the position takes turns between two places
+            assert third == {"graphs launched": 1, "waits": 1}
+    assert set(found["libraries"]) <= set(LIBRARIES)  # neither cuDNN nor cuFFT, whatever was computed
+
+
+def test_the_provider_is_linked_to_what_the_gpu_extra_brings_and_no_more(standin: Standin) -> None:
+    of_cuda = {name for name in needed_by(standin.packages / PROVIDER) if name.startswith(("libcu", "libnv"))}
+    assert of_cuda == set(LIBRARIES)  # cudart, cublas with cublasLt, curand; and the driver's own
+
+
+def test_products_in_fp32_are_not_rounded_to_tf32(standin: Standin) -> None:
+    found = find(standin, "tf32", DEMO)
+    assert found["products"] > 0
+    assert found["in tf32"] == 0
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_cuda_that_is_missing_is_not_complained_of_among_the_results(
+    standin: Standin, tmp_path: Path, provider: str
+) -> None:
+    """The build for GPUs without CUDA's libraries: its own words would break what a program reads."""
+    environment = {name: value for name, value in standin.environment().items() if name != "LD_LIBRARY_PATH"}
+    asked = ["generate", "--n", "1", "--provider", provider, "-o", str(tmp_path / "grid.png"), "--json"]
+    command = [sys.executable, "-m", "tarflow.cli.main", *asked]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    if provider == "cpu":
+        assert json.loads(done.stdout)["certificate"]["max"] < 1e-4
+    else:
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "CUDAExecutionProvider could not be started" in done.stderr
