@@ -16,13 +16,6 @@ def processor() -> str:
     return _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
 
 
-def gpu() -> str:
-    """The first NVIDIA GPU's model, by its driver's word; empty if there is none."""
-    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        return _field(information, "Model")
-    return ""
-
-
 def cores(root: Path = _ROOT) -> int:
     """Cores this process may keep busy: those it may run on, and no more than its quota is worth, but one."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,13 +11,15 @@ from .errors import InputError
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 _MOST_THREADS = 1 << 16
 ON_DEVICE = ("cuda", "tensorrt")
+_DEVICE = re.compile(r"[0-9]{1,4}|((GPU|MIG)-)?[0-9a-f-]{4,36}", re.IGNORECASE)
 Memory = int | Literal["least"] | None
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here.
+    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here. "cuda:1" names a
+    GPU by its number or UUID; otherwise it is the first one that CUDA shows this process.
 
     ``threads`` (None: one a core, as far as a quota allows) and ``spinning`` (False where cores are shared) go to ONNX
     Runtime. ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches,
@@ -33,14 +35,28 @@ class Opening:
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
-        if self.provider not in PROVIDERS:
-            raise InputError.of("provider", f"'{self.provider}'", f"one of {', '.join(PROVIDERS)}")
+        name, colon, device = self.provider.partition(":")
+        if name not in PROVIDERS or (colon and (name not in ON_DEVICE or not _DEVICE.fullmatch(device))):
+            expected = (
+                f"one of {', '.join(PROVIDERS)}; behind {' and '.join(ON_DEVICE)} :NUMBER or :UUID may name a GPU"
+            )
+            raise InputError.of("provider", f"'{self.provider}'", expected)
         if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
             raise InputError.of("threads", self.threads, f"1 to {_MOST_THREADS}, or nothing for one a core")
         if isinstance(self.memory, str) and self.memory != "least":
             raise InputError.of("memory", f"'{self.memory}'", "a number of bytes, or 'least'")
         if isinstance(self.memory, int) and self.memory < 1:
             raise InputError.of("memory", self.memory, "1 byte or more")
+
+    @property
+    def provider_name(self) -> str:
+        """The provider without its device."""
+        return self.provider.partition(":")[0]
+
+    @property
+    def device(self) -> str:
+        """Which GPU, by number or UUID; "" for the first."""
+        return self.provider.partition(":")[2]
 
 
 class OpeningKeywords(TypedDict, total=False):

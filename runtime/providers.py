@@ -33,7 +33,7 @@ def open_backend(bundle: Bundle, opening: Opening) -> Backend:
 
 
 def _open(bundle: Bundle, opening: Opening) -> Backend:
-    if opening.provider == "tensorrt":
+    if opening.provider_name == "tensorrt":
         from .tensorrt.backend import open_tensorrt
 
         return open_tensorrt(bundle, opening)

@@ -11,12 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Array, Branches, Labels, Mask, block_order, check_window, pad_rows
+from .backend import Array, Branches, Mask, block_order, check_window, pad_rows
 from .ports import POSITION
+from .spare import Spare
 
 
 class Steps(Protocol):
-    """A resident graph with its tensors in place on some device. One owner at a time."""
+    """A resident graph with its tensors in place on some device, ``shape`` (images, branches). One owner at a time."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Copy an array to an input."""
@@ -27,26 +31,21 @@ class Steps(Protocol):
     def launch(self, window: int) -> None:
         """One step from the current position on; may return before it has ended."""
 
-    def close(self, clean: bool) -> None:
-        """Hand the memory on. ``clean`` says that the cache is known to be finite."""
-
 
 class ResidentDecoding:
-    """One block being inverted by :class:`Steps`; ``labels`` (G, B) as graphs take them.
+    """One block being inverted by :class:`Steps`, which are ``idle`` afterwards; labels as graphs take them.
 
-    A device that takes no fewer than ``least`` images computes the last one several times.
+    Steps of more images than there are compute the last one several times.
     """
 
-    def __init__(
-        self, steps: Steps, reverse: bool, z: Array, labels: Labels, branches: Branches, least: int = 1
-    ) -> None:
-        self._steps, self._reversed, self._least = steps, reverse, least
+    def __init__(self, steps: Steps, idle: Spare[Any], reverse: bool, z: Array, branches: Branches) -> None:
+        self._steps, self._idle, self._reversed, self._least = steps, idle, reverse, steps.shape[0]
         self._batch, self._tokens, _ = z.shape
         self._mirror: Array | None = None  # the device's patches, once the host has looked at them
         ordered = self._ordered(z)
         steps.write("z", ordered)
         steps.write("x", ordered[:, None])
-        steps.write("labels", np.ascontiguousarray(pad_rows(labels, least, 1)))
+        steps.write("labels", np.ascontiguousarray(pad_rows(branches.labels, self._least, 1)))
         steps.write("mix", np.ascontiguousarray(branches.mix))
         steps.write("inverse_temperature", branches.inverse_temperature)
         self._position = -1  # where the device believes it is; -1: whatever an earlier block left
@@ -89,7 +88,8 @@ class ResidentDecoding:
 
     def close(self) -> None:
         """Hand the memory to the next block. The decoding must not be used afterwards."""
-        self._steps.close(self._clean)
+        if self._clean:
+            self._idle.give(self._steps)
 
     def _ordered(self, patches: Array) -> Array:
         """As the device holds them: in block order, at least so many rows."""

@@ -37,7 +37,11 @@ def test_cuda_multiplies_fp32_in_fp32(monkeypatch: pytest.MonkeyPatch, graph: st
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None, raising=False)
     OrtBackend(Bundle.open(DEMO), Opening("cuda", cuda_graph=captured)).sessions.get(0, graph)
-    options = {"use_tf32": "0", **({"enable_cuda_graph": "1"} if captured and graph == "resident" else {})}
+    options = {
+        "use_tf32": "0",
+        "device_id": "0",
+        **({"enable_cuda_graph": "1"} if captured and graph == "resident" else {}),
+    }
     assert asked[-1] == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 

@@ -65,6 +65,53 @@ def test_products_in_fp32_are_not_rounded_to_tf32(standin: Standin) -> None:
     assert found["in tf32"] == 0
 
 
+def test_weights_are_on_the_device_once_whatever_batches_come(standin: Standin) -> None:
+    found = find(standin, "growth", DEMO)
+    for sizes in ("bytes after n = 1...8", "certified and denoised"):
+        assert found[sizes][-1] - found[sizes][0] <= 0.3 * found["weights"]
+    assert (
+        found["certified and denoised"][-1] <= 5 * found["weights"]
+    )  # of three kinds of graphs, and what they work in
+
+
+def test_guidance_by_turns_is_captured_once_and_destroyed_with_the_flow(standin: Standin) -> None:
+    found = find(standin, "alternate", DEMO)
+    unguided, both, *later = found["graphs after each"]
+    assert 0 < unguided < both
+    assert set(later) == {both}
+    assert_nothing_is_left(found)
+
+
+def test_captures_of_more_shapes_than_are_kept_make_room_for_new_ones(standin: Standin) -> None:
+    found = find(standin, "crowd", DEMO)
+    assert max(found["graphs held after each"]) == 6 * found["blocks"]
+    assert_nothing_is_left(found)
+
+
+def test_nothing_of_another_thread_falls_into_a_capture(standin: Standin) -> None:
+    found = find(standin, "threads", DEMO)
+    assert found["errors"] == []
+    assert found["captures"] > 0
+    assert_nothing_is_left(found)
+
+
+@pytest.mark.parametrize("provider", ["cuda:1", "cuda:GPU-20202020-2020", "cuda:20202020-2020-2020-2020-202020202020"])
+def test_a_gpu_that_is_named_is_the_one_that_is_used(standin: Standin, provider: str) -> None:
+    found = find(standin, "device", DEMO, provider)
+    assert found["devices"] == ["1"]
+    assert found["machine"] == "cuda a pretended GPU 1"  # what its plans are true for
+    assert found["refused"] == "`provider` is device '2'; expected one of those that CUDA has here " + (
+        "(0: a pretended GPU 0, 10101010-1010-1010-1010-101010101010; "
+        "1: a pretended GPU 1, 20202020-2020-2020-2020-202020202020)"
+    )
+
+
+def assert_nothing_is_left(found: Found) -> None:
+    """But for a pool of memory that ONNX Runtime keeps for as long as the process lives."""
+    assert (found["graphs left"], found["streams left"], found["bad"]) == (0, 0, {})
+    assert found["bytes left"] <= 4 << 20
+
+
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_cuda_that_is_missing_is_not_complained_of_among_the_results(
     standin: Standin, tmp_path: Path, provider: str

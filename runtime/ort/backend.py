@@ -18,7 +18,8 @@ from ..backend import REPRODUCIBLE_TILE, WINDOW, Array, Branches, Decoding, Labe
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, Remedy
 from ..files import size_text
-from ..machine import cores, gpu, processor
+from ..gpus import named
+from ..machine import cores, processor
 from ..memory import USUAL, Budget, forward_row, gradient_row, spend
 from ..opening import Opening
 from ..parts import Feeds, classes, forward_feeds, gradient_feeds, in_parts
@@ -42,7 +43,7 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None) -> None:
         self.bundle, self.config, self.opening = bundle, bundle.manifest.config, opening
         self.budget = spend(bundle, opening.memory)
-        on_cpu = opening.provider == "cpu"
+        on_cpu = opening.provider_name == "cpu"
         self.resident = not on_cpu if resident is None else resident
         if self.resident and RESIDENT not in bundle.manifest.blocks[0].graphs:
             raise BundleError(
@@ -55,7 +56,9 @@ class OrtBackend:
         self.description = self.sessions.description
         if isinstance(opening.memory, int) and self._of_a_tile(self.budget) != self._of_a_tile(USUAL):
             self.description += f", within {size_text(opening.memory)}"  # parts of another size round differently
-        self.machine = f"cpu {processor()}, {opening.threads or cores()} threads" if on_cpu else f"cuda {gpu()}"
+        self.machine = f"cpu {processor()}, {opening.threads or cores()} threads"
+        if not on_cpu:
+            self.machine = f"cuda {named(self.sessions.number)}"
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
         self._begin()
@@ -66,7 +69,8 @@ class OrtBackend:
     def _begin(self) -> None:
         """With nothing kept from earlier calls, and no lock held."""
         self._buffers: Spare[NDArray[np.uint8]] = Spare(keep=not self.budget.one_block)
-        self._idle: Spare[OrtSteps] = Spare(keep=not self.budget.one_block)
+        room = 0 if self.sessions.device == "cpu" else self.budget.cache
+        self._idle: Spare[OrtSteps] = Spare(keep=not self.budget.one_block, room=room)
 
     def after_fork(self) -> None:
         """Begin anew in a child process."""
@@ -81,13 +85,14 @@ class OrtBackend:
         return OrtBackend(self.bundle, replace(self.opening, threads=1, spinning=None), self.resident), threads
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
-        labels = classes(self.config, branches.labels)
+        branches = replace(branches, labels=classes(self.config, branches.labels))
         if not self.resident:
-            return StepwiseDecoding(self.sessions, self._buffers, block, z, replace(branches, labels=labels))
-        shape, idle = (len(z), len(branches.labels)), self._idle
-        steps = idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape, idle))
+            return StepwiseDecoding(self.sessions, self._buffers, block, z, branches)
+        images = len(z) if self.sessions.device == "cpu" else rounded(len(z))
+        shape = images, len(branches.labels)
+        steps = self._idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape))
         steps.block = block
-        return ResidentDecoding(steps, self.bundle.manifest.blocks[block].reversed, z, labels, branches)
+        return ResidentDecoding(steps, self._idle, self.bundle.manifest.blocks[block].reversed, z, branches)
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         most = self.budget.rows(forward_row(self.config, len(branches.labels)))
@@ -105,6 +110,12 @@ class OrtBackend:
 
     def _run(self, block: int, kind: str, feeds: Feeds, most: int) -> list[Array]:
         return in_parts(self.config, kind, feeds, (1, most), partial(self.sessions.run, block, kind))
+
+
+def rounded(images: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16 ...: a device computes a few more as fast, and captures each size anew."""
+    power = 1 << (images - 1).bit_length()
+    return power * 3 // 4 if power > 2 and images <= power * 3 // 4 else power
 
 
 def _after_fork() -> None:

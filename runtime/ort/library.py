@@ -32,6 +32,7 @@ def load_onnxruntime() -> Any:
 def load_cuda() -> None:
     """CUDA's libraries from where pip put them, for ONNX Runtime's provider. What is missing the provider will say."""
     ort = load_onnxruntime()
+    ort.set_default_logger_severity(3)  # errors: what it warns of is how devices are named, and cuDNN
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # which is for results; it prints there what it did not find
             ort.preload_dlls(directory="")

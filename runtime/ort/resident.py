@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+import math
+import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,16 @@ from numpy.typing import NDArray
 from ..bundle import RESIDENT
 from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
-from ..spare import Spare
+from .device import drop
 from .sessions import Sessions
 
-_GRAPH_IDS = itertools.count(1)  # a number for every captured CUDA graph of the process
+
+class _Bound(NamedTuple):
+    """A step, as ONNX Runtime runs it."""
+
+    session: Any
+    binding: Any
+    options: Any
 
 
 class OrtSteps:
@@ -24,58 +31,69 @@ class OrtSteps:
     them take turns. So a step can be run twice without harm, which ONNX Runtime does to capture a CUDA graph.
     """
 
-    def __init__(self, sessions: Sessions, shape: tuple[int, int], idle: Spare[OrtSteps]) -> None:
-        self._sessions, self.shape, self.block, self._idle = sessions, shape, 0, idle
+    def __init__(self, sessions: Sessions, shape: tuple[int, int]) -> None:
+        self._sessions, self.shape, self.block = sessions, shape, 0
         self._precision = PRECISIONS[sessions.bundle.manifest.precision]
         self._values: dict[str, Any] = {}
+        self._bindings: dict[tuple[int, int, int], _Bound] = {}  # by block, window and turn
         self._ports = inputs(sessions.bundle.manifest.config, RESIDENT)
-        for port in self._ports:
-            if port.name != "offsets":
-                self._values[port.name] = self._allocate(np.zeros(self._shape(port), self._type(port)))
-        self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
-        self._bindings: dict[tuple[int, int, int], tuple[Any, Any, Any]] = {}
+        with sessions.touching:
+            for port in self._ports:
+                if port.name != "offsets":
+                    self._values[port.name] = self._allocate(np.zeros(self._shape(port), self._type(port)))
+            self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
+            sessions.holders.add(self)
+        if sessions.device != "cpu":
+            for held in (self._values, self._bindings):  # last to first
+                weakref.finalize(self, drop, held).atexit = False
         self._turn = 0
 
+    @property
+    def nbytes(self) -> int:
+        """All that it holds on the device."""
+        return sum(math.prod(self._shape(port)) * np.dtype(self._type(port)).itemsize for port in self._ports)
+
     def write(self, name: str, array: NDArray[Any]) -> None:
-        self._values[self._current(name)].update_inplace(array)
+        with self._sessions.touching:
+            self._values[self._current(name)].update_inplace(array)
 
     def read(self, name: str) -> NDArray[Any]:
-        return np.array(self._values[self._current(name)].numpy())
+        with self._sessions.touching:
+            return np.array(self._values[self._current(name)].numpy())
 
     def launch(self, window: int) -> None:
         key = self.block, window, self._turn
-        if key not in self._bindings:
-            self._bindings[key] = self._bind(window)
-        session, binding, options = self._bindings[key]
-        try:
-            with self._sessions.launching:
-                session.run_with_iobinding(binding, options)
-        except Exception as error:
-            raise self._sessions.failed(self.block, RESIDENT, error) from None
+        with self._sessions.touching:
+            if key not in self._bindings:
+                self._bindings[key] = self._bind(window)
+            bound = self._bindings[key]
+            try:
+                bound.session.run_with_iobinding(bound.binding, bound.options)
+            except Exception as error:
+                raise self._sessions.failed(self.block, RESIDENT, error) from None
         self._turn = 1 - self._turn
 
-    def close(self, clean: bool) -> None:
-        if clean:
-            self._idle.give(self)
+    def forget(self, block: int) -> None:
+        """Let go of a block's captures, whose session is about to end."""
+        for key in [key for key in self._bindings if key[0] == block]:
+            del self._bindings[key]
 
-    def _bind(self, window: int) -> tuple[Any, Any, Any]:
-        batch, branches = self.shape
-        axes = (("batch", batch), ("branches", branches), ("rows", batch * branches), ("window", window))
-        session = self._sessions.get(self.block, RESIDENT, axes)
+    def _bind(self, window: int) -> _Bound:
+        session, number = self._sessions.to_capture(self.block)
         if f"offsets {window}" not in self._values:
             self._values[f"offsets {window}"] = self._allocate(np.arange(window))
         binding = session.io_binding()
         for port in self._ports:
             source = f"offsets {window}" if port.name == "offsets" else self._current(port.name)
-            place = self._sessions.device, 0, self._element(port), self._shape(port, window)
+            place = self._sessions.device, self._sessions.number, self._element(port), self._shape(port, window)
             binding.bind_input(port.name, *place, self._values[source].data_ptr())
             if is_state(port.name):
                 target = self._current(port.name, 1 - self._turn)
                 binding.bind_output(next_name(port.name), *place, self._values[target].data_ptr())
         options = self._sessions.ort.RunOptions()
         if self._sessions.captures:
-            options.add_run_config_entry("gpu_graph_id", str(next(_GRAPH_IDS)))
-        return session, binding, options
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        return _Bound(session, binding, options)
 
     def _current(self, name: str, turn: int | None = None) -> str:
         """Which tensor is an input's now: the position alone changes."""
@@ -94,4 +112,4 @@ class OrtSteps:
         return self._precision.onnx if port.holds == "cache" and self._precision.name == "bf16" else self._type(port)
 
     def _allocate(self, array: NDArray[Any]) -> Any:
-        return self._sessions.ort.OrtValue.ortvalue_from_numpy(array, self._sessions.device, 0)
+        return self._sessions.ort.OrtValue.ortvalue_from_numpy(array, self._sessions.device, self._sessions.number)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,30 +14,36 @@ from numpy.typing import NDArray
 
 from ..bundle import RESIDENT, Bundle
 from ..errors import BundleError, MachineError, Remedy, TarflowError, limit_of_machine
+from ..gpus import numbered
 from ..machine import cores, cpu_quota
 from ..opening import Opening
 from ..parts import Feeds
+from .device import drop, touching
 from .library import PROVIDERS, check_path, first_line, load_cuda, load_onnxruntime, share_arena
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Axes = tuple[tuple[str, int], ...]
+    from .resident import OrtSteps
+
 _CUDA = {"use_tf32": "0"}  # fp32 means fp32
+MOST_CAPTURES = 64  # of one block's steps: more than shapes and windows usually make
 
 
 class Sessions:
-    """Open sessions of a bundle's graphs, on one provider; with ``one_block``, of one block at a time.
+    """Open sessions of a bundle's graphs, on one provider; with ``one_block``, of one block at a time. Each holds its
+    weights once, for all sizes of batch, branches and window.
 
-    Safe to use from several threads. ``captures`` says that steps are recorded as CUDA graphs, ``description`` what
-    engine runs them. Raises MachineError for a provider that this ONNX Runtime does not have.
+    Safe to use from several threads: whoever opens, runs, reads or writes anything on a GPU holds ``touching``.
+    ``captures`` says that steps are recorded as CUDA graphs, ``description`` what engine runs them. Raises MachineError
+    for a provider that this ONNX Runtime does not have.
     """
 
     def __init__(self, bundle: Bundle, opening: Opening, one_block: bool) -> None:
         self.bundle, self._opening, self._one_block = bundle, opening, one_block
         self.ort = load_onnxruntime()
         check_path(bundle.folder)
-        self._provider, available = PROVIDERS[opening.provider], self.ort.get_available_providers()
+        self._provider, available = PROVIDERS[opening.provider_name], self.ort.get_available_providers()
         if self._provider not in available:
             raise MachineError(
                 f"provider '{opening.provider}' needs {self._provider}; this ONNX Runtime {self.ort.__version__} has "
@@ -44,23 +52,43 @@ class Sessions:
                 found=opening.provider,
                 expected="cpu",
             )
-        self.device = opening.provider  # by the name that tensors on it take
+        self.device = opening.provider_name  # by the name that tensors on it take
+        self.number = numbered(opening.device)
         if self.device == "cuda":
             load_cuda()
-        self.launching = threading.Lock()  # a session that captures CUDA graphs runs for one thread at a time
+        self.touching: AbstractContextManager[object] = nullcontext() if self.device == "cpu" else touching
         self.captures = opening.cuda_graph and self.device == "cuda"
+        self.holders: weakref.WeakSet[OrtSteps] = weakref.WeakSet()  # of captures
         self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"
-        self._open: dict[tuple[int, str, Axes], onnxruntime.InferenceSession] = {}
+        self._open: dict[tuple[int, str], onnxruntime.InferenceSession] = {}
+        self._captured: dict[int, int] = {}  # by block
         self._lock = threading.Lock()
+        if self.device != "cpu":
+            weakref.finalize(self, drop, self._open).atexit = False
 
-    def get(self, block: int, kind: str, axes: Axes = ()) -> Any:
-        """The session of one graph; ``axes`` fixes sizes by name. Raises BundleError for a graph that does not load."""
-        with self._lock:
+    def get(self, block: int, kind: str) -> Any:
+        """The session of one graph. Raises BundleError for a graph that does not load."""
+        with self.touching, self._lock:
             if self._one_block:  # sessions in use elsewhere live on until their users let go of them
-                self._open = {key: session for key, session in self._open.items() if key[0] == block}
-            if (block, kind, axes) not in self._open:
-                self._open[block, kind, axes] = self._start(block, kind, axes)
-            return self._open[block, kind, axes]
+                for key in [key for key in self._open if key[0] != block]:
+                    del self._open[key]
+            if (block, kind) not in self._open:
+                self._open[block, kind] = self._start(block, kind)
+            return self._open[block, kind]
+
+    def to_capture(self, block: int) -> tuple[Any, int]:
+        """The session of a block's steps, and a number that no capture in it has yet. Under ``touching``.
+
+        ONNX Runtime destroys captures with their session alone: one that is full of them is opened anew.
+        """
+        if self.captures:
+            self._captured[block] = self._captured.get(block, 0) + 1
+            if self._captured[block] > MOST_CAPTURES:
+                for holder in self.holders:
+                    holder.forget(block)
+                self._open.pop((block, RESIDENT), None)
+                self._captured[block] = 1
+        return self.get(block, RESIDENT), self._captured.get(block, 0)
 
     def after_fork(self) -> None:
         """Begin anew in a child process. The parent's sessions stay for ever: their threads are not here, and a session
@@ -68,13 +96,19 @@ class Sessions:
         """
         for session in self._open.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-        self._open, self._lock, self.launching = {}, threading.Lock(), threading.Lock()
+        self._open, self._lock = {}, threading.Lock()
 
     def run(self, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
         """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
-        session = self.get(block, kind)
+        session, options = self.get(block, kind), None
+        if self.device != "cpu":  # scratch memory is given back: each block's session would keep the most it ever had
+            options = self.ort.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self.number}")
         try:
-            outputs: list[NDArray[Any]] = session.run(None, {k: np.ascontiguousarray(v) for k, v in feeds.items()})
+            with self.touching:
+                outputs: list[NDArray[Any]] = session.run(
+                    None, {k: np.ascontiguousarray(v) for k, v in feeds.items()}, options
+                )
         except Exception as error:
             raise self.failed(block, kind, error) from None
         return outputs
@@ -88,10 +122,10 @@ class Sessions:
             )
         return BundleError(f"block {block}'s {kind} graph failed in {self.description}: {first_line(error)}")
 
-    def _start(self, block: int, kind: str, axes: Axes) -> Any:
+    def _start(self, block: int, kind: str) -> Any:
         path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])
         try:
-            session = self._session(path, self._options(kind, axes), kind)
+            session = self._session(path, self._options(kind), kind)
         except Exception as error:
             self.bundle.confirm()
             said = f"'{path}' cannot be loaded by {self.description}: {first_line(error)}"
@@ -119,9 +153,9 @@ class Sessions:
     def _providers(self, **options: str) -> list[Any]:
         if self.device == "cpu":
             return [self._provider]
-        return [(self._provider, _CUDA | options), PROVIDERS["cpu"]]
+        return [(self._provider, _CUDA | {"device_id": str(self.number)} | options), PROVIDERS["cpu"]]
 
-    def _options(self, kind: str, axes: Axes) -> Any:
+    def _options(self, kind: str) -> Any:
         options, opening = self.ort.SessionOptions(), self._opening
         options.log_severity_level = 3  # errors; ONNX Runtime's hints are not for our users
         options.inter_op_num_threads = 1
@@ -143,6 +177,4 @@ class Sessions:
             level = "4" if kind in ("step", RESIDENT) else "1"
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
             options.add_session_config_entry("session.qdq_matmulnbits_block_size", "64")
-        for axis, size in axes:  # known shapes fold away, and with them the arithmetic that would leave the GPU
-            options.add_free_dimension_override_by_name(axis, size)
         return options

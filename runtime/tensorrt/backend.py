@@ -6,6 +6,7 @@ TensorRT and TensorRT-RTX have the same interface; which of the two an engine ne
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,14 @@ class TrtBackend:
 
     def __init__(self, bundle: Bundle, record: Record, folder: Path, trt: Any, opening: Opening) -> None:
         self.bundle, self.config, self.cuda_graph = bundle, bundle.manifest.config, opening.cuda_graph
-        self.engines = Engines(bundle, record, folder, trt, spend(bundle, opening.memory).one_block)
+        budget = spend(bundle, opening.memory)
+        self.engines = Engines(bundle, record, folder, trt, budget.one_block)
         self.largest_batch: int | None = record.largest_batch
         self.window = WINDOW
         name = self.engines.here.gpu
         self.description = f"{record.package} {trt.__version__} {record.precision}, {name}"
         self.machine = f"tensorrt {name}"
-        self._idle: Spare[TrtSteps] = Spare(keep=not self.engines.one_block)
+        self._idle: Spare[TrtSteps] = Spare(keep=not budget.one_block, room=budget.cache)
         self._memory: dict[str, Memory] = {}  # of forward and gradient, by tensor
 
     def lanes(self) -> None:
@@ -84,14 +86,14 @@ class TrtBackend:
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         least, most = self.engines.range("step", len(branches.labels))
         check_batch(len(z), most, self.engines.rebuild(batch=(least, most, len(z))))
+        shape = max(len(z), least), len(branches.labels)
+        new = partial(TrtSteps, self.engines, shape, self.cuda_graph)
+        steps = self._idle.take(lambda one: one.shape == shape, new)
         with self.engines.launching:
-            shape, idle = (max(len(z), least), len(branches.labels)), self._idle
-            new = partial(TrtSteps, self.engines, shape, self.cuda_graph, idle)
-            steps = idle.take(lambda one: one.shape == shape, new)
             self.engines.holders.add(steps)
             steps.begin(block)
-        reverse = self.bundle.manifest.blocks[block].reversed
-        return ResidentDecoding(steps, reverse, z, classes(self.config, branches.labels), branches, least)
+        branches = replace(branches, labels=classes(self.config, branches.labels))
+        return ResidentDecoding(steps, self._idle, self.bundle.manifest.blocks[block].reversed, z, branches)
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         z, log_det = self._run(block, "forward", forward_feeds(self.config, x, branches))

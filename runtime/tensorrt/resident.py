@@ -13,7 +13,6 @@ from ..bundle import RESIDENT
 from ..errors import BundleError
 from ..ports import POSITION, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
-from ..spare import Spare
 from .cuda import Captured, Memory
 from .engines import Engines
 
@@ -25,8 +24,8 @@ class TrtSteps:
     and is copied back behind the step, as part of it. ``cuda_graph`` False launches every kernel of every step anew.
     """
 
-    def __init__(self, engines: Engines, shape: tuple[int, int], cuda_graph: bool, idle: Spare[TrtSteps]) -> None:
-        self._engines, self.shape, self._cuda_graph, self._idle = engines, shape, cuda_graph, idle
+    def __init__(self, engines: Engines, shape: tuple[int, int], cuda_graph: bool) -> None:
+        self._engines, self.shape, self._cuda_graph = engines, shape, cuda_graph
         self._ports = {port.name: port for port in inputs(engines.bundle.manifest.config, RESIDENT)}
         self._memory: dict[tuple[str, int], Memory] = {}
         self._graphs: dict[tuple[int, int], Captured] = {}  # by block and window
@@ -68,9 +67,10 @@ class TrtSteps:
                 launch()
                 self._warm.add(key)
 
-    def close(self, clean: bool) -> None:
-        if clean:
-            self._idle.give(self)
+    @property
+    def nbytes(self) -> int:
+        """All that it holds on the device."""
+        return sum(memory.size for memory in self._memory.values())
 
     def forget(self, kept: int | None = None) -> None:
         """Destroy what was captured of all blocks but one: their engine, or memory it works in, is about to go."""

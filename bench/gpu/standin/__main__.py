@@ -16,24 +16,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench.gpu.checkout import DEMO
 from bench.gpu.standin.build import Standin, build
 
-NAMES = ("tf32", "audit", "growth", "alternate", "threads")
+NAMES = ("tf32", "audit", "growth", "alternate", "crowd", "threads", "device")
 LINGER = "2000"  # microseconds of a capture, in the probe of threads: long enough for others' calls to fall into it
 
 
-def find(standin: Standin, name: str, bundle: Path) -> dict[str, object]:
-    """What one probe finds, in a process of its own. Raises CalledProcessError if it fails."""
+def find(standin: Standin, name: str, bundle: Path, *more: str) -> dict[str, Any]:
+    """What one probe finds, in a process of its own that sees two GPUs. Raises CalledProcessError if it fails."""
     code = "import json, sys; from bench.gpu.standin.probes import probe; print(json.dumps(probe(*sys.argv[1:])))"
     with tempfile.TemporaryDirectory() as place:
-        environment = standin.environment(Path(place) / "log")
+        environment = standin.environment(Path(place) / "log") | {"STANDIN_DEVICES": "2"}
         if name == "threads":
             environment["STANDIN_LINGER"] = LINGER
-        command = [sys.executable, "-c", code, name, str(bundle)]
+        command = [sys.executable, "-c", code, name, str(bundle), *more]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -29,7 +29,7 @@ LIBRARIES = {
     "libcublas.so.13": ("cublas",),
     "libcublasLt.so.13": ("cublas",),
     "libcurand.so.10": (),
-    "libcuda.so.1": (),
+    "libcuda.so.1": ("driver",),
 }
 NOT_SUPPORTED = 801  # cudaErrorNotSupported
 

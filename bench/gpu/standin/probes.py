@@ -16,9 +16,11 @@ import numpy as np
 
 from bench.gpu.opening import resident_flow
 from bench.gpu.standin.audit import audit
-from bench.gpu.standin.log import absent, allocated, bad, calls, read
+from bench.gpu.standin.log import Event, absent, allocated, bad, calls, read
 from tarflow.runtime.bundle import WEIGHTS, Bundle
+from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.ort import sessions
 
 Found = dict[str, Any]
 
@@ -41,12 +43,14 @@ def tf32(bundle: Bundle) -> Found:
 
 
 def growth(bundle: Bundle) -> Found:
-    """Device memory by the number of batch sizes seen, beside the weights."""
+    """Device memory by the number of batch sizes seen, beside the weights: of steps alone, then of all there is."""
     flow, held = resident_flow(bundle, "cuda"), []
-    for n in range(1, 9):
-        draw(flow, n)
-        held.append(allocated(read()))
-    return {"weights": bundle.path(WEIGHTS).stat().st_size, "bytes after n = 1...8": held}
+    for everything in (False, True):
+        for n in range(1, 9):
+            flow.sample(n, labels=labels(flow, n), denoise=everything, certify=everything)
+            held.append(allocated(read()))
+    sizes = {"bytes after n = 1...8": held[:8], "certified and denoised": held[8:]}
+    return {"weights": bundle.path(WEIGHTS).stat().st_size, **sizes}
 
 
 def alternate(bundle: Bundle) -> Found:
@@ -56,19 +60,37 @@ def alternate(bundle: Bundle) -> Found:
         draw(flow, 16, guidance=float(turn % 2))
         made.append(calls(read(), "cudaGraphInstantiate"))
     del flow
-    events = read()
-    destroyed = calls(events, "cudaGraphExecDestroy")
-    return {"graphs after each": made, "destroyed in all": destroyed, "bytes held after": allocated(events)}
+    return {"graphs after each": made, **left(read())}
+
+
+def crowd(bundle: Bundle) -> Found:
+    """More shapes than captures are kept for."""
+    sessions.MOST_CAPTURES = 6  # three shapes' of a block
+    flow, held = resident_flow(bundle, "cuda"), []
+    for n in (1, 2, 3, 4, 1, 2, 6, 8, 1):
+        draw(flow, n)
+        events = read()
+        held.append(calls(events, "cudaGraphInstantiate") - calls(events, "cudaGraphExecDestroy"))
+    del flow
+    return {"blocks": bundle.manifest.config.blocks, "graphs held after each": held, **left(read())}
+
+
+def left(events: list[Event]) -> Found:
+    """What is left once a flow has been let go of."""
+    graphs = calls(events, "cudaGraphInstantiate") - calls(events, "cudaGraphExecDestroy")
+    streams = calls(events, "cudaStreamCreate") - calls(events, "cudaStreamDestroy")
+    return {"graphs left": graphs, "streams left": streams, "bytes left": allocated(events), "bad": dict(bad(events))}
 
 
 def threads(bundle: Bundle) -> Found:
-    """Three threads draw from one flow: what falls into another one's capture? Batches differ, so that all capture."""
-    flow, errors = resident_flow(bundle, "cuda"), []
+    """Three threads draw from one flow, and from others that they open: what falls into another one's capture?"""
+    shared, errors = [resident_flow(bundle, "cuda")], []
 
     def work(first: int) -> None:
-        for n in range(first, first + 4):
+        for n in range(first, first + 4):  # batches differ, so that all capture
             try:
-                draw(flow, n, certify=True)
+                draw(shared[0], n, certify=True)
+                draw(resident_flow(bundle, "cuda"), 1)
             except Exception as error:
                 errors.append(f"{type(error).__name__}: {error}")
 
@@ -77,21 +99,37 @@ def threads(bundle: Bundle) -> Found:
         thread.start()
     for thread in all_of_them:
         thread.join()
-    events = read()
-    return {"bad": dict(bad(events)), "captures": calls(events, "cudaStreamBeginCapture"), "errors": errors}
+    captures = calls(read(), "cudaStreamBeginCapture")
+    shared.clear()
+    return {"captures": captures, "errors": errors, **left(read())}
 
 
-PROBES: dict[str, Callable[[Bundle], Found]] = {
+def device(bundle: Bundle, provider: str = "cuda:1") -> Found:
+    """On which device everything is, and what is said of one that is not there."""
+    flow = resident_flow(bundle, provider)
+    draw(flow, 2, certify=True)
+    used = sorted({event.values["device"] for event in read() if event.call == "allocated"})
+    refused = ""
+    try:
+        resident_flow(bundle, "cuda:2")
+    except InputError as error:
+        refused = str(error)
+    return {"machine": flow.backend.machine, "devices": used, "refused": refused}
+
+
+PROBES: dict[str, Callable[..., Found]] = {
     "tf32": tf32,
     "audit": audit,
     "growth": growth,
     "alternate": alternate,
+    "crowd": crowd,
     "threads": threads,
+    "device": device,
 }
 
 
-def probe(name: str, bundle: str) -> Found:
+def probe(name: str, bundle: str, *more: str) -> Found:
     """What one probe found, and what of CUDA nothing stood in for."""
-    found = PROBES[name](Bundle.open(bundle))
+    found = PROBES[name](Bundle.open(bundle), *more)
     missing = absent(read())
     return {"probe": name, **found, **({"absent": missing} if missing else {})}

@@ -1,5 +1,7 @@
-// One pretended GPU, of the size and capability of a large one, and the errors of the runtime.
+// Pretended GPUs, of the size and capability of a large one, and the errors of the runtime.
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <string_view>
 
 #include "state.hpp"
@@ -14,14 +16,26 @@ constexpr int kProcessors = 132, kSharedOptIn = 232448, kSharedUsual = 49152;
 
 extern "C" {
 
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : failed(cudaErrorInvalidDevice); }
+int standin_devices() {
+  const char* const said = getenv("STANDIN_DEVICES");
+  return said == nullptr ? 1 : atoi(said);
+}
+void standin_describe(int number, char* name, size_t size, unsigned char* uuid) {
+  snprintf(name, size, "a pretended GPU %d", number);
+  memset(uuid, 0x10 * (number + 1), 16);
+}
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = standin_devices(), cudaSuccess; }
+cudaError_t cudaGetDevice(int* number) { return *number = device, cudaSuccess; }
+cudaError_t cudaSetDevice(int number) {
+  if (number < 0 || number >= standin_devices()) return failed(cudaErrorInvalidDevice);
+  return device = number, cudaSuccess;
+}
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* found, int) {
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* found, int number) {
   *found = {};
-  snprintf(found->name, sizeof found->name, "a pretended GPU");
+  standin_describe(number, found->name, sizeof found->name, reinterpret_cast<unsigned char*>(&found->uuid));
   found->totalGlobalMem = kMemory;
   found->major = kMajor, found->minor = kMinor, found->multiProcessorCount = kProcessors;
   found->sharedMemPerBlock = kSharedUsual, found->sharedMemPerBlockOptin = kSharedOptIn;

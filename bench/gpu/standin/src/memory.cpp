@@ -12,14 +12,14 @@ cudaError_t allocate(const char* call, void** address, size_t size, Regions& reg
   unsafe(format("%s bytes=%zu", call, size));
   const std::lock_guard<std::mutex> lock(state().mutex);
   const size_t bytes = size == 0 ? 1 : size;
-  const bool device = &regions == &state().device;
-  if (device && bytes > kMemory - state().used) return failed(cudaErrorMemoryAllocation);
+  const bool on_device = &regions == &state().device;
+  if (on_device && bytes > kMemory - state().used) return failed(cudaErrorMemoryAllocation);
   if (posix_memalign(address, 512, bytes) != 0) return failed(cudaErrorMemoryAllocation);
   memset(*address, 0, bytes);
   regions[static_cast<const char*>(*address)] = bytes;
-  if (device) {
+  if (on_device) {
     state().used += bytes;
-    write(format("allocated bytes=%zu at=%p", bytes, *address));
+    write(format("allocated bytes=%zu at=%p device=%d", bytes, *address, device));
   }
   return cudaSuccess;
 }

@@ -37,6 +37,8 @@ bool capturing() {
 
 }  // namespace
 
+thread_local int device = 0;
+
 State& state() {  // never destroyed: libraries call in when the process ends
   static State* const all = new State;
   return *all;

@@ -1,4 +1,4 @@
-// A stand-in for CUDA's runtime library: one pretended GPU whose memory is the host's. Kernels are noted and not run, a
+// A stand-in for CUDA's runtime library: pretended GPUs whose memory is the host's. Kernels are noted and not run, a
 // graph is the number of its nodes, everything else does what it says. What matters is a line of $STANDIN_LOG:
 //
 //     THREAD CALL [KEY=VALUE ...] [captured] [bad=REASON]
@@ -7,6 +7,7 @@
 // "elsewhere", the capturing thread puts work where the graph does not have it; "pageable", a copy that CUDA may make
 // wait for the device, which it then refuses. A bad call is carried out all the same, so that all of them are seen.
 //
+// $STANDIN_DEVICES: how many GPUs there are, if not one.
 // $STANDIN_LINGER: microseconds a capture lasts longer, for calls of other threads to fall into.
 // $STANDIN_KERNELS: if set, a line for every container of device code and every kernel in it, as they are registered.
 #pragma once
@@ -46,6 +47,8 @@ struct State {
   std::map<const void*, Kernel> kernels;  // by the function that launches them on the host
   std::map<void**, int> containers;
 };
+
+extern thread_local int device;  // the thread's own
 
 State& state();
 long thread();
