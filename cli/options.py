@@ -60,7 +60,7 @@ Ray = Annotated[
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
 
 OPENING: Flags = {
-    "provider": _flag(str, "cpu", "cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here."),
+    "provider": _flag(str, "cpu", "cpu, cuda or tensorrt (engines of tarflow build), cuda:1 for another GPU, or auto."),
     "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
     "spinning": _flag(bool | None, None, "Let idle threads spin; not where cores are shared."),
     "memory": _flag(

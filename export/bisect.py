@@ -82,7 +82,7 @@ def bisect_bundle(
     ``tolerance`` is the largest absolute error of patches or gradients; by default ten times the precision's rms.
     Raises InputError for a provider that does not run graphs, and as :meth:`Comparison.open`.
     """
-    provider = comparison.opening.provider
+    provider = comparison.opening.provider_name
     if provider not in PROVIDERS:
         why = "bisecting looks inside ONNX graphs, and engines have none"
         raise InputError.of("provider", f"'{provider}'", f"one of {', '.join(PROVIDERS)}", why)

@@ -53,6 +53,8 @@ class Serving:
             raise InputError.of("delay", self.delay, "seconds, 0 to 60")
         if any(not 0 <= gpu < 1024 for gpu in self.gpus) or len({*self.gpus}) < len(self.gpus):
             raise InputError.of("gpus", ",".join(map(str, self.gpus)), "different device numbers, as in 0,1")
+        if self.opening.device:
+            raise InputError(f"`provider` {self.opening.provider} names a device; in a repository `gpus` do that")
         if self.opening.provider != "cpu" and not self.gpus:
             raise InputError(f"`provider` {self.opening.provider} needs a GPU: name the devices in `gpus`, as in 0,1")
 

@@ -22,7 +22,7 @@ import grpc
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from ..runtime.errors import MachineError
+from ..runtime.errors import InputError, MachineError
 from ..runtime.machine import cores
 from ..runtime.opening import ON_DEVICE, Opening
 from ..runtime.signals import ending
@@ -160,7 +160,9 @@ def share(workers: int | None, opening: Opening, most: int) -> Share:
     """Divide the cluster among ``most`` workers at most: by default a worker a GPU, or without GPUs a worker a machine,
     and its cores for threads. Raises MachineError if there are no GPUs for a provider that needs them.
     """
-    provider = opening.provider
+    provider = opening.provider_name
+    if opening.device:
+        raise InputError.of("provider", f"'{opening.provider}'", provider, "Ray gives each worker a GPU")
     known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in known if node["Alive"] and node["Resources"].get("CPU")]
     cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))

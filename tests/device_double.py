@@ -107,6 +107,7 @@ class DoubleCuda:
         return (CudaError.cudaSuccess,)
 
     def cudaFree(self, address: int) -> Result:
+        assert self.recording is None, "memory was given back during a capture, which spoils it"
         self.allocated.pop(address).fill(0xA5)
         return (CudaError.cudaSuccess,)
 
@@ -147,6 +148,7 @@ class DoubleCuda:
         return (CudaError.cudaSuccess,)
 
     def cudaGraphExecDestroy(self, graph: Any) -> Result:
+        assert self.recording is None
         self.graphs.discard(id(graph))
         return (CudaError.cudaSuccess,)
 
@@ -239,6 +241,7 @@ class DoubleContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
+        self.ran: dict[str, tuple[int, ...]] | None = None
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert stream
@@ -269,6 +272,9 @@ class DoubleContext:
         shapes, addresses, scratch = dict(self.shapes), dict(self.addresses), self.scratch
         if shapes.keys() != self.engine.inputs.keys() or addresses.keys() != {*shapes, *self.engine.outputs}:
             return self._error("not all tensors have a shape and an address")
+        if self.trt.cuda.recording is not None and self.ran != shapes:
+            return self._error("kernels are loaded for other shapes, which cannot be captured")
+        self.ran = shapes
         if scratch[1] < self.engine.device_memory_size_v2:
             return self._error("scratch memory is too small")
         for output in self.engine.outputs:

@@ -21,14 +21,15 @@ from .device_double import DoubleContext, DoubleCuda, DoubleEngine, DoubleRuntim
 
 ROOT = Path(__file__).parent.parent
 RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}  # behind a check of the package
+RTX_ONLY |= {"DynamicShapesKernelSpecializationStrategy", "dynamic_shapes_kernel_specialization_strategy"}
 VARIABLES = {"engine": "ICudaEngine", "context": "IExecutionContext", "runtime": "Runtime", "_runtime": "Runtime"}
 VARIABLES |= {"builder": "Builder", "config": "IBuilderConfig", "cache": "ITimingCache", "parser": "OnnxParser"}
 VARIABLES |= {"network": "INetworkDefinition", "layer": "ILayer", "tensor": "ITensor", "e": "ParserError"}
-VARIABLES |= {"inspector": "EngineInspector"}
+VARIABLES |= {"inspector": "EngineInspector", "runtime_config": "IRuntimeConfig"}
 # Files that speak to TensorRT, and which of those variables are TensorRT's in them.
 FILES = {
     "runtime/tensorrt/library.py": "",
-    "runtime/tensorrt/engines.py": "engine context _runtime",
+    "runtime/tensorrt/engines.py": "engine context _runtime runtime_config",
     "runtime/tensorrt/resident.py": "engine",
     "export/engines/target.py": "",
     "export/engines/network.py": "network parser builder config runtime e cache",

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tarflow.runtime.decode import serial
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.tensorrt.backend import TrtBackend, open_tensorrt
+from tarflow.runtime.tensorrt.cuda import Captured, Cuda, Memory
 from tarflow.runtime.tensorrt.library import import_tensorrt
 from tarflow.runtime.tensorrt.record import Here, Target
 from tarflow.runtime.tensorrt.record_reader import read_record
@@ -83,6 +85,47 @@ def test_a_captured_graph_gives_the_same_bits_and_nothing_crosses_the_bus_in_the
     assert np.array_equal(plain.sample(3, labels=1), first)
     assert np.array_equal(plain.sample(3, labels=1, denoise=False), second)
     assert not {"capture", "replay"} & set(cuda.calls)
+
+
+def test_batches_that_change_by_turns_are_captured_once(device: Device, built: Exported) -> None:
+    """All batch sizes share a context, which loads what a size needs when it runs, not while it is captured."""
+    flow, cpu = Flow.open(built(), provider="tensorrt"), Flow.open(built())
+    blocks = flow.config.blocks
+    for turn in range(6):
+        n, guidance = 2 + turn % 2, Guidance(0.5 * (turn % 3))
+        expected = cpu.sample(n, labels=1, guidance=guidance)
+        assert largest(flow.sample(n, labels=1, guidance=guidance), expected) < 1e-5
+    assert device[0].calls.count("capture") == 4 * blocks  # of 2 and 3 images, guided and not
+    z, plain = cpu.noise(0, range(3)), Branches.plain(np.zeros(3, np.int64), cpu.config.tokens)
+    turns = [flow.backend.decoding(0, z[:rows], plain.of(slice(rows))) for rows in (1, 3)]
+    for position in range(3):
+        for decoding in turns:
+            decoding.step(position)
+    assert device[0].calls.count("capture") == 4 * blocks + 1  # of one image
+
+
+def test_what_ends_during_a_capture_waits_for_its_end(device: Device) -> None:
+    double, cuda = device[0], Cuda()
+    own, held = [Memory(cuda, 8)], [Memory(cuda, 8)]
+    other = threading.Thread(target=held.clear)
+
+    def launch() -> None:
+        own.clear()
+        other.start()
+
+    with cuda:
+        captured = Captured(cuda, launch)
+        assert len(double.allocated) == 1
+    other.join()
+    assert not double.allocated
+    with pytest.raises(RuntimeError, match="not now"), cuda:
+        Captured(cuda, _fail)
+    assert double.recording is None
+    assert double.graphs == {id(captured.graph)}
+
+
+def _fail() -> None:
+    raise RuntimeError("not now")
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 9])

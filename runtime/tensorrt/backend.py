@@ -37,7 +37,9 @@ def open_tensorrt(bundle: Bundle, opening: Opening = _ON_TENSORRT, folder: Path 
 
     Raises MachineError without a GPU or TensorRT, BundleError if no engines fit, with the reason for each.
     """
-    cuda = Cuda()  # before any Runtime(): without a driver TensorRT returns one that crashes when used
+    cuda = Cuda(
+        device=opening.device
+    )  # before any Runtime(): without a driver TensorRT returns one that crashes when used
     found = folders(bundle) if folder is None else [folder]
     reasons, remedy, anew = [], None, Remedy("build", {"bundle": bundle.folder})
     if not found:
@@ -70,14 +72,13 @@ class TrtBackend:
 
     def __init__(self, bundle: Bundle, record: Record, folder: Path, trt: Any, opening: Opening) -> None:
         self.bundle, self.config, self.cuda_graph = bundle, bundle.manifest.config, opening.cuda_graph
-        budget = spend(bundle, opening.memory)
-        self.engines = Engines(bundle, record, folder, trt, budget.one_block)
+        self.engines = Engines(bundle, record, folder, trt, opening)
         self.largest_batch: int | None = record.largest_batch
         self.window = WINDOW
         name = self.engines.here.gpu
         self.description = f"{record.package} {trt.__version__} {record.precision}, {name}"
         self.machine = f"tensorrt {name}"
-        self._idle: Spare[TrtSteps] = Spare(keep=not budget.one_block, room=budget.cache)
+        self._idle: Spare[TrtSteps] = Spare(not self.engines.one_block, spend(bundle, opening.memory).cache)
         self._memory: dict[str, Memory] = {}  # of forward and gradient, by tensor
 
     def lanes(self) -> None:
@@ -89,7 +90,7 @@ class TrtBackend:
         shape = max(len(z), least), len(branches.labels)
         new = partial(TrtSteps, self.engines, shape, self.cuda_graph)
         steps = self._idle.take(lambda one: one.shape == shape, new)
-        with self.engines.launching:
+        with self.engines.cuda:
             self.engines.holders.add(steps)
             steps.begin(block)
         branches = replace(branches, labels=classes(self.config, branches.labels))
@@ -111,7 +112,7 @@ class TrtBackend:
     def _launch(self, block: int, kind: str, profile: int, feeds: Feeds) -> list[Array]:
         cuda, ports = self.engines.cuda, outputs(self.config, kind)
         results = {port.name: shape(port, Sizes(len(feeds["x"]))) for port in ports}
-        with self.engines.launching:
+        with self.engines.cuda:
             addresses = {name: self._place(name, array.nbytes) for name, array in feeds.items()}
             addresses |= {name: self._place(name, 4 * math.prod(found)) for name, found in results.items()}
             for name, array in feeds.items():

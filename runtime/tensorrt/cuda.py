@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MachineError, Remedy
+from ..gpus import numbered
 
 INSTALL = "pip install 'tarflow[tensorrt]'"
 
 
 class Cuda:
-    """The first CUDA device and a stream on it. Raises MachineError, with one sentence, where there is none.
+    """A CUDA device, the first or the one named by number or UUID, and a stream on it. Whoever uses either holds it:
+    ``with cuda``. Raises MachineError, with one sentence, where there is none, InputError for one that is not here.
 
     ``api`` is cuda-python's ``cuda.bindings.runtime``; tests bring another with the same functions.
     """
 
-    def __init__(self, api: Any = None) -> None:
+    def __init__(self, api: Any = None, device: str = "") -> None:
         self.api = api if api is not None else _load()
         error, count = self.api.cudaGetDeviceCount()
         if error != self.api.cudaError_t.cudaSuccess or not count:
@@ -29,13 +33,24 @@ class Cuda:
                 "use `provider` cpu, or run on a machine whose nvidia-smi shows a GPU",
                 field="provider",
             )
-        properties = self._call(self.api.cudaGetDeviceProperties, 0)
+        self.number = numbered(device)
+        properties = self._call(self.api.cudaGetDeviceProperties, self.number)
         name = properties.name
         self.name = (name.decode() if isinstance(name, bytes) else str(name)).rstrip("\0")
         self.capability = f"{properties.major}.{properties.minor}"
-        self._call(self.api.cudaSetDevice, 0)
-        self.stream = self._call(self.api.cudaStreamCreateWithFlags, self.api.cudaStreamNonBlocking)
+        self._lock, self._capturing = threading.RLock(), False
+        self._waiting: list[tuple[Callable[[Any], None], Any]] = []  # what was let go of during a capture
+        with self:
+            self.stream = self._call(self.api.cudaStreamCreateWithFlags, self.api.cudaStreamNonBlocking)
         weakref.finalize(self, self.api.cudaStreamDestroy, self.stream).atexit = False
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        self.api.cudaSetDevice(self.number)  # which is each thread's own, and may be another library's choice
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def allocate(self, size: int) -> int:
         """The address of ``size`` bytes of device memory, all zero. Raises MachineError when there is not so much."""
@@ -48,6 +63,17 @@ class Cuda:
             )
         self._call(self.api.cudaMemsetAsync, address, 0, size, self.stream)
         return int(address)
+
+    def let_go(self, end: Callable[[Any], None], what: Any) -> None:
+        """End something that nobody holds any more: now, or behind a capture that is going on, which it would spoil.
+
+        Such things end at any time and in any thread, even between the calls of a capture.
+        """
+        with self:
+            if self._capturing:
+                self._waiting.append((end, what))
+            else:
+                end(what)
 
     def free(self, address: int) -> None:
         """Give device memory back, once everything launched has ended."""
@@ -78,16 +104,28 @@ class Cuda:
         """Record what ``launch`` puts on the stream, without running it, as a graph to :meth:`replay`."""
         mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self.api.cudaStreamBeginCapture, self.stream, mode)
+        self._capturing = True
         try:
             launch()
         except BaseException:
-            self.api.cudaStreamEndCapture(self.stream)  # the stream must leave capture mode, whatever it recorded
+            with contextlib.suppress(MachineError):
+                self._end_capture()  # the stream must leave capture mode, whatever it recorded
             raise
-        graph = self._call(self.api.cudaStreamEndCapture, self.stream)
+        graph = self._end_capture()
         try:
             return self._call(self.api.cudaGraphInstantiate, graph, 0)
         finally:
             self._call(self.api.cudaGraphDestroy, graph)
+
+    def _end_capture(self) -> Any:
+        """What was captured, once all that waited for its end has ended too."""
+        try:
+            return self._call(self.api.cudaStreamEndCapture, self.stream)
+        finally:
+            self._capturing = False
+            while self._waiting:
+                end, what = self._waiting.pop()
+                end(what)
 
     def replay(self, graph: Any) -> None:
         self._call(self.api.cudaGraphLaunch, graph, self.stream)
@@ -116,7 +154,7 @@ class Memory:
 
     def __init__(self, cuda: Cuda, size: int) -> None:
         self.address, self.size = cuda.allocate(size), size
-        weakref.finalize(self, cuda.free, self.address).atexit = False
+        weakref.finalize(self, cuda.let_go, cuda.free, self.address).atexit = False
 
 
 class Captured:
@@ -124,7 +162,7 @@ class Captured:
 
     def __init__(self, cuda: Cuda, launch: Callable[[], None]) -> None:
         self.graph = cuda.capture(launch)
-        weakref.finalize(self, cuda.forget, self.graph).atexit = False
+        weakref.finalize(self, cuda.let_go, cuda.forget, self.graph).atexit = False
 
 
 def _load() -> Any:

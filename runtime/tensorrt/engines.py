@@ -5,7 +5,6 @@ An engine is native code: its hash is checked first, code of the host embedded i
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle
 from ..errors import BundleError, InputError, MachineError, Remedy
+from ..memory import spend
+from ..opening import Opening
 from ..precision import PRECISIONS
 from .cuda import Cuda, Memory
 from .library import make_logger
@@ -21,19 +22,22 @@ from .record import Here, Profile, Range, Record
 if TYPE_CHECKING:
     from .resident import TrtSteps
 
+Shapes = Mapping[str, tuple[int, ...]]  # of inputs
+
 
 class Engines:
-    """The engines of a record, for one device; with ``one_block``, one block's at a time.
+    """The engines of a record, for one device; with ``one_block``, which a limit of memory may ask for, one block's at
+    a time.
 
     Safe to use from several threads: launches go, one after the other, to one stream, so that all contexts can share
-    scratch memory. Whoever launches or touches device memory holds ``launching``.
+    scratch memory. Whoever launches or touches device memory holds ``cuda``.
     """
 
-    def __init__(self, bundle: Bundle, record: Record, folder: Path, trt: Any, one_block: bool) -> None:
-        self.bundle, self.record, self.one_block = bundle, record, one_block
-        self.cuda = Cuda()
+    def __init__(self, bundle: Bundle, record: Record, folder: Path, trt: Any, opening: Opening) -> None:
+        self.bundle, self.record = bundle, record
+        self.one_block = spend(bundle, opening.memory).one_block
+        self.cuda = Cuda(device=opening.device)
         self.here = Here(record.package, str(trt.__version__), self.cuda.name, self.cuda.capability)
-        self.launching = threading.RLock()
         self.holders: weakref.WeakSet[TrtSteps] = weakref.WeakSet()  # of captured graphs
         self._trt, self._folder, self._logger = trt, folder, make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
@@ -44,7 +48,7 @@ class Engines:
 
     def get(self, block: int, kind: str) -> Any:
         """A deserialised engine, its hash and types checked. Raises BundleError if it is not as recorded."""
-        with self.launching:
+        with self.cuda:
             if self.one_block and any(key[0] != block for key in self._loaded):
                 self.cuda.synchronize()
                 for holder in self.holders:  # a captured graph must not outlive the engine whose kernels it launches
@@ -55,10 +59,8 @@ class Engines:
                 self._loaded[block, kind] = self._deserialise(block, kind)
             return self._loaded[block, kind]
 
-    def launch(
-        self, block: int, kind: str, profile: int, inputs: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
-    ) -> None:
-        """Put one run of an engine on the stream. The caller holds ``launching``."""
+    def launch(self, block: int, kind: str, profile: int, inputs: Shapes, addresses: Mapping[str, int]) -> None:
+        """Put one run of an engine on the stream. The caller holds ``cuda``."""
         context = self._context(block, kind, profile)
         scratch = self._scratch[kind == "step"]
         context.set_device_memory(scratch.address, scratch.size)
@@ -111,11 +113,24 @@ class Engines:
     def _context(self, block: int, kind: str, profile: int) -> Any:
         if (block, kind, profile) not in self._contexts:
             engine = self.get(block, kind)
-            context = engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context = engine.create_execution_context(self._ours(engine))
             if context is None or not context.set_optimization_profile_async(profile, int(self.cuda.stream)):
                 raise self._failed(block, kind, f"has no context for profile {profile}")
             self._contexts[block, kind, profile] = context
         return self._contexts[block, kind, profile]
+
+    def _ours(self, engine: Any) -> Any:
+        """How a context is made: scratch memory is handed to it; TensorRT-RTX compiles the kernels of a shape before it
+        runs, not beside it: a capture would keep those that fill in until then.
+        """
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.record.package != "tensorrt_rtx":
+            return strategy
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        return runtime_config
 
     def _reserve(self, steps: bool, size: int) -> None:
         """Make scratch memory at least this large. Captured graphs hold its address, so they go with the old one."""

@@ -29,7 +29,6 @@ class TrtSteps:
         self._ports = {port.name: port for port in inputs(engines.bundle.manifest.config, RESIDENT)}
         self._memory: dict[tuple[str, int], Memory] = {}
         self._graphs: dict[tuple[int, int], Captured] = {}  # by block and window
-        self._warm: set[tuple[int, int]] = set()
         self._block, self._moves = 0, False  # whether the position has to be copied back
 
     def begin(self, block: int) -> None:
@@ -45,27 +44,25 @@ class TrtSteps:
         self._block, self._moves = block, bool(apart)
 
     def write(self, name: str, array: NDArray[Any]) -> None:
-        with self._engines.launching:
+        with self._engines.cuda:
             self._engines.cuda.upload(self._address(name), array)
 
     def read(self, name: str) -> NDArray[Any]:
-        with self._engines.launching:
+        with self._engines.cuda:
             found = shape(self._ports[name], Sizes(*self.shape))
             return self._engines.cuda.download(self._address(name), found, np.float32)
 
     def launch(self, window: int) -> None:
         cuda = self._engines.cuda
-        with self._engines.launching:
+        with self._engines.cuda:
             key = self._block, window
             launch = self._prepare(window)
             if key in self._graphs:
                 cuda.replay(self._graphs[key].graph)
-            elif key in self._warm and self._cuda_graph:
+                return
+            launch()
+            if self._cuda_graph:  # at once: the run loaded what these shapes need, and others share the context
                 self._graphs[key] = Captured(cuda, launch)
-                cuda.replay(self._graphs[key].graph)
-            else:  # the first run of a shape may still load kernels, which cannot be captured
-                launch()
-                self._warm.add(key)
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +72,6 @@ class TrtSteps:
     def forget(self, kept: int | None = None) -> None:
         """Destroy what was captured of all blocks but one: their engine, or memory it works in, is about to go."""
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] == kept}
-        self._warm = {key for key in self._warm if key[0] == kept}
 
     def _prepare(self, window: int) -> Callable[[], None]:
         """A function that puts one step on the stream."""
