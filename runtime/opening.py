@@ -37,9 +37,7 @@ class Opening:
     def __post_init__(self) -> None:
         name, colon, device = self.provider.partition(":")
         if name not in PROVIDERS or (colon and (name not in ON_DEVICE or not _DEVICE.fullmatch(device))):
-            expected = (
-                f"one of {', '.join(PROVIDERS)}; behind {' and '.join(ON_DEVICE)} :NUMBER or :UUID may name a GPU"
-            )
+            expected = f"one of {', '.join(PROVIDERS)}; {' and '.join(ON_DEVICE)} may name a GPU, as in cuda:1"
             raise InputError.of("provider", f"'{self.provider}'", expected)
         if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
             raise InputError.of("threads", self.threads, f"1 to {_MOST_THREADS}, or nothing for one a core")

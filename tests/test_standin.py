@@ -19,6 +19,7 @@ from bench.gpu.standin.__main__ import find
 from bench.gpu.standin.build import LIBRARIES, Standin, build, needed_by
 
 from .conftest import DEMO, Exported
+from .cpp_library import LIBRARY
 
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 Found = dict[str, Any]
@@ -92,6 +93,19 @@ def test_nothing_of_another_thread_falls_into_a_capture(standin: Standin) -> Non
     found = find(standin, "threads", DEMO)
     assert found["errors"] == []
     assert found["captures"] > 0
+    assert_nothing_is_left(found)
+
+
+def test_libtarflow_does_the_same(standin: Standin) -> None:
+    assert LIBRARY.exists(), f"{LIBRARY} is missing; build it: make cpp-dev"
+    found = find(standin, "cpp", DEMO, "cuda:GPU-20202020")
+    assert found["backend"] == "ONNX Runtime 1.31.1, CUDA"  # no word of why nothing was captured
+    assert found["devices"] == ["1"]
+    assert found["errors"] == []
+    assert found["bytes after n = 1...8"][-1] - found["bytes after n = 1...8"][0] <= 0.3 * found["weights"]
+    unguided, both, *later = found["graphs after each"]
+    assert 0 < unguided < both
+    assert set(later) == {both}
     assert_nothing_is_left(found)
 
 

@@ -89,7 +89,8 @@ def test_a_captured_graph_gives_the_same_bits_and_nothing_crosses_the_bus_in_the
 
 def test_batches_that_change_by_turns_are_captured_once(device: Device, built: Exported) -> None:
     """All batch sizes share a context, which loads what a size needs when it runs, not while it is captured."""
-    flow, cpu = Flow.open(built(), provider="tensorrt"), Flow.open(built())
+    folder = built()
+    flow, cpu = Flow.open(folder, provider="tensorrt"), Flow.open(folder)
     blocks = flow.config.blocks
     for turn in range(6):
         n, guidance = 2 + turn % 2, Guidance(0.5 * (turn % 3))

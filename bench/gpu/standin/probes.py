@@ -10,9 +10,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from bench.gpu.opening import resident_flow
 from bench.gpu.standin.audit import audit
@@ -75,6 +78,15 @@ def crowd(bundle: Bundle) -> Found:
     return {"blocks": bundle.manifest.config.blocks, "graphs held after each": held, **left(read())}
 
 
+def together(work: list[Callable[[], None]]) -> None:
+    """All of it at once, a thread each."""
+    threads = [threading.Thread(target=part) for part in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def left(events: list[Event]) -> Found:
     """What is left once a flow has been let go of."""
     graphs = calls(events, "cudaGraphInstantiate") - calls(events, "cudaGraphExecDestroy")
@@ -94,14 +106,45 @@ def threads(bundle: Bundle) -> Found:
             except Exception as error:
                 errors.append(f"{type(error).__name__}: {error}")
 
-    all_of_them = [threading.Thread(target=work, args=(1 + 4 * k,)) for k in range(3)]
-    for thread in all_of_them:
-        thread.start()
-    for thread in all_of_them:
-        thread.join()
+    together([partial(work, 1 + 4 * k) for k in range(3)])
     captures = calls(read(), "cudaStreamBeginCapture")
     shared.clear()
     return {"captures": captures, "errors": errors, **left(read())}
+
+
+def cpp(bundle: Bundle, provider: str = "cuda:1") -> Found:
+    """The same of libtarflow: guidance by turns, batch sizes, and handles of one bundle in three threads."""
+    from tests.cpp_library import CppFlow
+
+    library = str(next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")))
+    where, errors = {"provider": provider.encode(), "onnxruntime": library.encode()}, []
+
+    def draw(flow: CppFlow, n: int, guidance: float = 0.0, certify: int = 0) -> None:
+        classes = np.arange(n) % max(bundle.manifest.config.classes, 1)
+        flow.sample(n, labels=classes, guidance=guidance, certify=certify, denoise=0.0)
+
+    def work(first: int) -> None:
+        try:
+            own = CppFlow(bundle.folder, **where)
+            for n in range(first, first + 4):
+                draw(own, n, certify=1)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+
+    flow, made, held = CppFlow(bundle.folder, **where), [], []
+    for n in range(1, 9):
+        draw(flow, n)
+        held.append(allocated(read()))
+    for turn in range(8):
+        draw(flow, 16, guidance=float(turn % 2))
+        made.append(calls(read(), "cudaGraphInstantiate"))
+    together([partial(work, 1 + 4 * k) for k in range(3)])
+    events = read()
+    used = sorted({event.values["device"] for event in events if event.call == "allocated"})
+    backend = flow.shape.backend.decode()
+    del flow
+    sizes = {"weights": bundle.path(WEIGHTS).stat().st_size, "bytes after n = 1...8": held}
+    return {"backend": backend, "devices": used, "graphs after each": made, "errors": errors, **sizes, **left(read())}
 
 
 def device(bundle: Bundle, provider: str = "cuda:1") -> Found:
@@ -125,6 +168,7 @@ PROBES: dict[str, Callable[..., Found]] = {
     "crowd": crowd,
     "threads": threads,
     "device": device,
+    "cpp": cpp,
 }
 
 

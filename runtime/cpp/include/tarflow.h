@@ -79,14 +79,15 @@ typedef int (*tarflow_preview)(void *user, int block, uint64_t first, int64_t co
    it. */
 typedef struct tarflow_open_options {
   size_t size;
-  const char *provider;    /* "cpu", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda, cpu that works here */
+  const char *provider;    /* "cpu", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda, cpu that works here;
+                              "cuda:1", "tensorrt:GPU-..." name a GPU by number or UUID, as CUDA shows them */
   const char *onnxruntime; /* the library's file; NULL: $TARFLOW_ONNXRUNTIME, else as the loader finds it */
   int32_t threads;         /* inside one operator; 0: one a core */
   int32_t spinning;        /* idle threads wait busily; 0 is better where cores are shared */
   int32_t low_memory;      /* the graphs of one block at a time in memory; kept for ABI 1 */
   tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */
   void *user;              /* passed to `log` */
-  int32_t cuda_graph;      /* TensorRT: record a step once and replay it; 0: launch every kernel of every step */
+  int32_t cuda_graph;      /* on a GPU: record a step once and replay it; 0: launch every kernel of every step */
 } tarflow_open_options;
 
 typedef struct tarflow_shape {

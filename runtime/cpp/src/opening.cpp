@@ -2,20 +2,33 @@
 
 #include <algorithm>
 #include <array>
+#include <regex>
+#include <utility>
 
 #include "error.hpp"
 
 namespace tarflow::internal {
 namespace {
 
+// A number of up to four digits, or (the beginning of) a UUID.
+bool is_device(const std::string& text) {
+  static const std::regex device("[0-9]{1,4}|((GPU|MIG)-)?[0-9a-f-]{4,36}", std::regex::icase);
+  return std::regex_match(text, device);
+}
+
 constexpr std::array<const char*, 4> kProviders = {"auto", "cpu", "cuda", "tensorrt"};
 
-std::string checked_provider(const char* said) {
-  const std::string provider = said != nullptr ? said : "cpu";
-  if (std::find(kProviders.begin(), kProviders.end(), provider) != kProviders.end()) return provider;
-  std::string known;
-  for (const char* name : kProviders) known += (known.empty() ? "" : ", ") + std::string(name);
-  throw field_error("provider", "'" + provider + "'", "one of " + known);
+// "cuda:1" is cuda, and 1.
+std::pair<std::string, std::string> checked_provider(const char* said) {
+  const std::string all = said != nullptr ? said : "cpu", provider = all.substr(0, all.find(':'));
+  const std::string device = provider.size() < all.size() ? all.substr(provider.size() + 1) : "";
+  const bool known = std::find(kProviders.begin(), kProviders.end(), provider) != kProviders.end();
+  const bool on_device = provider == "cuda" || provider == "tensorrt";
+  if (known && (provider.size() == all.size() || (on_device && is_device(device)))) return {provider, device};
+  std::string names;
+  for (const char* name : kProviders) names += (names.empty() ? "" : ", ") + std::string(name);
+  throw field_error("provider", "'" + all + "'",
+                    "one of " + names + "; cuda and tensorrt may name a GPU, as in cuda:1");
 }
 
 int checked_threads(int threads) {
@@ -26,7 +39,8 @@ int checked_threads(int threads) {
 }  // namespace
 
 Opening::Opening(const tarflow_open_options& said)
-    : provider(checked_provider(said.provider)),
+    : provider(checked_provider(said.provider).first),
+      device(checked_provider(said.provider).second),
       onnxruntime(said.onnxruntime != nullptr ? said.onnxruntime : ""),
       threads(checked_threads(said.threads)),
       spinning(said.spinning != 0),

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "error.hpp"
-#include "ort/decoding.hpp"
+#include "ort/stepwise.hpp"
 
 namespace tarflow::internal {
 namespace {
@@ -43,6 +43,11 @@ void OrtBackend::prepare(Call& call) const {
   OrtRunOptions* options = nullptr;
   sessions_.library.check(api->CreateRunOptions(&options), "it has no memory");
   call.engine = std::shared_ptr<OrtRunOptions>(options, Release{api});
+  if (!sessions_.device.on_cpu) {  // scratch memory is given back: each session would keep the most it ever had
+    const std::string where = "gpu:" + text_of(sessions_.device.number);
+    sessions_.library.check(
+        api->AddRunConfigEntry(options, "memory.enable_memory_arena_shrinkage", where.c_str()), "it keeps memory");
+  }
   const auto ignore = [api](OrtStatus* status) {  // it only sets a flag
     if (status != nullptr) api->ReleaseStatus(status);
   };
@@ -54,7 +59,7 @@ void OrtBackend::invert(const Pass& pass, const float* z, float* x, const OnStep
   if (shape_.tokens() == 1) {
     std::copy_n(z, pass.branches.batch * shape_.numbers(), x);
   } else if (resident_) {
-    solve_resident(sessions_, pass, z, x, on_step);
+    solve_resident(sessions_, idle_, pass, z, x, on_step);
   } else {
     solve_stepwise(sessions_, pass, z, x, on_step);
   }

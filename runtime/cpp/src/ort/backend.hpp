@@ -1,7 +1,7 @@
 // The backend on ONNX Runtime.
 #pragma once
 
-#include "ort/sessions.hpp"
+#include "ort/resident.hpp"
 
 namespace tarflow::internal {
 
@@ -23,6 +23,7 @@ class OrtBackend final : public Backend {
   const ModelShape& shape_;
   const bool resident_;
   Sessions sessions_;
+  IdleSteps idle_;  // of the sessions
 };
 
 }  // namespace tarflow::internal

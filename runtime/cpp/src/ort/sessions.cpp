@@ -3,9 +3,12 @@
 #include <algorithm>
 
 #include "error.hpp"
+#include "ort/resident.hpp"
 
 namespace tarflow::internal {
 namespace {
+
+constexpr int kMostCaptures = 64;  // of one block's steps: more than shapes usually make
 
 const char* provider_name(const Opening& opening) {
   return opening.on_cpu() ? "CPUExecutionProvider" : "CUDAExecutionProvider";
@@ -23,7 +26,11 @@ bool of_the_machine(const std::string& message) {
 }  // namespace
 
 Sessions::Sessions(const Bundle& bundle, const Opening& opening)
-    : bundle(bundle), opening(opening), library(opening.onnxruntime) {
+    : bundle(bundle),
+      opening(opening),
+      library(opening.onnxruntime),
+      device(opening),
+      captures_(opening.cuda_graph && !opening.on_cpu()) {
   const std::vector<std::string> available = library.providers();
   if (std::find(available.begin(), available.end(), provider_name(opening)) != available.end()) return;
   std::string all;
@@ -32,12 +39,18 @@ Sessions::Sessions(const Bundle& bundle, const Opening& opening)
                       library.version + " has " + all + ". Name one for GPUs by `onnxruntime`, or use `provider` cpu");
 }
 
+Sessions::~Sessions() {
+  const auto held = device.touch();
+  open_.clear();
+}
+
 std::string Sessions::description() const {
   const std::string name = provider_name(opening);
-  return "ONNX Runtime " + library.version + ", " + name.substr(0, name.find("Execution"));
+  return "ONNX Runtime " + library.version + ", " + name.substr(0, name.find("Execution")) + why_not_;
 }
 
 Session Sessions::get(std::size_t block, Kind kind) {
+  const auto held = device.touch();
   const std::lock_guard<std::mutex> lock(mutex_);
   if (opening.one_block) {  // sessions in use elsewhere live on until their users let go of them
     for (auto at = open_.begin(); at != open_.end();) at = at->first.first == block ? std::next(at) : open_.erase(at);
@@ -47,7 +60,36 @@ Session Sessions::get(std::size_t block, Kind kind) {
   return found;
 }
 
+std::pair<Session, int> Sessions::to_capture(std::size_t block) {
+  Session session = get(block, kResident);  // which may find out that nothing can be captured
+  if (!captures_) return {session, 0};
+  int& captured = captured_[block];
+  if (++captured > kMostCaptures) {
+    for (ResidentSteps* holder : holders) holder->forget(block);
+    open_.erase({block, kResident});
+    session.reset();
+    session = get(block, kResident);
+    captured = 1;
+  }
+  return {session, captured};
+}
+
+Owned<OrtValue> Sessions::tensor(void* address, const Shape& shape, ONNXTensorElementDataType type) const {
+  if (device.on_cpu) return library.tensor(address, shape, type);
+  OrtMemoryInfo* info = nullptr;
+  library.check(library.api->CreateMemoryInfo("Cuda", OrtDeviceAllocator, device.number, OrtMemTypeDefault, &info),
+                "it has no memory");
+  const Owned<OrtMemoryInfo> place = library.own(info);
+  OrtValue* value = nullptr;
+  const std::size_t bytes = static_cast<std::size_t>(count(shape)) * item_size(type);
+  library.check(library.api->CreateTensorWithDataAsOrtValue(info, address, bytes, shape.data(), shape.size(), type,
+                                                            &value),
+                "it refuses a tensor");
+  return library.own(value);
+}
+
 void Sessions::run(const Pass& pass, Kind kind, const std::vector<Place>& inputs, const std::vector<Place>& outputs) {
+  const auto held = device.touch();
   const Session session = get(pass.block, kind);
   std::vector<Owned<OrtValue>> owned;
   std::vector<const char*> input_names, output_names;
@@ -81,12 +123,17 @@ void Sessions::check_run(OrtStatus* status, const Pass& pass, Kind kind) const {
                      message.substr(0, message.find('\n')).substr(0, 300));
 }
 
-Session Sessions::open(std::size_t block, Kind kind) const {
+Session Sessions::open(std::size_t block, Kind kind) {
   const std::string& name = bundle.graph(block, kind);
   const std::string path = bundle.path(name);
-  const Owned<OrtSessionOptions> options = this->options(kind);
   OrtSession* made = nullptr;
-  OrtStatus* status = library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), &made);
+  const bool captured = kind == kResident && captures_;
+  OrtStatus* status = create(path, kind, captured, &made);
+  if (status != nullptr && captured) {  // a node that has no CUDA kernel in this version: slower, not wrong
+    captures_ = false;
+    why_not_ = ", without CUDA graphs: " + library.message(status).substr(0, 120);
+    status = create(path, kind, false, &made);
+  }
   const Session session(made, Release{library.api});
   const std::string message = status != nullptr ? library.message(status) : "";
   bundle.require_unchanged(name);  // after it was read, so that what was read is what was hashed
@@ -97,6 +144,12 @@ Session Sessions::open(std::size_t block, Kind kind) const {
   throw Error(limit || device ? TARFLOW_MACHINE : TARFLOW_BUNDLE,
               "'" + path + "' cannot be loaded by " + description() + ": " + message.substr(0, 300) +
                   (limit ? "; use fewer `threads`, or raise the process's limits of memory and threads" : ""));
+}
+
+OrtStatus* Sessions::create(const std::string& path, Kind kind, bool captured, OrtSession** made) const {
+  const Owned<OrtSessionOptions> options = this->options(kind);
+  if (!opening.on_cpu()) append_cuda(options.get(), captured);
+  return library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), made);
 }
 
 Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
@@ -120,19 +173,19 @@ Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
     entry("session.qdq_matmulnbits_accuracy_level", stepping ? "4" : "1");
     entry("session.qdq_matmulnbits_block_size", "64");
   }
-  if (!opening.on_cpu()) append_cuda(made);
   return options;
 }
 
-void Sessions::append_cuda(OrtSessionOptions* options) const {
+void Sessions::append_cuda(OrtSessionOptions* options, bool captured) const {
   const OrtApi* api = library.api;
   OrtCUDAProviderOptionsV2* made = nullptr;
   library.check(api->CreateCUDAProviderOptions(&made), "its CUDA provider does not start");
   const Owned<OrtCUDAProviderOptionsV2> provider = library.own(made);
   // By default fp32's products would round what they multiply to 10 bits of mantissa.
-  const char* const key = "use_tf32";
-  const char* const value = "0";
-  library.check(api->UpdateCUDAProviderOptions(made, &key, &value, 1), "its CUDA provider has no use_tf32");
+  const std::string number = text_of(device.number);
+  const char* const keys[] = {"use_tf32", "device_id", "enable_cuda_graph"};
+  const char* const values[] = {"0", number.c_str(), captured ? "1" : "0"};
+  library.check(api->UpdateCUDAProviderOptions(made, keys, values, 3), "its CUDA provider refuses its options");
   library.check(api->SessionOptionsAppendExecutionProvider_CUDA_V2(options, made), "its CUDA provider does not start");
 }
 

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "ort/decoding.hpp"
+#include "ort/stepwise.hpp"
 #include "patches.hpp"
 
 namespace tarflow::internal {

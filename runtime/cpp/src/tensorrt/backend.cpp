@@ -2,13 +2,19 @@
 
 #include <NvInferRuntime.h>
 
+#include "gpus.hpp"
 #include "tensorrt/steps.hpp"
 #include "tensorrt/turn.hpp"
 
 namespace tarflow::internal {
 namespace {
 
-Here this_machine() {
+// The caller's own, unless another one is asked for.
+int device_of(const Opening& opening) {
+  return opening.device.empty() ? current_device() : numbered_gpu(opening.device);
+}
+
+Here this_machine(const Opening& opening) {
   int devices = 0;
   const cudaError_t status =
       cudaGetDeviceCount(&devices);  // before any runtime: without a driver it is a bogus pointer
@@ -17,7 +23,7 @@ Here this_machine() {
                         "): engines need one, with its driver; use `provider` cpu");
   }
   cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, current_device()), "describe the device");
+  check(cudaGetDeviceProperties(&properties, device_of(opening)), "describe the device");
   const int version = getInferLibVersion();  // 110400 is 11.4.0
   return {"tensorrt", text_of(version / 10000) + "." + text_of(version / 100 % 100) + "." + text_of(version % 100),
           properties.name, text_of(properties.major) + "." + text_of(properties.minor)};
@@ -29,10 +35,12 @@ class TensorRtBackend final : public Backend {
   TensorRtBackend(const Bundle& bundle, const Opening& opening)
       : shape_(bundle.manifest.shape),
         cuda_graph_(opening.cuda_graph),
-        here_(this_machine()),
-        device_(current_device()),
-        engines_(std::make_unique<Engines>(bundle, opening, here_)),
-        arrays_(std::make_unique<Arrays>(engines_->stream)) {}
+        here_(this_machine(opening)),
+        device_(device_of(opening)) {
+    const OnDevice device(device_);
+    engines_ = std::make_unique<Engines>(bundle, opening, here_);
+    arrays_ = std::make_unique<Arrays>(engines_->stream);
+  }
 
   ~TensorRtBackend() override {
     int before = 0;  // nothing may be thrown here

@@ -1,0 +1,69 @@
+// Decoding with the resident graph, whose state stays where the provider computes: the way of a GPU.
+#pragma once
+
+#include <list>
+#include <map>
+
+#include "ort/sessions.hpp"
+
+namespace tarflow::internal {
+
+// Every tensor of the steps of all blocks, for so many images and guidance branches. State outputs are bound to their
+// inputs' memory; the position is not, as a step reads it until its end: two of them take turns. One user at a time.
+class ResidentSteps {
+ public:
+  ResidentSteps(Sessions& sessions, std::int64_t batch, std::int64_t branches);
+  ~ResidentSteps();
+  ResidentSteps(const ResidentSteps&) = delete;
+  ResidentSteps& operator=(const ResidentSteps&) = delete;
+
+  // z (B, T, D) -> x (B, T, D), patch order, of no more images than these steps have: the last one is computed again for
+  // those that are missing.
+  void solve(const Pass& pass, const float* z, float* x, const OnStep& on_step);
+
+  // Lets go of a block's captures, whose session is about to end. The caller touches the device.
+  void forget(std::size_t block);
+
+  std::size_t bytes() const;
+
+  const std::int64_t batch, branches;
+
+ private:
+  struct Tensor {
+    std::unique_ptr<Buffer> memory;
+    Owned<OrtValue> value;
+  };
+  struct Bound {
+    Session session;
+    Owned<OrtRunOptions> options;
+    Owned<OrtIoBinding> binding;
+  };
+
+  void add(const std::string& name, const Shape& shape, ONNXTensorElementDataType type);
+  void write(const std::string& name, const void* data);
+  void launch(const Pass& pass);
+  Bound bind(const Pass& pass);
+
+  Sessions& sessions_;
+  const ModelShape& shape_;
+  std::map<std::string, Tensor> tensors_;
+  std::map<std::pair<std::size_t, int>, Bound> bound_;  // by block and turn
+  int turn_ = 0;
+};
+
+// Steps that are free to be used again: of the last few shapes, as long as there is room for them.
+class IdleSteps {
+ public:
+  std::unique_ptr<ResidentSteps> take(Sessions& sessions, std::int64_t batch, std::int64_t branches);
+  void give(std::unique_ptr<ResidentSteps> steps);
+
+ private:
+  std::mutex mutex_;
+  std::list<std::unique_ptr<ResidentSteps>> free_;  // the last used first
+};
+
+// z (B, T, D) -> x (B, T, D), patch order: one block, a position at a time.
+void solve_resident(Sessions& sessions, IdleSteps& idle, const Pass& pass, const float* z, float* x,
+                    const OnStep& on_step);
+
+}  // namespace tarflow::internal
