@@ -9,7 +9,7 @@ from tarflow.runtime.ort.backend import OrtBackend
 
 
 def resident_flow(bundle: Bundle, provider: str, cuda_graph: bool = True) -> Flow:
-    """``provider`` is "cuda" or "cpu". Raises MachineError if it does not start."""
+    """``provider`` is "cuda", "cuda:1" or "cpu". Raises MachineError if it does not start."""
     return Flow(bundle, OrtBackend(bundle, Opening(provider, cuda_graph=cuda_graph), resident=True))
 
 

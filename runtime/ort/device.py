@@ -30,7 +30,8 @@ class _Touching:
 touching = _Touching()  # whoever holds it waits for no other lock: what is dropped may need it at any time
 
 
-def drop(held: dict[Any, Any]) -> None:
-    """Let go of what lies on a device, when it is certain that nothing is being captured."""
+def drop(*held: dict[Any, Any] | list[Any]) -> None:
+    """Let go of what lies on a device, one after the other, when it is certain that nothing is being captured."""
     with touching:
-        held.clear()
+        for part in held:
+            part.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 from ..bundle import RESIDENT
 from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
-from .device import drop
+from .device import drop, touching
 from .sessions import Sessions
+
+_MOST_RUNNING = 64  # steps begun before they are waited for: a call that is stopped ends soon
 
 
 class _Bound(NamedTuple):
@@ -22,6 +25,14 @@ class _Bound(NamedTuple):
     session: Any
     binding: Any
     options: Any
+
+    def run(self) -> None:
+        """Begin a step. A GPU may go on with it for a while."""
+        self.session.run_with_iobinding(self.binding, self.options)
+
+    def wait(self) -> None:
+        """Until everything that was begun has ended."""
+        self.binding.synchronize_outputs()
 
 
 class OrtSteps:
@@ -43,9 +54,9 @@ class OrtSteps:
                     self._values[port.name] = self._allocate(np.zeros(self._shape(port), self._type(port)))
             self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
             sessions.holders.add(self)
+        self._running: list[_Bound] = []  # begun, and not waited for
         if sessions.device != "cpu":
-            for held in (self._values, self._bindings):  # last to first
-                weakref.finalize(self, drop, held).atexit = False
+            weakref.finalize(self, _end, self._running, self._bindings, self._values).atexit = False
         self._turn = 0
 
     @property
@@ -55,10 +66,12 @@ class OrtSteps:
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         with self._sessions.touching:
+            self._wait()
             self._values[self._current(name)].update_inplace(array)
 
     def read(self, name: str) -> NDArray[Any]:
         with self._sessions.touching:
+            self._wait()
             return np.array(self._values[self._current(name)].numpy())
 
     def launch(self, window: int) -> None:
@@ -66,17 +79,30 @@ class OrtSteps:
         with self._sessions.touching:
             if key not in self._bindings:
                 self._bindings[key] = self._bind(window)
-            bound = self._bindings[key]
-            try:
-                bound.session.run_with_iobinding(bound.binding, bound.options)
-            except Exception as error:
-                raise self._sessions.failed(self.block, RESIDENT, error) from None
-        self._turn = 1 - self._turn
+            self._tell(self._bindings[key].run)
+            self._turn = 1 - self._turn
+            if self._sessions.captures:
+                self._running.append(self._bindings[key])
+            if len(self._running) == _MOST_RUNNING:
+                self._wait()
 
     def forget(self, block: int) -> None:
         """Let go of a block's captures, whose session is about to end."""
+        self._wait()
         for key in [key for key in self._bindings if key[0] == block]:
             del self._bindings[key]
+
+    def _wait(self) -> None:
+        if self._running:
+            self._tell(self._running[-1].wait)
+            self._running.clear()
+
+    def _tell(self, work: Callable[[], None]) -> None:
+        """Do it, and say whose failure it is."""
+        try:
+            work()
+        except Exception as error:
+            raise self._sessions.failed(self.block, RESIDENT, error) from None
 
     def _bind(self, window: int) -> _Bound:
         session, number = self._sessions.to_capture(self.block)
@@ -93,6 +119,7 @@ class OrtSteps:
         options = self._sessions.ort.RunOptions()
         if self._sessions.captures:
             options.add_run_config_entry("gpu_graph_id", str(number))
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return _Bound(session, binding, options)
 
     def _current(self, name: str, turn: int | None = None) -> str:
@@ -113,3 +140,11 @@ class OrtSteps:
 
     def _allocate(self, array: NDArray[Any]) -> Any:
         return self._sessions.ort.OrtValue.ortvalue_from_numpy(array, self._sessions.device, self._sessions.number)
+
+
+def _end(running: list[_Bound], *held: dict[Any, Any]) -> None:
+    """Let go of everything, once no step works with it any more."""
+    with touching:
+        for bound in running[-1:]:
+            bound.wait()
+        drop(running, *held)
