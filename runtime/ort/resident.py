@@ -47,17 +47,18 @@ class OrtSteps:
         self._precision = PRECISIONS[sessions.bundle.manifest.precision]
         self._values: dict[str, Any] = {}
         self._bindings: dict[tuple[int, int, int], _Bound] = {}  # by block, window and turn
+        self._running: list[_Bound] = []  # begun, and not waited for
+        self._turn = 0
         self._ports = inputs(sessions.bundle.manifest.config, RESIDENT)
         with sessions.touching:
             for port in self._ports:
                 if port.name != "offsets":
                     self._values[port.name] = self._allocate(np.zeros(self._shape(port), self._type(port)))
             self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
-            sessions.holders.add(self)
-        self._running: list[_Bound] = []  # begun, and not waited for
+            if sessions.captures:
+                sessions.holders.add(self)
         if sessions.device != "cpu":
             weakref.finalize(self, _end, self._running, self._bindings, self._values).atexit = False
-        self._turn = 0
 
     @property
     def nbytes(self) -> int:

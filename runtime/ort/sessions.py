@@ -100,17 +100,18 @@ class Sessions:
 
     def run(self, block: int, kind: str, feeds: Feeds) -> list[NDArray[Any]]:
         """One run on numpy arrays; ONNX Runtime's errors become one that names the graph."""
-        session, options = self.get(block, kind), None
+        options, arrays = None, {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         if self.device != "cpu":  # scratch memory is given back: each block's session would keep the most it ever had
             options = self.ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self.number}")
-        try:
-            with self.touching:
-                outputs: list[NDArray[Any]] = session.run(
-                    None, {k: np.ascontiguousarray(v) for k, v in feeds.items()}, options
-                )
-        except Exception as error:
-            raise self.failed(block, kind, error) from None
+        with self.touching:
+            session = self.get(block, kind)
+            try:
+                outputs: list[NDArray[Any]] = session.run(None, arrays, options)
+            except Exception as error:
+                raise self.failed(block, kind, error) from None
+            finally:
+                del session  # which may be the last to hold it
         return outputs
 
     def failed(self, block: int, kind: str, error: Exception) -> TarflowError:

@@ -8,6 +8,7 @@ namespace tarflow::internal {
 namespace {
 
 constexpr std::size_t kRoom = std::size_t{4} << 30;  // bytes of steps that are kept beside those in use
+constexpr int kMostBegun = 64;  // steps that are begun before they are waited for: a call that is stopped ends soon
 constexpr const char* kPositions[] = {"position", "position_next"};
 
 // The next of 1, 2, 3, 4, 6, 8, 12, 16 ...: a device computes a few more as fast, and captures each size anew.
@@ -47,6 +48,7 @@ ResidentSteps::ResidentSteps(Sessions& sessions, std::int64_t batch, std::int64_
 
 ResidentSteps::~ResidentSteps() {
   const auto held = sessions_.device.touch();
+  if (OrtStatus* status = wait()) sessions_.library.api->ReleaseStatus(status);
   sessions_.holders.erase(this);
   bound_.clear();
   tensors_.clear();
@@ -77,17 +79,14 @@ void ResidentSteps::solve(const Pass& pass, const float* z, float* x, const OnSt
     launch(pass);
     on_step(position);
   }
-  {
-    const auto held = sessions_.device.touch();
-    const Buffer& memory = *tensors_.at("x").memory;
-    sessions_.device.read(latents.data(), memory.address, memory.size);
-  }
+  read("x", latents.data());
   for (std::int64_t image = 0; image < images; ++image) {
     to_patches(shape_, reversed, 1, latents.data() + image * numbers, x + image * numbers);
   }
 }
 
 void ResidentSteps::forget(std::size_t block) {
+  sessions_.library.check(wait(), "a step failed");
   for (int turn = 0; turn < 2; ++turn) bound_.erase({block, turn});
 }
 
@@ -109,8 +108,16 @@ void ResidentSteps::add(const std::string& name, const Shape& shape, ONNXTensorE
 
 void ResidentSteps::write(const std::string& name, const void* data) {
   const auto held = sessions_.device.touch();
+  sessions_.library.check(wait(), "a step failed");
   const Buffer& memory = *tensors_.at(name).memory;
   sessions_.device.write(memory.address, data, memory.size);
+}
+
+void ResidentSteps::read(const std::string& name, void* data) {
+  const auto held = sessions_.device.touch();
+  sessions_.library.check(wait(), "a step failed");
+  const Buffer& memory = *tensors_.at(name).memory;
+  sessions_.device.read(data, memory.address, memory.size);
 }
 
 void ResidentSteps::launch(const Pass& pass) {
@@ -123,6 +130,15 @@ void ResidentSteps::launch(const Pass& pass) {
   OrtStatus* status = sessions_.library.api->RunWithBinding(bound.session.get(), options, bound.binding.get());
   sessions_.check_run(status, pass, kResident);
   turn_ = 1 - turn_;
+  if (!bound.captured) return;
+  running_ = &bound;
+  if (++begun_ == kMostBegun) sessions_.check_run(wait(), pass, kResident);
+}
+
+OrtStatus* ResidentSteps::wait() {
+  if (begun_ == 0) return nullptr;
+  begun_ = 0;
+  return sessions_.library.api->SynchronizeBoundOutputs(running_->binding.get());
 }
 
 ResidentSteps::Bound ResidentSteps::bind(const Pass& pass) {
@@ -131,8 +147,11 @@ ResidentSteps::Bound ResidentSteps::bind(const Pass& pass) {
   const auto [session, number] = sessions_.to_capture(pass.block);
   OrtRunOptions* options = nullptr;
   accept(api->CreateRunOptions(&options));
-  Bound bound{session, sessions_.library.own(options), nullptr};
-  if (number > 0) accept(api->AddRunConfigEntry(options, "gpu_graph_id", text_of(number).c_str()));
+  Bound bound{session, number > 0, sessions_.library.own(options), nullptr};
+  if (bound.captured) {
+    accept(api->AddRunConfigEntry(options, "gpu_graph_id", text_of(number).c_str()));
+    accept(api->AddRunConfigEntry(options, "disable_synchronize_execution_providers", "1"));
+  }
   OrtIoBinding* binding = nullptr;
   accept(api->CreateIoBinding(session.get(), &binding));
   bound.binding = sessions_.library.own(binding);

@@ -21,7 +21,7 @@ class ResidentSteps {
   // those that are missing.
   void solve(const Pass& pass, const float* z, float* x, const OnStep& on_step);
 
-  // Lets go of a block's captures, whose session is about to end. The caller touches the device.
+  // Lets go of a block's captures, whose session is about to end. Whoever calls it touches the device.
   void forget(std::size_t block);
 
   std::size_t bytes() const;
@@ -35,19 +35,24 @@ class ResidentSteps {
   };
   struct Bound {
     Session session;
+    bool captured;  // and so it is begun, and not waited for
     Owned<OrtRunOptions> options;
     Owned<OrtIoBinding> binding;
   };
 
   void add(const std::string& name, const Shape& shape, ONNXTensorElementDataType type);
   void write(const std::string& name, const void* data);
+  void read(const std::string& name, void* data);
   void launch(const Pass& pass);
+  OrtStatus* wait();  // until all that was begun has ended
   Bound bind(const Pass& pass);
 
   Sessions& sessions_;
   const ModelShape& shape_;
   std::map<std::string, Tensor> tensors_;
   std::map<std::pair<std::size_t, int>, Bound> bound_;  // by block and turn
+  const Bound* running_ = nullptr;  // the last step that was begun
+  int begun_ = 0;                   // steps, since one was waited for
   int turn_ = 0;
 };
 
