@@ -87,6 +87,12 @@ def together(work: list[Callable[[], None]]) -> None:
         thread.join()
 
 
+def devices(events: list[Event]) -> list[str]:
+    """Where memory was allocated, but for the byte with which ONNX Runtime begins, on the first one."""
+    made = (event.values for event in events if event.call == "allocated")
+    return sorted({values["device"] for values in made if values["bytes"] != "1"})
+
+
 def left(events: list[Event]) -> Found:
     """What is left once a flow has been let go of."""
     graphs = calls(events, "cudaGraphInstantiate") - calls(events, "cudaGraphExecDestroy")
@@ -140,7 +146,7 @@ def cpp(bundle: Bundle, provider: str = "cuda:1") -> Found:
         made.append(calls(read(), "cudaGraphInstantiate"))
     together([partial(work, 1 + 4 * k) for k in range(3)])
     events = read()
-    used = sorted({event.values["device"] for event in events if event.call == "allocated"})
+    used = devices(events)
     backend = flow.shape.backend.decode()
     del flow
     sizes = {"weights": bundle.path(WEIGHTS).stat().st_size, "bytes after n = 1...8": held}
@@ -151,7 +157,7 @@ def device(bundle: Bundle, provider: str = "cuda:1") -> Found:
     """On which device everything is, and what is said of one that is not there."""
     flow = resident_flow(bundle, provider)
     draw(flow, 2, certify=True)
-    used = sorted({event.values["device"] for event in read() if event.call == "allocated"})
+    used = devices(read())
     refused = ""
     try:
         resident_flow(bundle, "cuda:2")
