@@ -42,6 +42,16 @@ def test_a_gpu_that_is_not_here_is_refused_with_those_that_are() -> None:
         numbered(absent)
 
 
+def test_where_gpus_are_dealt_out_no_provider_names_one() -> None:
+    from tarflow.serve.repository import Serving
+    from tarflow.shards.cluster import share
+
+    with pytest.raises(InputError, match=r"`provider` cuda:1 names a device; in a repository `gpus` do that"):
+        Serving(gpus=(0,), opening=Opening("cuda:1"))
+    with pytest.raises(InputError, match=r"`provider` is 'cuda:1'; expected cuda: Ray gives each worker a GPU"):
+        share(1, Opening("cuda:1"), 1)
+
+
 def test_batches_are_rounded_up_to_a_few_sizes_by_a_third_at_most() -> None:
     sizes = {rounded(images) for images in range(1, 65)}
     assert sorted(sizes) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]

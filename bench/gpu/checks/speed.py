@@ -47,7 +47,7 @@ def one_step(flow: Flow, batch: int, count: int) -> float:
 
 
 def cpp(case: Case) -> Outcome:
-    """libtarflow beside Python, both launching every kernel: numbers, certificate, seconds."""
+    """libtarflow beside Python: numbers, certificate, seconds."""
     from tests.cpp_library import CppFlow
 
     spec = importlib.util.find_spec("onnxruntime")
@@ -55,7 +55,7 @@ def cpp(case: Case) -> Outcome:
     assert spec.origin is not None
     (library,) = (Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*")
     theirs = CppFlow(case.bundle.folder, provider=case.provider.encode(), onnxruntime=str(library).encode())
-    ours = case.open(cuda_graph=False)
+    ours = case.open()
     classes = [k % max(ours.config.classes, 1) for k in range(6)]
     images = theirs.sample(6, labels=classes, seed=3, guidance=1.0, certify=1, denoise=0.0)
     apart, certificate = distance(images, draw(ours, 6, 1.0)), float(theirs.certificate(6).max())
