@@ -60,7 +60,7 @@ Ray = Annotated[
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
 
 OPENING: Flags = {
-    "provider": _flag(str, "cpu", "cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here."),
+    "provider": _flag(str, "cpu", "native, cpu, cuda, tensorrt (engines of tarflow build), or auto for the best here."),
     "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
     "spinning": _flag(bool | None, None, "Let idle threads spin; not where cores are shared."),
     "memory": _flag(
@@ -71,6 +71,9 @@ OPENING: Flags = {
         metavar="SIZE|least",
     ),
     "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),
+    "precision": _flag(
+        str | None, None, "What the native engine keeps weights in: fp32, int16, bf16 or int8. Default: the bundle's."
+    ),
 }
 Threads = OPENING["threads"].annotation
 GUIDANCE: Flags = {

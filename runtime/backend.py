@@ -6,8 +6,9 @@ Shapes: B images, T patches, D numbers in a patch, G guidance branches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,14 @@ class Decoding(Protocol):
 
     def close(self) -> None:
         """Let go of device memory. Optional: a decoding that is dropped lets go of it too."""
+
+
+@runtime_checkable
+class Walking(Decoding, Protocol):
+    """A decoding that takes many steps in one call, where a call costs as much as a step."""
+
+    def walk(self, stop: int, on_step: Callable[[int], None]) -> None:
+        """Steps at the first ``stop`` positions; ``on_step`` is told each, perhaps some steps later. It may raise."""
 
 
 class Backend(Protocol):

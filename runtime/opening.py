@@ -8,7 +8,8 @@ from typing import Literal, TypedDict
 
 from .errors import InputError
 
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PROVIDERS = ("auto", "native", "cpu", "cuda", "tensorrt")
+NATIVE_PRECISIONS = ("fp32", "int16", "bf16", "int8")
 _MOST_THREADS = 1 << 16
 ON_DEVICE = ("cuda", "tensorrt")
 Memory = int | Literal["least"] | None
@@ -17,13 +18,14 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here.
+    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA, native and CPU that works here.
 
     ``threads`` (None: one a core, as far as a quota allows) and ``spinning`` (False where cores are shared) go to ONNX
     Runtime. ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches,
     sub-batches of the gradient, and whether one block is open at a time; "least" is always one block. ``cuda_graph``
-    False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. Raises
-    InputError for what is none of these.
+    False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. ``precision``
+    is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8 for a bundle of int8, else fp32).
+    Raises InputError for what is none of these.
     """
 
     provider: str = "cpu"
@@ -31,6 +33,7 @@ class Opening:
     spinning: bool | None = None
     memory: Memory = None
     cuda_graph: bool = True
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
@@ -41,6 +44,11 @@ class Opening:
             raise InputError.of("memory", f"'{self.memory}'", "a number of bytes, or 'least'")
         if isinstance(self.memory, int) and self.memory < 1:
             raise InputError.of("memory", self.memory, "1 byte or more")
+        if self.precision is not None and self.precision not in NATIVE_PRECISIONS:
+            raise InputError.of("precision", f"'{self.precision}'", f"one of {', '.join(NATIVE_PRECISIONS)}")
+        if self.precision is not None and self.provider not in ("native", "auto"):
+            advice = "others compute in the bundle's own; use `provider` native"
+            raise InputError.of("precision", f"'{self.precision}'", "none but for the native engine", advice)
 
 
 class OpeningKeywords(TypedDict, total=False):
@@ -49,6 +57,7 @@ class OpeningKeywords(TypedDict, total=False):
     spinning: bool | None
     memory: Memory
     cuda_graph: bool
+    precision: str | None
 
 
 def opening_of(provider: str | Opening, threads: int | None, keywords: OpeningKeywords) -> Opening:
