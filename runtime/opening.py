@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from .errors import InputError
+from .precision import PRECISIONS
 
 PROVIDERS = ("auto", "native", "cpu", "cuda", "tensorrt")
 NATIVE_PRECISIONS = ("fp32", "int16", "bf16", "int8")
@@ -18,7 +19,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA, native and CPU that works here.
+    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here.
 
     ``threads`` (None: one a core, as far as a quota allows) and ``spinning`` (False where cores are shared) go to ONNX
     Runtime. ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches,
@@ -35,6 +36,14 @@ class Opening:
     cuda_graph: bool = True
     precision: str | None = None
 
+    def weights_in(self, exported: str) -> str:
+        """The precision that the native engine keeps weights in, of a bundle that was ``exported`` in one."""
+        return self.precision or ("int8" if PRECISIONS[exported].int8 else "fp32")
+
+    def engine(self, exported: str) -> str | None:
+        """What computes the same bits on every machine, by name and precision; None for engines that do not."""
+        return f"native {self.weights_in(exported)}" if self.provider == "native" else None
+
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
             raise InputError.of("provider", f"'{self.provider}'", f"one of {', '.join(PROVIDERS)}")
@@ -46,7 +55,7 @@ class Opening:
             raise InputError.of("memory", self.memory, "1 byte or more")
         if self.precision is not None and self.precision not in NATIVE_PRECISIONS:
             raise InputError.of("precision", f"'{self.precision}'", f"one of {', '.join(NATIVE_PRECISIONS)}")
-        if self.precision is not None and self.provider not in ("native", "auto"):
+        if self.precision is not None and self.provider != "native":
             advice = "others compute in the bundle's own; use `provider` native"
             raise InputError.of("precision", f"'{self.precision}'", "none but for the native engine", advice)
 

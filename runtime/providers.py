@@ -18,10 +18,8 @@ def open_backend(bundle: Bundle, opening: Opening) -> Backend:
     """
     if opening.provider != "auto":
         return _open(bundle, opening)
-    if opening.precision is not None:
-        return _open(bundle, replace(opening, provider="native"))
     reasons = []
-    for name in ("tensorrt", "cuda", "native"):
+    for name in ("tensorrt", "cuda"):
         try:
             backend = _open(bundle, replace(opening, provider=name))
         except (MachineError, BundleError) as error:

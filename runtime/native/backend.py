@@ -17,7 +17,6 @@ from ..bundle import WEIGHTS, Bundle
 from ..machine import cores, processor
 from ..opening import Opening
 from ..ort.backend import OrtBackend
-from ..precision import PRECISIONS
 from . import library
 from .decoding import NativeDecoding
 
@@ -50,7 +49,7 @@ class NativeBackend:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
-        self.precision = opening.precision or ("int8" if PRECISIONS[bundle.manifest.precision].int8 else "fp32")
+        self.precision = opening.weights_in(bundle.manifest.precision)
         threads = min(opening.threads or cores(), library.MOST_THREADS)
         isa = library.isa()
         self.graphs = OrtBackend(bundle, replace(opening, provider="cpu", precision=None))

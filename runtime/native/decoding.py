@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..backend import Array, Branches, Mask, block_order, check_window
 from . import library
@@ -21,7 +22,7 @@ class NativeDecoding:
 
     def __init__(self, model: Any, block: int, reverse: bool, z: Array, branches: Branches) -> None:
         self._model, self._reversed = model, reverse
-        arrays = [
+        arrays: list[NDArray[Any]] = [
             np.ascontiguousarray(block_order(z, reverse), np.float32),
             np.ascontiguousarray(branches.labels, np.int64),
             np.ascontiguousarray(branches.mix, np.float32),
