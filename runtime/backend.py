@@ -86,6 +86,9 @@ class Backend(Protocol):
     machine: str  # provider and device: what a measured plan is true for
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
     window: int  # positions a parallel pass takes where nothing was measured
+    portable: (
+        bool  # whether what it decodes serially has the same bits whatever the batch, the threads and the processor
+    )
 
     def lanes(self) -> tuple[Backend, int] | None:
         """This engine for callers that are threads themselves, one thread each, and for how many; None on a device."""

@@ -47,6 +47,8 @@ def _close(handle: ctypes.c_void_p, weights: object) -> None:
 class NativeBackend:
     """Safe to use from several threads. Raises MachineError where the library was not built."""
 
+    portable = True
+
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
         self.precision = opening.weights_in(bundle.manifest.precision)
