@@ -82,7 +82,8 @@ def exp_in_float32(x: Floats) -> Floats:
     for coefficient in q[3::-1]:
         total = fma(total, r, coefficient)
     e_to_r: Floats = fma(r * r, total, r) + np.float32(1)
-    return np.ldexp(e_to_r, n.astype(int))
+    scaled: Floats = np.ldexp(e_to_r, n.astype(int))
+    return scaled
 
 
 def gelu_in_float32(x: Floats) -> Floats:

@@ -85,7 +85,7 @@ def rows_of(case: Case) -> list[str]:
     config, lines = case.model.config, []
     graphs = Flow.open(case.bundle, provider="cpu")
     flows = {precision: Flow.open(case.bundle, provider="native", precision=precision) for precision in PRECISIONS}
-    block = sum(weights.numel() for weights in case.model.blocks[0].layers.parameters())
+    block = sum(weights.numel() for layer in case.model.blocks[0].layers for weights in layer.parameters())
     for batch in case.batches:
         z = graphs.noise(0, range(batch))
         ways = {"ONNX Runtime": decode(graphs, z, case.steps)}
