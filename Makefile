@@ -12,7 +12,7 @@ CPP_BUILD := $(CPP)/build
 ONNXRUNTIME_ROOT ?= $(CURDIR)/$(CPP_BUILD)/onnxruntime
 CMAKE_FLAGS := -DONNXRUNTIME_ROOT=$(ONNXRUNTIME_ROOT)
 
-.PHONY: generate test prepare lint types unit cpp cpp-dev cpp-test bench torture demo clean
+.PHONY: generate test prepare lint types unit cpp cpp-dev cpp-test bench torture demo dist clean
 
 generate: $(RUN)/done ## 64 demo images in samples.png, with nothing but the runtime installed
 	$(RUN)/bin/tarflow generate --n 64 --labels 0-9 --guidance 1 -o samples.png
@@ -57,7 +57,10 @@ demo: $(DEV)/done ## train the demo model and put its bundle into the package
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" recipes/digits.sh runs/digits
 	$(DEV)/bin/tarflow export runs/digits/digits_model_2_128_4_3_0.15.safetensors -o tarflow/demo --force
 
-$(RUN)/done: pyproject.toml constraints.txt $(wildcard $(foreach room,$(ROOMS),$(room)/*.py $(room)/*/*.py $(room)/*/*/*.py) serve/page/* tarflow/demo/* tarflow/features/*)
+dist: $(DEV)/done ## an sdist, and a wheel made of it, in dist/
+	$(DEV)/bin/python -m build --outdir dist .
+
+$(RUN)/done: pyproject.toml constraints.txt $(wildcard $(foreach room,$(ROOMS),$(room)/*.py $(room)/*/*.py $(room)/*/*/*.py) runtime/native/src/* serve/page/* tarflow/demo/* tarflow/features/*)
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt --force-reinstall --no-deps .
 	$(RUN)/bin/pip install $(PIP_FLAGS) -c constraints.txt .
@@ -74,7 +77,7 @@ $(CPP_BUILD)/needs: $(CPP)/cmake/debian-packages.sh $(CPP)/cmake/onnxruntime-hea
 	mkdir -p $(@D)
 	touch $@
 
-$(DEV)/done: pyproject.toml constraints.txt
+$(DEV)/done: pyproject.toml constraints.txt $(wildcard runtime/native/src/*) | $(CPP_BUILD)/needs
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	mkdir -p $(@D)
@@ -104,4 +107,4 @@ $(STANDIN): $(wildcard bench/gpu/standin/src/*) bench/gpu/standin/build.py bench
 	touch $@
 
 clean:
-	rm -rf $(RUN) $(DEV) $(OLDEST) $(NEWEST) $(CPP_BUILD) build *.egg-info samples.png
+	rm -rf $(RUN) $(DEV) $(OLDEST) $(NEWEST) $(CPP_BUILD) build dist *.egg-info runtime/native/_decoder*.so samples.png

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from typer import Exit
 
 from ..runtime.bundle import Bundle
-from ..runtime.errors import MachineError, briefly
+from ..runtime.errors import MachineError, TarflowError, briefly
 from ..runtime.hidden import left_in
 from ..runtime.machine import cores, cpu_quota
 from ..runtime.opening import Opening
@@ -177,7 +177,21 @@ def _self_tests(providers: list[str]) -> dict[str, dict[str, Any]]:
     }
     if "cpu" in providers:
         tests["cpu, graphs for devices"] = on("cpu", resident=True)
+        tests["native"] = _native_test()
     return tests
+
+
+def _native_test() -> dict[str, Any]:
+    """The same on the native engine, and which instruction set it takes."""
+    from ..runtime.native.backend import NativeBackend
+    from ..runtime.native.library import isa
+
+    try:
+        found = isa()
+    except TarflowError as error:
+        return _result(None, briefly(error))
+    test = _self_test(lambda bundle: NativeBackend(bundle, Opening("native")))
+    return test | {"message": f"{test['message']}, {found}"}
 
 
 def _engine_test() -> dict[str, Any]:

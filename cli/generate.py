@@ -57,7 +57,8 @@ def generate(
     if out is not None:
         refuse(WITH_OUT, noise=noise, save=save, output=output, batch_size=drawing.said["batch_size"])
         request = drawing.request(bundle.manifest.config, 64 if n is None else n, labels)
-        job = Job.of(bundle, request, format or "npy", DEFAULT_SHARD if shard_size is None else shard_size)
+        size = DEFAULT_SHARD if shard_size is None else shard_size
+        job = Job.of(bundle, request, format or "npy", size, opening.engine(bundle.manifest.precision))
         draw_shards(bundle, job, out, Means(workers, ray, opening), json)
         return
     refuse(WITHOUT_OUT, format=format, shard_size=shard_size, workers=workers, ray=ray)

@@ -15,7 +15,6 @@ _FLAGS = {  # of fields whose flag is not their name with dashes
     "check": "--no-verify",
     "largest_n": "--max-n",
     "largest_body": "--max-body",
-    "precision": "--engine",
     "folder": "-o",
     "gpus": "--gpu",
     "tasks": "--models",

@@ -60,7 +60,9 @@ Ray = Annotated[
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
 
 OPENING: Flags = {
-    "provider": _flag(str, "cpu", "cpu, cuda or tensorrt (engines of tarflow build), cuda:1 for another GPU, or auto."),
+    "provider": _flag(
+        str, "cpu", "cpu, native, cuda or tensorrt (engines of tarflow build), cuda:1 for another GPU, or auto."
+    ),
     "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
     "spinning": _flag(bool | None, None, "Let idle threads spin; not where cores are shared."),
     "memory": _flag(
@@ -71,6 +73,9 @@ OPENING: Flags = {
         metavar="SIZE|least",
     ),
     "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),
+    "precision": _flag(
+        str | None, None, "What the native engine keeps weights in: fp32, int16, bf16 or int8. Default: the bundle's."
+    ),
 }
 Threads = OPENING["threads"].annotation
 GUIDANCE: Flags = {

@@ -6,8 +6,9 @@ Shapes: B images, T patches, D numbers in a patch, G guidance branches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,14 @@ class Decoding(Protocol):
         """Let go of device memory. Optional: a decoding that is dropped lets go of it too."""
 
 
+@runtime_checkable
+class Walking(Decoding, Protocol):
+    """A decoding that takes many steps in one call, where a call costs as much as a step."""
+
+    def walk(self, stop: int, on_step: Callable[[int], None]) -> None:
+        """Steps at the first ``stop`` positions; ``on_step`` is told each, perhaps some steps later. It may raise."""
+
+
 class Backend(Protocol):
     """The three graphs of every block, on one engine."""
 
@@ -77,6 +86,9 @@ class Backend(Protocol):
     machine: str  # provider and device: what a measured plan is true for
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
     window: int  # positions a parallel pass takes where nothing was measured
+    portable: (
+        bool  # whether what it decodes serially has the same bits whatever the batch, the threads and the processor
+    )
 
     def lanes(self) -> tuple[Backend, int] | None:
         """This engine for callers that are threads themselves, one thread each, and for how many; None on a device."""

@@ -267,6 +267,8 @@ class Flow:
     def _level(self, drawing: Drawing) -> str:
         if drawing.request.reproducible:
             return "L1: bitwise the same for any n, batch size and thread count, on this machine and engine"
+        if self.backend.portable and not drawing.ways.tolerance:
+            return "L1: bitwise the same for any n, batch size, thread count and processor, before denoising"
         agreement = "1e-5" if self.bundle.manifest.precision == "fp32" else f"{self.bundle.manifest.precision} rounding"
         if drawing.ways.tolerance > 1e-5:
             agreement = f"the tolerance of {drawing.ways.tolerance:g} they are solved to, a few times over"

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from .errors import InputError
+from .precision import PRECISIONS
 
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PROVIDERS = ("auto", "native", "cpu", "cuda", "tensorrt")
+NATIVE_PRECISIONS = ("fp32", "int16", "bf16", "int8")
 _MOST_THREADS = 1 << 16
 ON_DEVICE = ("cuda", "tensorrt")
 _DEVICE = re.compile(r"[0-9]{1,4}|((GPU|MIG)-)?[0-9a-f-]{4,36}", re.IGNORECASE)
@@ -24,8 +26,9 @@ class Opening:
     ``threads`` (None: one a core, as far as a quota allows) and ``spinning`` (False where cores are shared) go to ONNX
     Runtime. ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches,
     sub-batches of the gradient, and whether one block is open at a time; "least" is always one block. ``cuda_graph``
-    False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. Raises
-    InputError for what is none of these.
+    False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. ``precision``
+    is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8 for a bundle of int8, else fp32).
+    Raises InputError for what is none of these.
     """
 
     provider: str = "cpu"
@@ -33,6 +36,15 @@ class Opening:
     spinning: bool | None = None
     memory: Memory = None
     cuda_graph: bool = True
+    precision: str | None = None
+
+    def weights_in(self, exported: str) -> str:
+        """The precision that the native engine keeps weights in, of a bundle that was ``exported`` in one."""
+        return self.precision or ("int8" if PRECISIONS[exported].int8 else "fp32")
+
+    def engine(self, exported: str) -> str | None:
+        """What computes the same bits on every machine, by name and precision; None for engines that do not."""
+        return f"native {self.weights_in(exported)}" if self.provider == "native" else None
 
     def __post_init__(self) -> None:
         name, colon, device = self.provider.partition(":")
@@ -45,6 +57,11 @@ class Opening:
             raise InputError.of("memory", f"'{self.memory}'", "a number of bytes, or 'least'")
         if isinstance(self.memory, int) and self.memory < 1:
             raise InputError.of("memory", self.memory, "1 byte or more")
+        if self.precision is not None and self.precision not in NATIVE_PRECISIONS:
+            raise InputError.of("precision", f"'{self.precision}'", f"one of {', '.join(NATIVE_PRECISIONS)}")
+        if self.precision is not None and self.provider != "native":
+            advice = "others compute in the bundle's own; use `provider` native"
+            raise InputError.of("precision", f"'{self.precision}'", "none but for the native engine", advice)
 
     @property
     def provider_name(self) -> str:
@@ -63,6 +80,7 @@ class OpeningKeywords(TypedDict, total=False):
     spinning: bool | None
     memory: Memory
     cuda_graph: bool
+    precision: str | None
 
 
 def opening_of(provider: str | Opening, threads: int | None, keywords: OpeningKeywords) -> Opening:

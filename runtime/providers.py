@@ -39,13 +39,17 @@ def _open(bundle: Bundle, opening: Opening) -> Backend:
         return open_tensorrt(bundle, opening)
     from .ort.backend import OrtBackend
 
-    if bundle.manifest.precision == "bf16" and opening.provider == "cpu":
+    if bundle.manifest.precision == "bf16" and opening.provider in ("native", "cpu"):
         raise MachineError(
             "this bundle is bf16, and ONNX Runtime has no bf16 matrix product on CPUs; open it with `provider` cuda, "
             "or export it for this machine, in fp32",
             field="provider",
-            found="cpu",
+            found=opening.provider,
             expected="cuda",
             remedy=Remedy("export", {"engine": "fp32"}),
         )
+    if opening.provider == "native":
+        from .native.backend import NativeBackend
+
+        return NativeBackend(bundle, opening)
     return OrtBackend(bundle, opening)

@@ -40,6 +40,7 @@ class Shard:
 @dataclass(frozen=True)
 class Job:
     """The samples of a request, of the bundle with this hash, in shards of this format and size: all that fixes bytes.
+    ``engine`` is what :meth:`Opening.engine` says; None: whatever each machine's ONNX Runtime or TensorRT computes.
 
     Shards are drawn reproducibly, whatever the request says of that and of batches. Raises InputError for what makes no
     job.
@@ -49,12 +50,20 @@ class Job:
     bundle: str
     format: str = "npy"
     shard_size: int = DEFAULT_SHARD
+    engine: str | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, request: Request, format: str = "npy", shard_size: int = DEFAULT_SHARD) -> Job:
+    def of(
+        cls,
+        bundle: Bundle,
+        request: Request,
+        format: str = "npy",
+        shard_size: int = DEFAULT_SHARD,
+        engine: str | None = None,
+    ) -> Job:
         """The job of a request, checked against the bundle's model. Raises InputError for one that it cannot draw."""
         shape = bundle.manifest.config
-        job = cls(request.resolved(shape), bundle.hash, format, shard_size)
+        job = cls(request.resolved(shape), bundle.hash, format, shard_size, engine)
         if format in PICTURES and shape.channels not in (1, 3):
             why = f"pictures have 1 or 3 channels; this model has {shape.channels}"
             raise InputError.of("format", f"'{format}'", "npy or safetensors", why)
@@ -114,6 +123,7 @@ class Job:
             **added(request),
             "format": self.format,
             "shard_size": self.shard_size,
+            **({} if self.engine is None else {"engine": self.engine}),
         }
 
     @cached_property

@@ -26,6 +26,7 @@ class Twin:
     machine = "PyTorch"  # for which nothing is calibrated
     largest_batch: int | None = None
     window = 16
+    portable = False
 
     def __init__(self, model: TarFlow) -> None:
         self.model = model

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tarflow.export.comparison import oracle_flow
 from tarflow.runtime.backend import Array
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.native.backend import NativeBackend
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.backend import OrtBackend
 from tarflow.runtime.request import UNGUIDED
@@ -27,7 +28,7 @@ from tarflow.runtime.tensorrt.backend import open_tensorrt
 from .cpp_library import CANCELLED, PROGRESS, CppError, CppFlow
 from .device_double import DoubleCuda, DoubleTensorRT
 
-STEPS = ("stepwise", "resident", "tensorrt", "twin")  # whose blocks can be stepped from Python
+STEPS = ("stepwise", "resident", "native", "tensorrt", "twin")  # whose blocks can be stepped from Python
 ALL = (*STEPS, "libtarflow")
 
 
@@ -109,6 +110,8 @@ def open_flow(kind: str, folder: Path, opening: Opening = Opening()) -> Flow:  #
         return oracle_flow(load(folder), bundle)
     if kind == "tensorrt":
         return Flow(bundle, open_tensorrt(bundle, opening))
+    if kind == "native":
+        return Flow(bundle, NativeBackend(bundle, replace(opening, provider="native")))
     return Flow(bundle, OrtBackend(bundle, opening, kind == "resident"))
 
 

@@ -51,8 +51,13 @@ ROOMS = {
         "numpy torch onnx onnx_ir onnxscript safetensors", "checkpoint config model reference runtime* quality*"
     ),
     "tarflow.export.engines": Room("numpy onnx polygraphy", "runtime* quality* export.emulate"),
-    "tarflow.runtime": Room("numpy safetensors PIL", "", {"providers": "runtime.ort.backend runtime.tensorrt.backend"}),
+    "tarflow.runtime": Room(
+        "numpy safetensors PIL",
+        "",
+        {"providers": "runtime.native.backend runtime.ort.backend runtime.tensorrt.backend"},
+    ),
     "tarflow.runtime.ort": Room("numpy", "runtime*", {"library": "onnxruntime"}),
+    "tarflow.runtime.native": Room("numpy", "runtime*"),
     "tarflow.runtime.tensorrt": Room("numpy cuda", "runtime*"),
     "tarflow.shards": Room("numpy safetensors", "runtime*", {"cluster": "grpc ray"}),
     "tarflow.quality": Room("numpy PIL", "runtime*"),

@@ -268,6 +268,19 @@ def test_sigterm_keeps_finished_shards_and_says_how_to_go_on(tmp_path: Path) -> 
     assert not list((tmp_path / "out").rglob(".*")), "half-written files"
 
 
+def test_a_job_of_the_native_engine_is_continued_by_it_alone(cli: Cli, tmp_path: Path) -> None:
+    words = ("generate", DEMO, "--n", 32, "--shard-size", 16, "--no-denoise", "--out", tmp_path / "s")
+    assert cli(*words, "--provider", "native", "--precision", "int16").returncode == 0
+    assert json.loads((tmp_path / "s" / "job.json").read_text())["job"]["engine"] == "native int16"
+    (tmp_path / "s" / "shard-000001.npy").unlink()
+    refused = cli(*words)
+    assert refused.returncode == 2
+    assert 'engine is "native int16" there, null here' in refused.stderr
+    assert cli(*words, "--provider", "native", "--precision", "int16", "--threads", 1).returncode == 0
+    flow = Flow.open(DEMO, provider="native", precision="int16")
+    assert np.array_equal(np.load(tmp_path / "s" / "shard-000001.npy"), flow.sample(16, first_sample=16, denoise=False))
+
+
 def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: Path, tmp_path: Path) -> None:
     before = contents(drawn)
     with pytest.raises(InputError, match="holds another job: seed is 5 there, 6 here"), claimed(drawn, seeded(job, 6)):

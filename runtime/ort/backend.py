@@ -40,6 +40,8 @@ class OrtBackend:
     does not start, BundleError for a bundle without the graphs that it needs there.
     """
 
+    portable = False
+
     def __init__(self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None) -> None:
         self.bundle, self.config, self.opening = bundle, bundle.manifest.config, opening
         self.budget = spend(bundle, opening.memory)

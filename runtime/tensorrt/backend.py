@@ -70,6 +70,8 @@ def open_tensorrt(bundle: Bundle, opening: Opening = _ON_TENSORRT, folder: Path 
 class TrtBackend:
     """Engines of every block. Safe to use from several threads: their launches go, one by one, to one stream."""
 
+    portable = False
+
     def __init__(self, bundle: Bundle, record: Record, folder: Path, trt: Any, opening: Opening) -> None:
         self.bundle, self.config, self.cuda_graph = bundle, bundle.manifest.config, opening.cuda_graph
         self.engines = Engines(bundle, record, folder, trt, opening)

@@ -1,0 +1,74 @@
+"""The backend for CPUs: blocks are decoded by the native library, encoded and differentiated by ONNX Runtime.
+
+So a certificate checks one engine by another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from dataclasses import replace
+
+import numpy as np
+
+from ..backend import Array, Branches, Decoding, Labels
+from ..bundle import WEIGHTS, Bundle
+from ..machine import cores, processor
+from ..opening import Opening
+from ..ort.backend import OrtBackend
+from . import library
+from .decoding import NativeDecoding
+
+_WINDOW = 16
+
+
+class Model:
+    """The weights of a bundle, open in the library: each block packed for ``precision`` when it is first decoded."""
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int, one_block: bool) -> None:
+        config = bundle.manifest.config
+        with bundle.path(WEIGHTS).open("rb") as file:
+            weights = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        bundle.confirm()  # what is mapped is what was hashed
+        shape = library.Shape(nvp=config.nvp, **{name: getattr(config, name) for name in library.Shape._names})
+        kinds = (ctypes.c_int32 * config.blocks)(*[library.PRECISIONS[precision]] * config.blocks)
+        self.handle = ctypes.c_void_p()
+        place = ctypes.byref(self.handle)
+        library.call("open", weights.ctypes.data, len(weights), ctypes.byref(shape), kinds, threads, one_block, place)
+        self._close = weakref.finalize(self, _close, self.handle, weights)
+
+
+def _close(handle: ctypes.c_void_p, weights: object) -> None:
+    """End the library's threads; only then may the ``weights`` be unmapped."""
+    library.load().tarflow_native_close(handle)
+
+
+class NativeBackend:
+    """Safe to use from several threads. Raises MachineError where the library was not built."""
+
+    portable = True
+
+    def __init__(self, bundle: Bundle, opening: Opening) -> None:
+        self.bundle, self.config = bundle, bundle.manifest.config
+        self.precision = opening.weights_in(bundle.manifest.precision)
+        threads = min(opening.threads or cores(), library.MOST_THREADS)
+        isa = library.isa()
+        self.graphs = OrtBackend(bundle, replace(opening, provider="cpu", precision=None))
+        self.model = Model(bundle, self.precision, threads, self.graphs.budget.one_block)
+        self.description = f"native {self.precision} ({isa}), {self.graphs.description}"
+        self.machine = f"native {self.precision} {isa} {processor()}, {threads} threads"
+        self.largest_batch: int | None = None
+        self.window = _WINDOW
+
+    def lanes(self) -> None:
+        """None: one batch is divided among the library's own threads."""
+
+    def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
+        return NativeDecoding(self.model, block, self.bundle.manifest.blocks[block].reversed, z, branches)
+
+    def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
+        return self.graphs.forward(block, x, branches)
+
+    def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
+        return self.graphs.gradient(block, x, labels, grad_z, grad_log_det)
