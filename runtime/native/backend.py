@@ -29,7 +29,8 @@ class Model:
     def __init__(self, bundle: Bundle, precision: str, threads: int, one_block: bool) -> None:
         config = bundle.manifest.config
         with bundle.path(WEIGHTS).open("rb") as file:
-            weights = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        weights = np.frombuffer(self._mapped, np.uint8)
         bundle.confirm()  # what is mapped is what was hashed
         shape = library.Shape(nvp=config.nvp, **{name: getattr(config, name) for name in library.Shape._names})
         kinds = (ctypes.c_int32 * config.blocks)(*[library.PRECISIONS[precision]] * config.blocks)
@@ -37,6 +38,13 @@ class Model:
         place = ctypes.byref(self.handle)
         library.call("open", weights.ctypes.data, len(weights), ctypes.byref(shape), kinds, threads, one_block, place)
         self._close = weakref.finalize(self, _close, self.handle, weights)
+        self._packed: set[int] = set()
+
+    def packed(self, block: int) -> None:
+        """Let go of the file's pages behind a block that is packed by now: its weights are in memory once."""
+        if block not in self._packed and hasattr(mmap, "MADV_DONTNEED"):
+            self._packed.add(block)
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _close(handle: ctypes.c_void_p, weights: object) -> None:
@@ -65,7 +73,9 @@ class NativeBackend:
         """None: one batch is divided among the library's own threads."""
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
-        return NativeDecoding(self.model, block, self.bundle.manifest.blocks[block].reversed, z, branches)
+        decoding = NativeDecoding(self.model, block, self.bundle.manifest.blocks[block].reversed, z, branches)
+        self.model.packed(block)
+        return decoding
 
     def forward(self, block: int, x: Array, branches: Branches) -> tuple[Array, Array]:
         return self.graphs.forward(block, x, branches)
