@@ -218,6 +218,7 @@ def test_the_readmes_five_minutes_are_true(tmp_path: Path) -> None:
         shutil.copy(root / name, tmp_path)
     shutil.copytree(root / "tarflow" / "demo", tmp_path / "tarflow" / "demo")
     shutil.copytree(SOURCE, tmp_path / "runtime" / "cpp", ignore=shutil.ignore_patterns("build"))
+    shutil.copytree(SOURCE.parent / "native" / "src", tmp_path / "runtime" / "native" / "src")
     shutil.copy(SOURCE.parent / "operators.txt", tmp_path / "runtime")
     (tmp_path / "draw.cpp").write_text(program)
     environment = os.environ | {

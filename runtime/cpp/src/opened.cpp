@@ -1,6 +1,7 @@
 #include "opened.hpp"
 
 #include "error.hpp"
+#include "native/backend.hpp"
 #include "ort/backend.hpp"
 #include "tensorrt/backend.hpp"
 
@@ -8,6 +9,7 @@ namespace tarflow::internal {
 namespace {
 
 std::unique_ptr<Backend> open_backend(const Bundle& bundle, const Opening& opening) {
+  if (opening.provider == "native") return std::make_unique<NativeBackend>(bundle, opening);
   if (opening.provider == "tensorrt") return open_tensorrt(bundle, opening);
   return std::make_unique<OrtBackend>(bundle, opening, !opening.on_cpu());
 }
@@ -18,9 +20,14 @@ Opened::Opened(const std::string& folder, const Opening& opening) : opening(open
   std::string reasons;
   if (opening.provider != "auto") {
     backend = open_backend(bundle, opening);
+  } else if (!opening.precision.empty()) {
+    backend = open_backend(bundle, Opening(opening, "native"));  // no other has it
   } else {
-    for (const char* name : {"tensorrt", "cuda"}) {
+    for (const char* name : {"tensorrt", "cuda", "native"}) {
       try {
+        if (name == std::string("native") && !NativeBackend::pays()) {
+          throw machine_error("no instruction set that it is faster with than ONNX Runtime");
+        }
         backend = open_backend(bundle, Opening(opening, name));
         break;
       } catch (const std::exception& error) {

@@ -8,14 +8,31 @@
 namespace tarflow::internal {
 namespace {
 
-constexpr std::array<const char*, 4> kProviders = {"auto", "cpu", "cuda", "tensorrt"};
+constexpr std::array<const char*, 5> kProviders = {"auto", "native", "cpu", "cuda", "tensorrt"};
+constexpr std::array<const char*, 4> kNative = {"fp32", "int16", "bf16", "int8"};
+
+template <std::size_t N>
+std::string one_of(const std::array<const char*, N>& names) {
+  std::string all;
+  for (const char* name : names) all += (all.empty() ? "one of " : ", ") + std::string(name);
+  return all;
+}
 
 std::string checked_provider(const char* said) {
   const std::string provider = said != nullptr ? said : "cpu";
   if (std::find(kProviders.begin(), kProviders.end(), provider) != kProviders.end()) return provider;
-  std::string known;
-  for (const char* name : kProviders) known += (known.empty() ? "" : ", ") + std::string(name);
-  throw field_error("provider", "'" + provider + "'", "one of " + known);
+  throw field_error("provider", "'" + provider + "'", one_of(kProviders));
+}
+
+std::string checked_precision(const char* said, const std::string& provider) {
+  if (said == nullptr) return "";
+  const std::string precision = said;
+  if (std::find(kNative.begin(), kNative.end(), precision) == kNative.end()) {
+    throw field_error("precision", "'" + precision + "'", one_of(kNative));
+  }
+  if (provider == "native" || provider == "auto") return precision;
+  throw field_error("precision", "'" + precision + "'",
+                    "none but for the native engine: others compute in the bundle's own; use `provider` native");
 }
 
 int checked_threads(int threads) {
@@ -27,6 +44,7 @@ int checked_threads(int threads) {
 
 Opening::Opening(const tarflow_open_options& said)
     : provider(checked_provider(said.provider)),
+      precision(checked_precision(said.precision, provider)),
       onnxruntime(said.onnxruntime != nullptr ? said.onnxruntime : ""),
       threads(checked_threads(said.threads)),
       spinning(said.spinning != 0),
@@ -37,6 +55,7 @@ Opening::Opening(const tarflow_open_options& said)
 
 Opening::Opening(const Opening& like, const char* provider)
     : provider(provider),
+      precision(like.precision),
       onnxruntime(like.onnxruntime),
       threads(like.threads),
       spinning(like.spinning),

@@ -17,6 +17,7 @@ struct Opening {
   bool on_cpu() const { return provider == "cpu"; }
 
   const std::string provider;
+  const std::string precision;    // the native engine's; empty: the bundle's
   const std::string onnxruntime;  // the library's file; empty: $TARFLOW_ONNXRUNTIME, else as the loader finds it
   const int threads;              // 0: one a core
   const bool spinning, one_block, cuda_graph;
