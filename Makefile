@@ -40,6 +40,7 @@ cpp-dev: $(CPP_BUILD)/needs
 	cd $(CPP) && cmake --preset dev $(CMAKE_FLAGS) > /dev/null && cmake --build --preset dev
 
 cpp-test: cpp-dev $(DEV)/done ## libtarflow's own tests, also under sanitizers, and its fuzz targets for 30 seconds
+	$(CPP)/cmake/debian-packages.sh g++-aarch64-linux-gnu qemu-user-static
 	PYTHON=$(CURDIR)/$(DEV)/bin/python $(CPP)/tests/run.sh $(CMAKE_FLAGS)
 
 bench: export TARFLOW_LIBRARY = $(CURDIR)/$(CPP_BUILD)/release/libtarflow.so

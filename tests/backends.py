@@ -29,7 +29,8 @@ from .cpp_library import CANCELLED, PROGRESS, CppError, CppFlow
 from .device_double import DoubleCuda, DoubleTensorRT
 
 STEPS = ("stepwise", "resident", "native", "tensorrt", "twin")  # whose blocks can be stepped from Python
-ALL = (*STEPS, "libtarflow")
+C_PROVIDERS = {"libtarflow": b"cpu", "libtarflow-native": b"native"}
+ALL = (*STEPS, *C_PROVIDERS)
 
 
 class Cancelled(Exception):
@@ -117,6 +118,7 @@ def open_flow(kind: str, folder: Path, opening: Opening = Opening()) -> Flow:  #
 
 def open_drawer(kind: str, folder: Path, opening: Opening = Opening()) -> Drawer:  # noqa: B008 (frozen)
     """A bundle on one of ALL."""
-    if kind != "libtarflow":
+    if kind not in C_PROVIDERS:
         return OfPython(open_flow(kind, folder, opening))
-    return OfC(CppFlow(folder, threads=opening.threads or 0, low_memory=int(opening.memory == "least")))
+    how = {"threads": opening.threads or 0, "low_memory": int(opening.memory == "least")}
+    return OfC(CppFlow(folder, provider=C_PROVIDERS[kind], **how))

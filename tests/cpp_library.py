@@ -30,6 +30,7 @@ class OpenOptions(ctypes.Structure):
         ("log", LOG),
         ("user", c_void_p),
         ("cuda_graph", c_int32),
+        ("precision", c_char_p),
     ]
 
 
@@ -98,7 +99,9 @@ class CppFlow:
     def __init__(self, bundle: str | os.PathLike[str], **options: Any) -> None:
         self.library = load()
         self.handle = c_void_p()
-        given = OpenOptions(ctypes.sizeof(OpenOptions), b"cpu", onnxruntime_library().encode(), 0, 1, 0, LOG(), None, 1)
+        given = OpenOptions(
+            ctypes.sizeof(OpenOptions), b"cpu", onnxruntime_library().encode(), 0, 1, 0, LOG(), None, 1, None
+        )
         for name, value in options.items():
             setattr(given, name, value)
         self._check(self.library.tarflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import shutil
@@ -23,6 +24,12 @@ from tarflow.runtime.noise import normal
 from . import cpp_library
 from .conftest import DEMO, Exported, largest
 from .cpp_library import LIBRARY, SOURCE, CppError, CppFlow, onnxruntime_library
+
+NATIVE = {  # hashes of 64 guided samples of the demo, before denoising: on any processor, in Python too
+    "fp32": "a879644a0b4f7130",
+    "int16": "031eab069c9803c6",
+    "int8": "c74c5cf47ab67274",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,6 +60,25 @@ def test_likelihood_and_samples_agree_in_other_bundles(bundle: Exported, case: s
     images = python.sample(5, labels=labels, seed=1)
     assert largest(cpp.sample(5, labels=labels, seed=1), images) < 1e-5
     assert largest(cpp.log_likelihood(images, labels), python.log_likelihood(images, labels)) < 1e-2
+
+
+@pytest.mark.parametrize("precision", NATIVE)
+@pytest.mark.parametrize("batch_size", [0, 3])
+def test_native_samples_are_those_of_every_other_machine(precision: str, batch_size: int) -> None:
+    flow = CppFlow(DEMO, provider=b"native", precision=precision.encode(), threads=1 + batch_size)
+    images = flow.sample(64, labels=np.arange(64) % 10, guidance=1.0, denoise=0.0, batch_size=batch_size)
+    assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == NATIVE[precision]
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "limit"), [("fp16", "fp32", 5e-3), ("int8", "fp32", 0.1), ("int8", "int8", 0.1)]
+)
+def test_native_decoding_reads_weights_of_other_bundles(
+    bundle: Exported, demo: Path, engine: str, precision: str, limit: float
+) -> None:
+    expected = Flow.open(demo).sample(10, labels=range(10), denoise=False)
+    flow = CppFlow(bundle("demo", engine), provider=b"native", precision=precision.encode())
+    assert 0 < largest(flow.sample(10, labels=range(10), denoise=0.0), expected) < limit
 
 
 def test_a_bf16_bundle_is_refused_on_a_cpu_with_what_to_do(bundle: Exported) -> None:
@@ -218,6 +244,7 @@ def test_the_readmes_five_minutes_are_true(tmp_path: Path) -> None:
         shutil.copy(root / name, tmp_path)
     shutil.copytree(root / "tarflow" / "demo", tmp_path / "tarflow" / "demo")
     shutil.copytree(SOURCE, tmp_path / "runtime" / "cpp", ignore=shutil.ignore_patterns("build"))
+    shutil.copytree(SOURCE.parent / "native" / "src", tmp_path / "runtime" / "native" / "src")
     shutil.copy(SOURCE.parent / "operators.txt", tmp_path / "runtime")
     (tmp_path / "draw.cpp").write_text(program)
     environment = os.environ | {

@@ -99,7 +99,8 @@ void Bundle::check_size(const std::string& name, const FileEntry& entry) const {
 // The hash, and of a graph what it may do. Golden pairs and the parity card are read by nothing here.
 void Bundle::check_content(const std::string& name, const FileEntry& entry) {
   if (name == "golden.safetensors" || name == "PARITY.md") return;
-  File file(path(name));
+  auto opened = std::make_unique<File>(path(name));
+  File& file = *opened;
   const bool graph = manifest.graphs.count(name) == 1;
   if (graph && entry.size > kGraphLimit) {
     throw bundle_error("'" + file.path + "' has " + text_of(entry.size) + " bytes; expected a graph of " +
@@ -113,6 +114,7 @@ void Bundle::check_content(const std::string& name, const FileEntry& entry) {
   }
   if (graph) check_graph(content, file.path, manifest.files.at(kWeights).size);
   identities_.emplace(name, file.identity);
+  if (name == kWeights) weights_ = std::move(opened);
 }
 
 void Bundle::refuse_strangers() const {

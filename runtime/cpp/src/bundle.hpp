@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <string>
 #include <system_error>
 #include <vector>
@@ -28,6 +29,9 @@ class Bundle {
   // Throws Error(TARFLOW_BUNDLE) unless a file is the one whose hash was checked.
   void require_unchanged(const std::string& name) const;
 
+  // The weights whose hash was checked, open: whatever is at their path by now.
+  const File& weights() const { return *weights_; }
+
   bool has(Kind kind) const { return !manifest.blocks.front().graphs[kind].empty(); }
 
   std::string folder;
@@ -41,6 +45,7 @@ class Bundle {
   void refuse_strangers() const;
   void read_prior();
 
+  std::unique_ptr<File> weights_;
   std::map<std::string, Identity> identities_;  // of every file whose hash was checked
 };
 

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <openssl/evp.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -106,6 +107,19 @@ std::string File::read(std::size_t size) {
 void File::skip_to(std::uint64_t offset) {
   if (lseek(descriptor_, static_cast<off_t>(offset), SEEK_SET) < 0) throw unreadable(path, errno);
 }
+
+void File::require_unchanged() const {
+  if (identity_of(path, descriptor_) == identity) return;
+  throw bundle_error("'" + path + "' was changed after its hash was checked; open the bundle again");
+}
+
+Mapping::Mapping(const File& file)
+    : size_(static_cast<std::size_t>(file.identity.size)),
+      data_(mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.descriptor_, 0)) {
+  if (data_ == MAP_FAILED) throw machine_error("'" + file.path + "' cannot be mapped: " + std::strerror(errno));
+}
+
+Mapping::~Mapping() { munmap(data_, size_); }
 
 std::string sha256(File& file) {
   Sha256 hash;

@@ -41,13 +41,34 @@ class File {
   std::string read(std::size_t size);
   void skip_to(std::uint64_t offset);
 
+  // Throws Error(TARFLOW_BUNDLE) if it was written to since it was opened. Another file at its path is none of its.
+  void require_unchanged() const;
+
   const std::string path;
 
  private:
+  friend class Mapping;
   const int descriptor_;
 
  public:
   const Identity identity;
+};
+
+// A file's bytes in memory, read when they are looked at, for as long as this lives.
+class Mapping {
+ public:
+  // Throws Error(TARFLOW_MACHINE) if there is no room for it.
+  explicit Mapping(const File& file);
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+
+  const void* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  const std::size_t size_;
+  void* data_;
 };
 
 // SHA-256 in lower-case hexadecimal, of what is left of a file and of bytes.

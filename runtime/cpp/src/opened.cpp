@@ -1,6 +1,7 @@
 #include "opened.hpp"
 
 #include "error.hpp"
+#include "native/backend.hpp"
 #include "ort/backend.hpp"
 #include "tensorrt/backend.hpp"
 
@@ -8,6 +9,7 @@ namespace tarflow::internal {
 namespace {
 
 std::unique_ptr<Backend> open_backend(const Bundle& bundle, const Opening& opening) {
+  if (opening.provider == "native") return std::make_unique<NativeBackend>(bundle, opening);
   if (opening.provider == "tensorrt") return open_tensorrt(bundle, opening);
   return std::make_unique<OrtBackend>(bundle, opening, !opening.on_cpu());
 }

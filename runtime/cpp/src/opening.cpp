@@ -16,7 +16,15 @@ bool is_device(const std::string& text) {
   return std::regex_match(text, device);
 }
 
-constexpr std::array<const char*, 4> kProviders = {"auto", "cpu", "cuda", "tensorrt"};
+constexpr std::array<const char*, 5> kProviders = {"auto", "native", "cpu", "cuda", "tensorrt"};
+constexpr std::array<const char*, 4> kNative = {"fp32", "int16", "bf16", "int8"};
+
+template <std::size_t N>
+std::string one_of(const std::array<const char*, N>& names) {
+  std::string all;
+  for (const char* name : names) all += (all.empty() ? "one of " : ", ") + std::string(name);
+  return all;
+}
 
 // "cuda:1" is cuda, and 1.
 std::pair<std::string, std::string> checked_provider(const char* said) {
@@ -25,10 +33,19 @@ std::pair<std::string, std::string> checked_provider(const char* said) {
   const bool known = std::find(kProviders.begin(), kProviders.end(), provider) != kProviders.end();
   const bool on_device = provider == "cuda" || provider == "tensorrt";
   if (known && (provider.size() == all.size() || (on_device && is_device(device)))) return {provider, device};
-  std::string names;
-  for (const char* name : kProviders) names += (names.empty() ? "" : ", ") + std::string(name);
   throw field_error("provider", "'" + all + "'",
-                    "one of " + names + "; cuda and tensorrt may name a GPU, as in cuda:1");
+                    one_of(kProviders) + "; cuda and tensorrt may name a GPU, as in cuda:1");
+}
+
+std::string checked_precision(const char* said, const std::string& provider) {
+  if (said == nullptr) return "";
+  const std::string precision = said;
+  if (std::find(kNative.begin(), kNative.end(), precision) == kNative.end()) {
+    throw field_error("precision", "'" + precision + "'", one_of(kNative));
+  }
+  if (provider == "native") return precision;
+  throw field_error("precision", "'" + precision + "'",
+                    "none but for the native engine: others compute in the bundle's own; use `provider` native");
 }
 
 int checked_threads(int threads) {
@@ -41,6 +58,7 @@ int checked_threads(int threads) {
 Opening::Opening(const tarflow_open_options& said)
     : provider(checked_provider(said.provider).first),
       device(checked_provider(said.provider).second),
+      precision(checked_precision(said.precision, provider)),
       onnxruntime(said.onnxruntime != nullptr ? said.onnxruntime : ""),
       threads(checked_threads(said.threads)),
       spinning(said.spinning != 0),
@@ -51,6 +69,7 @@ Opening::Opening(const tarflow_open_options& said)
 
 Opening::Opening(const Opening& like, const char* provider)
     : provider(provider),
+      precision(like.precision),
       onnxruntime(like.onnxruntime),
       threads(like.threads),
       spinning(like.spinning),

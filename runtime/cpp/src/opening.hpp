@@ -18,6 +18,7 @@ struct Opening {
 
   const std::string provider;     // without the device
   const std::string device;       // which GPU, by number or UUID; empty: the first
+  const std::string precision;    // the native engine's; empty: the bundle's
   const std::string onnxruntime;  // the library's file; empty: $TARFLOW_ONNXRUNTIME, else as the loader finds it
   const int threads;              // 0: one a core
   const bool spinning, one_block, cuda_graph;

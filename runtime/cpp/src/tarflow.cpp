@@ -47,7 +47,7 @@ std::size_t whole_fields(std::size_t size, Field T::*... fields) {
 std::size_t whole_fields(const tarflow_open_options&, std::size_t size) {
   using T = tarflow_open_options;
   return whole_fields(size, &T::size, &T::provider, &T::onnxruntime, &T::threads, &T::spinning, &T::low_memory, &T::log,
-                      &T::user, &T::cuda_graph);
+                      &T::user, &T::cuda_graph, &T::precision);
 }
 
 std::size_t whole_fields(const tarflow_sample_options&, std::size_t size) {

@@ -35,7 +35,22 @@ build() {
   grep -A 5 warning "$logs/build" || true
 }
 
+bits() { # what one decode's bits are on every machine: on this one, and on an emulated Arm
+  native=../native expected=../native/tests/bits.txt
+  build/dev/tests/bits | diff $expected - && TARFLOW_ISA=baseline build/dev/tests/bits 1 | diff $expected - || return 1
+  if ! command -v aarch64-linux-gnu-g++ > /dev/null || ! command -v qemu-aarch64-static > /dev/null; then
+    echo "not on Arm: that needs the packages g++-aarch64-linux-gnu and qemu-user-static"
+    return 0
+  fi
+  aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=off -static -pthread -I$native/src $native/src/*.cpp \
+    $native/tests/bits.cpp -o build/bits-aarch64 || return 1
+  for isa in neon baseline; do
+    TARFLOW_ISA=$isa qemu-aarch64-static build/bits-aarch64 | diff $expected - || return 1
+  done
+}
+
 start tests build/dev/tests/tests
+start bits bits
 build asan "$@"
 start asan build/asan/tests/tests
 service() { # the service under ASan, by the tests that crowd it; a leak changes the exit code that SIGTERM's test expects
@@ -48,9 +63,9 @@ build tsan "$@"
 start tsan build/tsan/tests/tests --test-suite=threads
 build fuzz "$@"
 finish
-for target in manifest weights engines graph; do
+for target in manifest weights engines graph native; do
   mkdir "$logs/found-$target"
-  case $target in graph) dictionary=graph ;; *) dictionary=manifest ;; esac
+  case $target in graph | native) dictionary=$target ;; *) dictionary=manifest ;; esac
   start "fuzz-$target" build/fuzz/fuzz/fuzz_$target -max_total_time="${FUZZ_SECONDS:-15}" -max_len=8192 -verbosity=0 \
     -print_final_stats=1 -dict=fuzz/$dictionary.dict -artifact_prefix=build/fuzz/ "$logs/found-$target" fuzz/corpus/$target
 done

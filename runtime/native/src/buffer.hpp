@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -13,6 +14,14 @@
 
 namespace tarflow::native {
 
+// How many numbers an array of these sizes has. Throws std::bad_alloc where that cannot be counted.
+inline std::int64_t product(std::initializer_list<std::int64_t> sizes) {
+  std::int64_t count = 1;
+  for (const std::int64_t size : sizes)
+    if (__builtin_mul_overflow(count, size, &count)) throw std::bad_alloc();
+  return count;
+}
+
 template <class T>
 class Buffer {
  public:
@@ -20,6 +29,7 @@ class Buffer {
   // Throws std::bad_alloc.
   explicit Buffer(std::int64_t count) : count_(count) {
     constexpr std::size_t kHuge = std::size_t{2} << 20;
+    if (count < 0 || count > std::int64_t{1} << 48) throw std::bad_alloc();
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
     const bool large = bytes >= 4 * kHuge;
     void* memory = nullptr;

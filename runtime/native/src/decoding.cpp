@@ -16,22 +16,26 @@ std::int64_t in_chunk(std::int64_t chunk, std::int64_t rows) { return std::min(k
 std::int64_t keys_of(const Shape& shape, std::int64_t head_dim) { return padded(shape.tokens, kLanes) * head_dim; }
 std::int64_t values_of(const Shape& shape) { return padded(shape.tokens, 2) * padded(shape.head_dim, kLanes); }
 
+// Keys and values of all heads.
+std::int64_t numbers_of(const Shape& shape, std::int64_t sequences, bool as_bytes) {
+  const std::int64_t keys = keys_of(shape, as_bytes ? padded(shape.head_dim, 4) : shape.head_dim);
+  return product({shape.layers, sequences, shape.heads(), keys + values_of(shape)});
+}
+
 }  // namespace
 
 Cache::Cache(const Shape& shape, std::int64_t sequences, bool as_bytes) {
-  const std::int64_t heads = shape.layers * sequences * shape.heads();
+  const std::int64_t count = numbers_of(shape, sequences, as_bytes);
   if (as_bytes) {
-    bytes = Buffer<std::uint8_t>(heads * (keys_of(shape, padded(shape.head_dim, 4)) + values_of(shape)));
-    scales = Buffer<float>(heads * 2 * padded(shape.tokens, kGroup));
+    bytes = Buffer<std::uint8_t>(count);
+    scales = Buffer<float>(product({shape.layers, sequences, shape.heads(), 2, padded(shape.tokens, kGroup)}));
   } else {
-    floats = Buffer<float>(heads * (keys_of(shape, shape.head_dim) + values_of(shape)));
+    floats = Buffer<float>(count);
   }
 }
 
 bool Cache::fits(const Shape& shape, std::int64_t sequences, bool as_bytes) const {
-  const std::int64_t heads = shape.layers * sequences * shape.heads();
-  if (as_bytes) return bytes.count() == heads * (keys_of(shape, padded(shape.head_dim, 4)) + values_of(shape));
-  return floats.count() == heads * (keys_of(shape, shape.head_dim) + values_of(shape));
+  return (as_bytes ? bytes.count() : floats.count()) == numbers_of(shape, sequences, as_bytes);
 }
 
 Slots Cache::slots(const Shape& shape, std::int64_t head) {
@@ -60,7 +64,7 @@ Decoding::Decoding(std::shared_ptr<const Block> block, const Shape& shape, const
       branches_(batch.branches),
       stride_(padded(shape.width, kPanel)),
       bytes_(block_->precision == Precision::int8),
-      z_(batch.images * shape.tokens * shape.patch_dim),
+      z_(product({batch.images, shape.tokens, shape.patch_dim})),
       x_(z_.count()),
       mix_(2 * batch.branches * shape.tokens),
       query_scale_(batch.branches),
@@ -114,22 +118,23 @@ void Decoding::evaluate(std::int64_t position, std::int64_t window, const std::v
 // Buffers for as many rows as there are now, and a thread's own for as long a sequence as there may be.
 void Decoding::make_room() {
   if (rows() <= room_) return;
-  room_ = rows();
+  room_ = 0;  // until all of it is there
+  const std::int64_t room = rows();
   const std::int64_t hidden = padded(4 * shape_.width, kPanel), groups = stride_ / kGroup;
-  patches_ = Buffer<float>(room_ * shape_.patch_dim);
-  h_ = Buffer<float>(room_ * stride_);
-  normal_ = Buffer<float>(room_ * stride_);
-  mixed_ = Buffer<float>(room_ * stride_);
-  out_ = Buffer<float>(room_ * padded(shape_.outputs(), kPanel));
+  patches_ = Buffer<float>(room * shape_.patch_dim);
+  h_ = Buffer<float>(room * stride_);
+  normal_ = Buffer<float>(room * stride_);
+  mixed_ = Buffer<float>(room * stride_);
+  out_ = Buffer<float>(room * padded(shape_.outputs(), kPanel));
   if (bytes_) {
-    levels_ = Buffer<std::int8_t>(room_ * stride_);
-    level_scales_ = Buffer<float>(room_ * groups);
-    level_sums_ = Buffer<std::int32_t>(room_ * groups);
-    hidden_levels_ = Buffer<std::int8_t>(room_ * hidden);
-    hidden_scales_ = Buffer<float>(room_ * hidden / kGroup);
-    hidden_sums_ = Buffer<std::int32_t>(room_ * hidden / kGroup);
+    levels_ = Buffer<std::int8_t>(room * stride_);
+    level_scales_ = Buffer<float>(room * groups);
+    level_sums_ = Buffer<std::int32_t>(room * groups);
+    hidden_levels_ = Buffer<std::int8_t>(room * hidden);
+    hidden_scales_ = Buffer<float>(room * hidden / kGroup);
+    hidden_sums_ = Buffer<std::int32_t>(room * hidden / kGroup);
   } else {
-    hidden_ = Buffer<float>(room_ * hidden);
+    hidden_ = Buffer<float>(room * hidden);
   }
   const std::int64_t head = padded(shape_.head_dim, kLanes);
   for (Scratch& scratch : scratch_) {
@@ -137,8 +142,9 @@ void Decoding::make_room() {
     scratch.unpacked = Buffer<float>(kUnpacked);
     scratch.scores = Buffer<float>(padded(shape_.tokens, kGroup) + head + kGroup);
     scratch.head = Buffer<float>(head);
-    scratch.queries = Buffer<float>(room_ * head);
+    scratch.queries = Buffer<float>(room * head);
   }
+  room_ = room;
 }
 
 // What a product with one row costs, times the rows.

@@ -27,4 +27,7 @@ const Kernels& kernels_of_avx512() {
 }
 
 }  // namespace tarflow::native
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -28,4 +28,7 @@ const Kernels& kernels_of_avx512_vnni() {
 }
 
 }  // namespace tarflow::native
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

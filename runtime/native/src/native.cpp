@@ -3,10 +3,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "decoding.hpp"
@@ -18,33 +21,58 @@ namespace {
 
 thread_local std::string last_message;  // NOLINT
 
+int failed(int code, const char* message) noexcept {
+  try {
+    last_message = message;
+  } catch (...) {
+    last_message.clear();  // no memory even for that
+  }
+  return code;
+}
+
 template <class Work>
-int guarded(const Work& work) {
+int guarded(const Work& work) noexcept {
   try {
     work();
     return TARFLOW_NATIVE_OK;
   } catch (const Wrong& wrong) {
-    last_message = wrong.what();
-    return TARFLOW_NATIVE_WRONG;
+    return failed(TARFLOW_NATIVE_WRONG, wrong.what());
   } catch (const std::bad_alloc&) {
-    last_message = "there is not enough memory";
-    return TARFLOW_NATIVE_MEMORY;
+    return failed(TARFLOW_NATIVE_MEMORY, "there is not enough memory");
+  } catch (const std::length_error&) {  // of a vector
+    return failed(TARFLOW_NATIVE_MEMORY, "there is not enough memory");
+  } catch (const std::system_error&) {  // of a thread
+    return failed(TARFLOW_NATIVE_MEMORY, "the machine starts no more threads");
   } catch (const std::exception& error) {
-    last_message = error.what();
-    return TARFLOW_NATIVE_FAULT;
+    return failed(TARFLOW_NATIVE_FAULT, error.what());
   }
 }
 
-// Threads, and what they take turns with, of one process: a forked one begins anew, for threads stay behind.
+constexpr std::size_t kSpare = 2;
+
+// Threads of one process, what they take turns with, and caches that are left for the next. A forked process begins
+// anew: threads stay behind, and what they held in their hands is nobody's.
 struct Crew {
   explicit Crew(int threads) : team(threads) {}
 
+  Cache take() {
+    const std::lock_guard<std::mutex> lock(keeping);
+    if (caches.empty()) return {};
+    Cache cache = std::move(caches.back());
+    caches.pop_back();
+    return cache;
+  }
+
+  void give(Cache cache) {
+    const std::lock_guard<std::mutex> lock(keeping);
+    if (caches.size() < kSpare) caches.push_back(std::move(cache));
+  }
+
   const pid_t process = getpid();
-  std::mutex packing, sharing, spare;
+  std::mutex packing, sharing, keeping;
+  std::vector<Cache> caches;
   Team team;
 };
-
-constexpr std::size_t kSpare = 2;
 
 }  // namespace
 
@@ -56,16 +84,21 @@ struct tarflow_native_model {
         precisions(std::move(in)),
         threads(threads_),
         one_block(one),
-        crew(std::make_unique<Crew>(threads_)),
-        blocks(static_cast<std::size_t>(of.blocks)) {}
+        blocks(static_cast<std::size_t>(of.blocks)),
+        crew(new Crew(threads_)) {}
+
+  ~tarflow_native_model() {
+    Crew* last = crew.load();
+    if (last->process == getpid()) delete last;
+  }
 
   // This process's.
   Crew& own() {
-    if (crew->process != getpid()) {
-      (void)crew.release();  // its threads are the parent's
-      crew = std::make_unique<Crew>(threads);
-    }
-    return *crew;
+    Crew* found = crew.load();
+    if (found->process == getpid()) return *found;
+    auto mine = std::make_unique<Crew>(threads);
+    if (crew.compare_exchange_strong(found, mine.get())) return *mine.release();  // the parent's is left alone
+    return *found;  // another thread was faster
   }
 
   std::shared_ptr<const Block> block(std::int64_t index) {
@@ -79,37 +112,23 @@ struct tarflow_native_model {
     return place;
   }
 
-  Cache take() {
-    const std::lock_guard<std::mutex> lock(own().spare);
-    if (spare.empty()) return {};
-    Cache cache = std::move(spare.back());
-    spare.pop_back();
-    return cache;
-  }
-
-  void give(Cache cache) {
-    if (one_block) return;
-    const std::lock_guard<std::mutex> lock(own().spare);
-    if (spare.size() < kSpare) spare.push_back(std::move(cache));
-  }
-
   const Safetensors weights;
   const Shape shape;
   const Kernels& kernels;
   const std::vector<Precision> precisions;
   const int threads;
   const bool one_block;
-  std::unique_ptr<Crew> crew;
   Team alone{1};  // of callers that come while the threads work for another
   std::vector<std::shared_ptr<const Block>> blocks;
-  std::vector<Cache> spare;
+  std::atomic<Crew*> crew;
 };
 
 struct tarflow_native_decoding {
   // evaluate() with the model's threads, or alone where they are busy: the bits are the same.
   void evaluate(std::int64_t position, std::int64_t window, const std::vector<std::int64_t>& images, float* found) {
-    const std::unique_lock<std::mutex> turn(model.own().sharing, std::try_to_lock);
-    decoding.evaluate(position, window, images, turn.owns_lock() ? model.own().team : model.alone, found);
+    Crew& crew = model.own();
+    const std::unique_lock<std::mutex> turn(crew.sharing, std::try_to_lock);
+    decoding.evaluate(position, window, images, turn.owns_lock() ? crew.team : model.alone, found);
   }
 
   tarflow_native_model& model;
@@ -156,10 +175,7 @@ int tarflow_native_open(const void* file, uint64_t size, const tarflow_native_sh
   });
 }
 
-void tarflow_native_close(tarflow_native_model* model) {
-  if (model != nullptr && model->crew->process != getpid()) (void)model->crew.release();
-  delete model;
-}
+void tarflow_native_close(tarflow_native_model* model) { delete model; }
 
 int tarflow_native_begin(tarflow_native_model* model, int64_t block, const tarflow_native_batch* batch,
                          tarflow_native_decoding** decoding) {
@@ -170,13 +186,13 @@ int tarflow_native_begin(tarflow_native_model* model, int64_t block, const tarfl
       throw Wrong("a batch of so many images or branches cannot be decoded");
     const Batch given = {batch->images, batch->branches, batch->z, batch->labels, batch->mix, batch->inverse_temperature};
     *decoding = new tarflow_native_decoding{
-        *model, Decoding(model->block(block), model->shape, model->kernels, given, model->take(), model->threads)};
+        *model, Decoding(model->block(block), model->shape, model->kernels, given, model->own().take(), model->threads)};
   });
 }
 
 void tarflow_native_end(tarflow_native_decoding* decoding) {
   if (decoding == nullptr) return;
-  guarded([&] { decoding->model.give(decoding->decoding.leave()); });
+  if (!decoding->model.one_block) guarded([&] { decoding->model.own().give(decoding->decoding.leave()); });
   delete decoding;
 }
 

@@ -11,7 +11,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+#if defined(TARFLOW_NATIVE_WITHIN) /* a library that is about something else */
+#define TARFLOW_NATIVE_API
+#elif defined(__GNUC__)
 #define TARFLOW_NATIVE_API __attribute__((visibility("default")))
 #else
 #define TARFLOW_NATIVE_API
@@ -21,6 +23,7 @@
 extern "C" {
 #endif
 
+/* WRONG: of the weights or what was asked. MEMORY: the machine has no more of it, or no more threads. */
 enum { TARFLOW_NATIVE_OK = 0, TARFLOW_NATIVE_WRONG = 1, TARFLOW_NATIVE_MEMORY = 2, TARFLOW_NATIVE_FAULT = 3 };
 enum { TARFLOW_NATIVE_FP32 = 0, TARFLOW_NATIVE_INT16 = 1, TARFLOW_NATIVE_BF16 = 2, TARFLOW_NATIVE_INT8 = 3 };
 

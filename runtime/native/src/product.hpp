@@ -85,7 +85,7 @@ inline void multiply_narrow(const T* weights, const float* scales, const Rows& r
   for (std::int64_t start = 0; start < inputs; start += kMost) {
     const std::int64_t count = inputs - start < kMost ? inputs - start : kMost;
     for (std::int64_t i = 0; i < count * kPanel; i += kLanes) store(scratch + i, load(weights + start * kPanel + i));
-    all_rows<Scaled>(rows, start, scratch, count, scales + start, out);
+    all_rows<Scaled>(rows, start, scratch, count, Scaled ? scales + start : scales, out);
   }
 }
 

@@ -21,6 +21,7 @@ struct Shape {
     for (const std::int64_t size : {tokens, patch_dim, width, head_dim, layers, blocks})
       if (size < 1 || size > kMost) throw Wrong("a size of the model is not in 1 ... 1,048,576");
     if (classes < 0 || classes > kMost) throw Wrong("the number of classes is not in 0 ... 1,048,576");
+    if (head_dim > 1 << 16) throw Wrong("the head dimension is above 65,536: products of its bytes would not fit 32 bits");
     if (width % head_dim != 0) throw Wrong("the head dimension does not divide the width");
   }
 };

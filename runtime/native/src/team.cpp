@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,10 +41,18 @@ Part part_of(std::uint64_t word) {
 }  // namespace
 
 Team::Team(int threads) : threads_(threads), ranges_(static_cast<std::size_t>(threads)) {
-  for (int thread = 1; thread < threads; ++thread) others_.emplace_back([this, thread] { serve(thread); });
+  others_.reserve(ranges_.size());
+  try {
+    for (int thread = 1; thread < threads; ++thread) others_.emplace_back([this, thread] { serve(thread); });
+  } catch (...) {
+    end();  // those that were started
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { end(); }
+
+void Team::end() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ending_ = true;
@@ -74,6 +83,7 @@ void Team::share(std::int64_t units, double cost, Call call, const void* work) {
   }
   take_part(number, 0);
   wait_for_others(static_cast<std::uint32_t>(units));
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 // Units from one's own range, then from the others'. A unit that was taken keeps the work what it is: whoever asked waits.
@@ -85,7 +95,12 @@ void Team::take_part(std::uint32_t number, int thread) {
       Part taken = part;
       ++taken.next;
       if (!word.compare_exchange_weak(seen, packed(taken), std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-      call_.load(std::memory_order_relaxed)(work_.load(std::memory_order_relaxed), part.next, thread);
+      try {
+        call_.load(std::memory_order_relaxed)(work_.load(std::memory_order_relaxed), part.next, thread);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!failure_) failure_ = std::current_exception();
+      }
       done_.fetch_add(1, std::memory_order_release);
       seen = word.load(std::memory_order_acquire);
     }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -17,7 +18,7 @@ namespace tarflow::native {
 
 class Team {
  public:
-  explicit Team(int threads);
+  explicit Team(int threads);  // throws std::system_error where the machine starts no more of them
   ~Team();  // joins its threads
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -25,7 +26,8 @@ class Team {
   int threads() const { return threads_; }
 
   // work(unit, thread) for each unit below `units`, the caller being thread 0. Work worth less than waking others
-  // (`cost` in multiplications) is done by the caller alone, and so is what comes while the team is busy for another.
+  // (`cost` in multiplications) is done by the caller alone. Throws what a unit threw, once no other is being worked on.
+  // One caller at a time.
   template <class Work>
   void run(std::int64_t units, double cost, const Work& work) {
     constexpr std::int64_t kMost = 0xffff;  // a range counts in sixteen bits
@@ -49,6 +51,7 @@ class Team {
   bool wait_for_work(std::uint32_t seen);
   void take_part(std::uint32_t number, int thread);
   void wait_for_others(std::uint32_t units);
+  void end();
 
   const int threads_;
   std::vector<Range> ranges_;
@@ -59,7 +62,8 @@ class Team {
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> ending_{false};
   std::uint32_t alone_ = 0, impatience_ = 0;  // how many works are still done alone; how often that was for the better
-  std::mutex mutex_;                              // of sleeping
+  std::mutex mutex_;                          // of sleeping, and of failure_
+  std::exception_ptr failure_;                // the first of a work
   std::condition_variable wake_;
   std::vector<std::thread> others_;
 };

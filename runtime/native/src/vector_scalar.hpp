@@ -35,7 +35,11 @@ inline F select_less(F a, F b, F yes, F no) { TARFLOW_EACH(a.lane[i] < b.lane[i]
 inline F absolute(F a) { TARFLOW_EACH(std::fabs(a.lane[i])); }
 inline F first(F a, int lanes) { TARFLOW_EACH(i < lanes ? a.lane[i] : 0.0f); }
 
-inline I rounded(F a) { TARFLOW_EACH_INTEGER(static_cast<std::int32_t>(std::nearbyint(a.lane[i]))); }
+// What no integer is near becomes 0.
+inline std::int32_t nearest(float x) {
+  return std::fabs(x) < 0x1p31f ? static_cast<std::int32_t>(std::nearbyint(x)) : 0;
+}
+inline I rounded(F a) { TARFLOW_EACH_INTEGER(nearest(a.lane[i])); }
 inline F floats(I a) { TARFLOW_EACH(static_cast<float>(a.lane[i])); }
 inline I add(I a, I b) { TARFLOW_EACH_INTEGER(a.lane[i] + b.lane[i]); }
 inline I sub(I a, I b) { TARFLOW_EACH_INTEGER(a.lane[i] - b.lane[i]); }

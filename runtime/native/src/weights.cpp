@@ -20,6 +20,7 @@ std::int64_t bytes_of(Precision precision) {
 std::uint16_t to_bfloat16(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fc0;  // rounding up would make a number of some nans
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -60,6 +61,7 @@ Linear::Linear(const Safetensors& file, const std::string& name, std::int64_t ou
   const std::string scales = "derived." + name + ".weight_scale";
   const bool levels = file.has(scales);  // of an int8 bundle: (in, out), and what each output is multiplied by
   const Tensor& tensor = levels ? file.get(name + ".weight", {inputs, outputs}) : file.get(name + ".weight", {outputs, inputs});
+  if (levels && tensor.type != Type::i8) throw Wrong("tensor '" + name + ".weight' has scales, and is not int8");
   const std::vector<float> columns = levels ? file.floats(scales, {outputs}) : std::vector<float>();
   const std::vector<float> bias = file.floats(name + ".bias", {outputs});
   const std::int64_t groups = groups_of(inputs), count = static_cast<std::int64_t>(order.size()) / kPanel;
