@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "buffer.hpp"
 #include "instruction_sets.hpp"
 #include "support.hpp"
 #include "synthetic.hpp"
@@ -153,6 +154,19 @@ TEST_CASE("native: what cannot be is refused, and nothing is left of it") {
   CHECK(tarflow_native_evaluate(decoding, INT64_MAX, INT64_MAX, nullptr, x.data()) == TARFLOW_NATIVE_WRONG);
   CHECK(tarflow_native_run(decoding, 0, 12) == TARFLOW_NATIVE_OK);
   tarflow_native_end(decoding);
+}
+
+TEST_CASE("native: sizes that overflow are memory that is not there, never a buffer that is too small") {
+  using tarflow::native::Buffer;
+  using tarflow::native::product;
+  constexpr std::int64_t kLarge = std::int64_t{1} << 40;
+  CHECK(product({kLarge, 3, 5}) == 15 * kLarge);
+  CHECK_THROWS_AS(product({kLarge, kLarge}), std::bad_alloc);
+  CHECK_THROWS_AS(product({kLarge, kLarge, 0}), std::bad_alloc);
+  CHECK_THROWS_AS(Buffer<float>(-1), std::bad_alloc);
+  CHECK_THROWS_AS(Buffer<float>(INT64_MAX), std::bad_alloc);
+  CHECK_THROWS_AS(Buffer<double>(std::int64_t{1} << 62), std::bad_alloc);
+  CHECK(Buffer<float>(0).count() == 0);
 }
 
 TEST_CASE("native: a forked process decodes with a model that it was born with") {
