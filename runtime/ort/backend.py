@@ -35,15 +35,19 @@ _ON_CPU = Opening()
 class OrtBackend:
     """Every block's graphs on ONNX Runtime's provider "cpu" or "cuda". Safe to use from several threads.
 
-    ``resident`` keeps the state of decoding on the device; None does so on a GPU. Raises MachineError if the provider
-    does not start, BundleError for a bundle without the graphs that it needs there.
+    ``resident`` keeps the state of decoding on the device; None does so on a GPU. ``fused`` lets it run graphs of ONNX
+    Runtime's own operators then; None does so on a GPU, whose provider has them in half precision. Raises MachineError
+    if the provider does not start, BundleError for a bundle without the graphs that it needs there.
     """
 
-    def __init__(self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None, fused: bool | None = None
+    ) -> None:
         self.bundle, self.config, self.opening = bundle, bundle.manifest.config, opening
         self.budget = spend(bundle, opening.memory)
         on_cpu = opening.provider == "cpu"
         self.resident = not on_cpu if resident is None else resident
+        self.fused = not on_cpu if fused is None else fused
         if self.resident and RESIDENT not in bundle.manifest.blocks[0].graphs:
             raise BundleError(
                 f"'{bundle.folder}' was exported before there were graphs for devices, and runs on CPUs alone; use "
@@ -85,7 +89,7 @@ class OrtBackend:
         if not self.resident:
             return StepwiseDecoding(self.sessions, self._buffers, block, z, replace(branches, labels=labels))
         shape, idle = (len(z), len(branches.labels)), self._idle
-        steps = idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape, idle))
+        steps = idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape, self.fused, idle))
         steps.block = block
         return ResidentDecoding(steps, self.bundle.manifest.blocks[block].reversed, z, labels, branches)
 

@@ -1,4 +1,4 @@
-"""The resident graph on ONNX Runtime: its tensors, bound once."""
+"""The resident graph on ONNX Runtime, or the provider's own of the same state: their tensors, bound once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import RESIDENT
+from ..bundle import FUSED, RESIDENT
 from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
 from ..spare import Spare
@@ -18,18 +18,18 @@ _GRAPH_IDS = itertools.count(1)  # a number for every captured CUDA graph of the
 
 
 class OrtSteps:
-    """Every tensor is allocated here, once for all blocks of a ``shape``: (images, guidance branches).
+    """Every tensor is allocated here, once for all blocks of a ``shape``: (images, guidance branches). ``fused`` lets
+    steps of one position be made by the provider's own graph, where the bundle has one.
 
     State outputs are bound to their inputs' memory. The position is not: a step reads it until its end, so two of
     them take turns. So a step can be run twice without harm, which ONNX Runtime does to capture a CUDA graph.
     """
 
-    def __init__(self, sessions: Sessions, shape: tuple[int, int], idle: Spare[OrtSteps]) -> None:
-        self._sessions, self.shape, self.block, self._idle = sessions, shape, 0, idle
+    def __init__(self, sessions: Sessions, shape: tuple[int, int], fused: bool, idle: Spare[OrtSteps]) -> None:
+        self._sessions, self.shape, self.block, self._fused, self._idle = sessions, shape, 0, fused, idle
         self._precision = PRECISIONS[sessions.bundle.manifest.precision]
         self._values: dict[str, Any] = {}
-        self._ports = inputs(sessions.bundle.manifest.config, RESIDENT)
-        for port in self._ports:
+        for port in inputs(sessions.bundle.manifest.config, RESIDENT):
             if port.name != "offsets":
                 self._values[port.name] = self._allocate(np.zeros(self._shape(port), self._type(port)))
         self._values[next_name(POSITION)] = self._allocate(np.zeros(1, np.int64))
@@ -51,21 +51,28 @@ class OrtSteps:
             with self._sessions.launching:
                 session.run_with_iobinding(binding, options)
         except Exception as error:
-            raise self._sessions.failed(self.block, RESIDENT, error) from None
+            raise self._sessions.failed(self.block, self._kind(window), error) from None
         self._turn = 1 - self._turn
 
     def close(self, clean: bool) -> None:
         if clean:
             self._idle.give(self)
 
+    def _kind(self, window: int) -> str:
+        """Of the graph that makes a step."""
+        fused = FUSED[self.shape[1]]
+        has = fused in self._sessions.bundle.manifest.blocks[self.block].graphs
+        return fused if window == 1 and self._fused and has else RESIDENT
+
     def _bind(self, window: int) -> tuple[Any, Any, Any]:
         batch, branches = self.shape
         axes = (("batch", batch), ("branches", branches), ("rows", batch * branches), ("window", window))
-        session = self._sessions.get(self.block, RESIDENT, axes)
+        kind = self._kind(window)
+        session = self._sessions.get(self.block, kind, axes)
         if f"offsets {window}" not in self._values:
             self._values[f"offsets {window}"] = self._allocate(np.arange(window))
         binding = session.io_binding()
-        for port in self._ports:
+        for port in inputs(self._sessions.bundle.manifest.config, kind):
             source = f"offsets {window}" if port.name == "offsets" else self._current(port.name)
             place = self._sessions.device, 0, self._element(port), self._shape(port, window)
             binding.bind_input(port.name, *place, self._values[source].data_ptr())

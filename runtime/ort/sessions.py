@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import RESIDENT, Bundle
+from ..bundle import FUSED, RESIDENT, Bundle
 from ..errors import BundleError, MachineError, Remedy, TarflowError, limit_of_machine
 from ..machine import cores, cpu_quota
 from ..opening import Opening
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Axes = tuple[tuple[str, int], ...]
 _CUDA = {"use_tf32": "0"}  # fp32 means fp32
+_ON_DEVICE = (RESIDENT, *FUSED.values())
 
 
 class Sessions:
@@ -105,8 +106,8 @@ class Sessions:
         return session
 
     def _session(self, path: Path, options: Any, kind: str) -> Any:
-        """A session; of a resident graph, one that captures CUDA graphs if the provider lets it."""
-        if kind == RESIDENT and self.captures:
+        """A session; of a graph with its state on the device, one that captures CUDA graphs if the provider lets it."""
+        if kind in _ON_DEVICE and self.captures:
             try:
                 return self.ort.InferenceSession(str(path), options, providers=self._providers(enable_cuda_graph="1"))
             except Exception as error:  # a node that has no CUDA kernel in this version: slower, not wrong
