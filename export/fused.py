@@ -1,9 +1,9 @@
 """Fused: Resident's step of one position in ONNX Runtime's own operators, for its CUDA provider.
 
-A small batch's kernels end sooner than they are launched, so what a step takes is how many there are. Resident has 36 a
-layer, most of them casts, biases and pieces of attention. Here a layer has 13: SkipLayerNormalization adds a product and
-its bias to the residual stream and normalises the sum, BiasGelu takes a bias along, GroupQueryAttention writes the cache
-in place and reads the slots that are filled.
+A small batch's kernels end sooner than they are launched, so what a step takes is how many there are. Resident has 36
+a layer, most of them casts, biases and pieces of attention. Here a layer has 13: SkipLayerNormalization adds a product
+and its bias to the residual stream and normalises the sum, BiasGelu takes a bias along, GroupQueryAttention writes the
+cache in place and reads the slots that are filled.
 
 Inputs and outputs are Resident's but for ``offsets``: both run by turns on one state. Matrix products and attention are
 in the block's precision; the residual stream, its statistics and the patches are float32, and so are the first product

@@ -41,8 +41,8 @@ def export(
     check: bool = True,
     watch: Watch = lambda stage: None,
 ) -> Bundle:
-    """Export a checkpoint to a bundle at ``folder``: per block a step, a forward, a gradient and a resident graph, and in
-    fp16 two fused ones.
+    """Export a checkpoint to a bundle at ``folder``: per block a step, a forward, a gradient and a resident graph, and
+    in fp16 two fused ones.
 
     ``check`` verifies the bundle against PyTorch before it appears. Raises CheckFailed, and leaves no bundle, if it
     is out of the precision's tolerance; InputError if ``folder`` exists and not ``force``; what ``load`` raises.

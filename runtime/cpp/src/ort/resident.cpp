@@ -1,4 +1,4 @@
-// Decoding with the resident graph, whose state stays where the provider computes.
+// Decoding with the resident graph, or the CUDA provider's own of the same state, which stays where it computes.
 #include <algorithm>
 
 #include "ort/decoding.hpp"
@@ -6,6 +6,12 @@
 
 namespace tarflow::internal {
 namespace {
+
+// The graph of a step: the CUDA provider's own, where the bundle has one.
+Kind kind_of(const Sessions& sessions, const Pass& pass) {
+  const Kind own = pass.branches.count == 1 ? kCuda : kCudaGuided;
+  return sessions.opening.on_cpu() || sessions.bundle.graph(pass.block, own).empty() ? kResident : own;
+}
 
 // Sequence, position and cache stay in the provider's memory, each update in place. The first step reads them from the
 // host, which is how they get there; the last one writes the sequence back.
@@ -16,7 +22,8 @@ class ResidentGraph {
         api_(sessions.library.api),
         pass_(pass),
         shape_(sessions.bundle.manifest.shape),
-        session_(sessions.get(pass.block, kResident)) {
+        kind_(kind_of(sessions, pass)),
+        session_(sessions.get(pass.block, kind_, sizes(kind_, pass.branches))) {
     OrtMemoryInfo* info = nullptr;
     OrtStatus* status = sessions.opening.on_cpu()
                             ? api_->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info)
@@ -46,11 +53,11 @@ class ResidentGraph {
     const Owned<OrtValue> positions[2] = {allocate({1}, kInt64), allocate({1}, kInt64)};  // read until a step's end
     std::vector<float> mix = branches.mix, inverse = branches.inverse_temperature;
     std::vector<std::int64_t> labels = branches.classes;
-    const std::vector<Place> inputs = {{"z", z.data(), {batch, tokens, patch_dim}, kFloat},
-                                       {"offsets", &zero, {1}, kInt64},
-                                       {"labels", labels.data(), {branches.count, batch}, kInt64},
-                                       {"mix", mix.data(), {2, branches.count, tokens}, kFloat},
-                                       {"inverse_temperature", inverse.data(), {branches.count}, kFloat}};
+    std::vector<Place> inputs = {{"z", z.data(), {batch, tokens, patch_dim}, kFloat},
+                                 {"labels", labels.data(), {branches.count, batch}, kInt64},
+                                 {"mix", mix.data(), {2, branches.count, tokens}, kFloat},
+                                 {"inverse_temperature", inverse.data(), {branches.count}, kFloat}};
+    if (kind_ == kResident) inputs.push_back({"offsets", &zero, {1}, kInt64});
     // Three bindings: from the host, and then by turns, as the position alternates.
     const Owned<OrtIoBinding> bindings[3] = {bind(inputs, true), bind(inputs, false), bind(inputs, false)};
     for (int which = 0; which < 3; ++which) {
@@ -73,6 +80,10 @@ class ResidentGraph {
     std::string name;
     Owned<OrtValue> host, kept;
   };
+
+  static Fixed sizes(Kind kind, const Branches& branches) {
+    return kind == kResident ? Fixed{} : Fixed{branches.batch, branches.count};
+  }
 
   void keep(const Place& place) {
     state_.push_back(
@@ -101,12 +112,13 @@ class ResidentGraph {
     return binding;
   }
 
-  void accept(OrtStatus* status) const { sessions_.check_run(status, pass_, kResident); }
+  void accept(OrtStatus* status) const { sessions_.check_run(status, pass_, kind_); }
 
   Sessions& sessions_;
   const OrtApi* const api_;
   const Pass& pass_;
   const ModelShape& shape_;
+  const Kind kind_;
   const Session session_;
   Owned<OrtMemoryInfo> device_;
   Owned<OrtAllocator> allocator_;

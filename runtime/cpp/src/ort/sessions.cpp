@@ -37,14 +37,17 @@ std::string Sessions::description() const {
   return "ONNX Runtime " + library.version + ", " + name.substr(0, name.find("Execution"));
 }
 
-Session Sessions::get(std::size_t block, Kind kind) {
+Session Sessions::get(std::size_t block, Kind kind, const Fixed& fixed) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (opening.one_block) {  // sessions in use elsewhere live on until their users let go of them
     for (auto at = open_.begin(); at != open_.end();) at = at->first.first == block ? std::next(at) : open_.erase(at);
   }
-  Session& found = open_[{block, kind}];
-  if (!found) found = open(block, kind);
-  return found;
+  Open& found = open_[{block, kind}];
+  if (!found.session || found.fixed.batch != fixed.batch || found.fixed.branches != fixed.branches) {
+    found.session.reset();  // first: two would hold the weights twice
+    found = {fixed, open(block, kind, fixed)};
+  }
+  return found.session;
 }
 
 void Sessions::run(const Pass& pass, Kind kind, const std::vector<Place>& inputs, const std::vector<Place>& outputs) {
@@ -81,10 +84,10 @@ void Sessions::check_run(OrtStatus* status, const Pass& pass, Kind kind) const {
                      message.substr(0, message.find('\n')).substr(0, 300));
 }
 
-Session Sessions::open(std::size_t block, Kind kind) const {
+Session Sessions::open(std::size_t block, Kind kind, const Fixed& fixed) const {
   const std::string& name = bundle.graph(block, kind);
   const std::string path = bundle.path(name);
-  const Owned<OrtSessionOptions> options = this->options(kind);
+  const Owned<OrtSessionOptions> options = this->options(kind, fixed);
   OrtSession* made = nullptr;
   OrtStatus* status = library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), &made);
   const Session session(made, Release{library.api});
@@ -99,7 +102,7 @@ Session Sessions::open(std::size_t block, Kind kind) const {
                   (limit ? "; use fewer `threads`, or raise the process's limits of memory and threads" : ""));
 }
 
-Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
+Owned<OrtSessionOptions> Sessions::options(Kind kind, const Fixed& fixed) const {
   const OrtApi* api = library.api;
   OrtSessionOptions* made = nullptr;
   library.check(api->CreateSessionOptions(&made), "it has no memory");
@@ -114,11 +117,17 @@ Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
   // Blocks run one after the other: the last one's idle threads must not take a core from this one's.
   if (opening.spinning) entry("session.force_spinning_stop", "1");
   // Prepacking copies the weights of every session. It pays only where a graph runs once a step.
-  const bool stepping = kind == kStep || kind == kResident;
+  const bool stepping = kind != kForward && kind != kGradient;
   if (!stepping) entry("session.disable_prepacking", "1");
   if (bundle.manifest.precision->int8) {  // steps multiply in int8; what judges them does not
     entry("session.qdq_matmulnbits_accuracy_level", stepping ? "4" : "1");
     entry("session.qdq_matmulnbits_block_size", "64");
+  }
+  if (fixed.batch > 0) {
+    const std::pair<const char*, std::int64_t> sizes[] = {
+        {"batch", fixed.batch}, {"branches", fixed.branches}, {"rows", fixed.batch * fixed.branches}};
+    for (const auto& [name, size] : sizes)
+      library.check(api->AddFreeDimensionOverrideByName(made, name, size), std::string("it refuses a ") + name);
   }
   if (!opening.on_cpu()) append_cuda(made);
   return options;

@@ -13,13 +13,19 @@ namespace tarflow::internal {
 
 using Session = std::shared_ptr<OrtSession>;
 
+// The sizes that a session is opened for, where known shapes fold away what the host would compute; 0: any.
+struct Fixed {
+  std::int64_t batch = 0, branches = 0;
+};
+
 class Sessions {
  public:
   // Throws Error(TARFLOW_MACHINE) if the library or the provider is not to be had.
   Sessions(const Bundle& bundle, const Opening& opening);
 
-  // The session of one graph. With `one_block`, those of other blocks are let go of.
-  Session get(std::size_t block, Kind kind);
+  // The session of one graph, which is opened again for other sizes. With `one_block`, those of other blocks are let
+  // go of.
+  Session get(std::size_t block, Kind kind, const Fixed& fixed = {});
 
   // One run from the host's memory to the host's.
   void run(const Pass& pass, Kind kind, const std::vector<Place>& inputs, const std::vector<Place>& outputs);
@@ -34,12 +40,17 @@ class Sessions {
   const Library library;
 
  private:
-  Session open(std::size_t block, Kind kind) const;
-  Owned<OrtSessionOptions> options(Kind kind) const;
+  struct Open {
+    Fixed fixed;
+    Session session;
+  };
+
+  Session open(std::size_t block, Kind kind, const Fixed& fixed) const;
+  Owned<OrtSessionOptions> options(Kind kind, const Fixed& fixed) const;
   void append_cuda(OrtSessionOptions* options) const;
 
   std::mutex mutex_;
-  std::map<std::pair<std::size_t, Kind>, Session> open_;
+  std::map<std::pair<std::size_t, Kind>, Open> open_;
 };
 
 }  // namespace tarflow::internal
