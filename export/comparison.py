@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ class Beside:
     flow: Flow
     oracle: Flow
     model: TarFlow
-    devices: OnDevices = OnDevices()
+    devices: OnDevices = field(default_factory=OnDevices)
 
     def card(self, pairs: Pairs, watch: Watch) -> Card:
         return verify(self.flow, self.oracle, pairs, watch, self.devices)

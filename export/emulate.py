@@ -1,7 +1,7 @@
 """What ONNX Runtime's CPU provider has no kernels for: the very files that ship, rewritten so that it can run them.
 
-Of bfloat16 it has no matrix product: wherever a graph makes a bfloat16, the float32 in its place is rounded to bfloat16.
-Of float16 it lacks some operators that graphs for CUDA are written in: those are verified in float32.
+Of bfloat16 it has no matrix product: wherever a graph makes a bfloat16, the float32 in its place is rounded to it. Of
+float16 it lacks some operators that graphs for CUDA are written in: those are verified in float32.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def widened(bundle: Bundle) -> Iterator[Bundle]:
 
 
 @contextlib.contextmanager
-def _rewritten(
-    bundle: Bundle, kinds: Collection[str], rewrite: Callable[[ModelProto], ModelProto]
-) -> Iterator[Bundle]:
+def _rewritten(bundle: Bundle, kinds: Collection[str], rewrite: Callable[[ModelProto], ModelProto]) -> Iterator[Bundle]:
     """A temporary bundle of other graphs on the same weights."""
     with tempfile.TemporaryDirectory(prefix="tarflow-rewritten.") as name:
         folder = Path(name)

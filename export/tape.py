@@ -72,7 +72,7 @@ class Tape:
         if name not in self.initializers:
             tensor = ir.tensor(array, name=name)
             kind = ir.TensorType(tensor.dtype)
-            self.initializers[name] = Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
+            self.initializers[name] = Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
         return self.initializers[name]
 
     def narrow(self, value: Value) -> Value:

@@ -48,8 +48,9 @@ class Card:
 
     ``oracle`` and ``backend`` are descriptions, ``method`` how blocks were inverted, ``samples`` how many pairs were
     compared. ``blocks`` are the differences of each block's inverse alone, by block, ``guided`` and ``resident`` those
-    of the worst block under guidance and of the graphs for devices, as are ``cuda`` and ``cuda_guided`` of those for
-    ONNX Runtime's CUDA provider, in float32; ``sample``, ``denoised`` and ``golden`` are of whole images. ``certificate`` is the largest round-trip error. None is what was not compared.
+    of the worst block under guidance and of the graphs for devices, ``cuda`` and ``cuda_guided`` of those for ONNX
+    Runtime's CUDA provider, in float32; ``sample``, ``denoised`` and ``golden`` are of whole images. ``certificate`` is
+    the largest round-trip error. None is what was not compared.
     """
 
     oracle: str

@@ -52,8 +52,8 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class OnDevices:
-    """Backends that decode with a bundle's graphs for devices, to be compared too: ``fused`` by the CUDA provider's own,
-    in float32.
+    """Backends that decode with a bundle's graphs for devices, to be compared too: ``fused`` with those for the CUDA
+    provider, in float32.
     """
 
     resident: Backend | None = None
@@ -98,7 +98,7 @@ def verify(
     oracle: Flow,
     pairs: Pairs,
     watch: Watch = lambda stage: None,
-    devices: OnDevices = OnDevices(),  # noqa: B008 (frozen)
+    devices: OnDevices = OnDevices(),
 ) -> Card:
     """The parity card of ``flow`` against ``oracle``."""
     blocks = _blocks(flow, pairs, watch)
