@@ -7,12 +7,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.gpu.checkout import ROOT
 from bench.gpu.standin.build import Standin, build
 from bench.gpu.standin.kernels import PROVIDER, own, registered
+
+from .conftest import Exported
 
 Step = dict[str, Any]
 
@@ -61,3 +65,35 @@ def test_what_is_packed_for_a_gpu_holds_every_kernel_of_a_step(standin: Standin,
     launched = {name for step in steps for name in step["by kernel"] if name.startswith("_Z")}
     assert launched <= packed
     assert len(launched) > 10
+
+
+LIBTARFLOW = """
+import json, sys
+from pathlib import Path
+from bench.gpu.standin.log import LAUNCHES, bad, note, part, read
+from tests.cpp_library import PROGRESS, CppFlow
+
+flow = CppFlow(Path(sys.argv[1]), provider=b"cuda")
+def told(user, done, total, block, position):
+    note(f"block-{block}-{position}")
+    return 0
+flow.sample(1, labels=0, guidance=float(sys.argv[2]), denoise=0.0, progress=PROGRESS(told))
+events, found = read(), set()
+for position in range(12):  # the notes stand behind the steps, and the last one brings the patches to the host
+    launched = [event for event in part(events, f"block-2-{position}") if event.call in LAUNCHES]
+    captured = [event for event in launched if event.captured]
+    found.add(len(captured or launched))
+print(json.dumps({"nodes": max(found), "bad": dict(bad(events))}))
+"""
+
+
+@pytest.mark.parametrize(("guidance", "nodes"), [(0, 54), (1, 64)])
+def test_libtarflow_makes_its_steps_of_the_same_kernels(
+    bundle: Exported, standin: Standin, tmp_path: Path, guidance: int, nodes: int
+) -> None:
+    """Of three layers: 13 each, and 15, or when guided 14 each, and 22."""
+    (engine,) = (standin.packages / "onnxruntime" / "capi").glob("libonnxruntime.so.*")
+    environment = {**standin.environment(tmp_path / "log"), "TARFLOW_ONNXRUNTIME": str(engine)}
+    command = [sys.executable, "-c", LIBTARFLOW, str(bundle("demo", "fp16")), str(guidance)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"nodes": nodes, "bad": {}}
