@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,14 +16,13 @@ from tarflow.model import TarFlow
 from tarflow.reference import Twin
 
 from ..quality.card import Card
-from ..quality.parity import Pairs, Watch, make_pairs, verify, verify_golden
-from ..runtime.backend import Backend
-from ..runtime.bundle import MANIFEST, RESIDENT, WEIGHTS, Bundle
+from ..quality.parity import OnDevices, Pairs, Watch, make_pairs, verify, verify_golden
+from ..runtime.bundle import FUSED, MANIFEST, RESIDENT, WEIGHTS, Bundle
 from ..runtime.errors import InputError
 from ..runtime.flow import Flow
 from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
-from .emulate import runnable
+from .emulate import runnable, widened
 
 ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
 
@@ -32,16 +31,16 @@ ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
 class Beside:
     """A bundle's ``flow``, and the ``oracle``: the same with PyTorch computing every block, on ``model``'s weights.
 
-    ``resident`` decodes with the graphs for devices; None where they are not compared.
+    ``devices`` decode with the graphs for devices, as far as they are compared.
     """
 
     flow: Flow
     oracle: Flow
     model: TarFlow
-    resident: Backend | None = None
+    devices: OnDevices = field(default_factory=OnDevices)
 
     def card(self, pairs: Pairs, watch: Watch) -> Card:
-        return verify(self.flow, self.oracle, pairs, watch, self.resident)
+        return verify(self.flow, self.oracle, pairs, watch, self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +94,23 @@ def beside(model: TarFlow, bundle: Bundle, opening: Opening = ONE_BLOCK) -> Iter
         if opening.provider != "cpu":
             yield Beside(Flow.open(bundle, opening), oracle, model)
             return
-        with runnable(bundle) as here:
-            backend, resident = OrtBackend(here, opening), None
+        with runnable(bundle) as here, _on_devices(bundle, here, opening) as devices:
+            backend = OrtBackend(here, opening)
             if here is not bundle:
                 backend.description += ", bfloat16 emulated by rounding float32"
-            if RESIDENT in bundle.manifest.blocks[0].graphs:
-                resident = OrtBackend(here, opening, resident=True)
-            yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, resident)
+            yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, devices)
+
+
+@contextlib.contextmanager
+def _on_devices(bundle: Bundle, here: Bundle, opening: Opening) -> Iterator[OnDevices]:
+    """The graphs for devices that a bundle has, on this CPU; ``here`` is the bundle as it can run it."""
+    graphs = bundle.manifest.blocks[0].graphs
+    resident = OrtBackend(here, opening, resident=True) if RESIDENT in graphs else None
+    if resident is None or not graphs.keys() >= set(FUSED.values()):
+        yield OnDevices(resident)
+        return
+    with widened(bundle) as wide:
+        yield OnDevices(resident, OrtBackend(wide, opening, resident=True, fused=True))
 
 
 def oracle_flow(model: TarFlow, bundle: Bundle) -> Flow:

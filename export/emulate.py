@@ -1,7 +1,7 @@
-"""bfloat16 on a CPU that has no bfloat16 matrix product: the same graph, every bfloat16 value a rounded float32.
+"""What ONNX Runtime's CPU provider has no kernels for: the very files that ship, rewritten so that it can run them.
 
-ONNX Runtime's CPU provider cannot run a bf16 graph, so a bf16 bundle is verified through this rewriting of the very
-files that ship: wherever the graph makes a bfloat16, the float32 in its place is rounded to bfloat16.
+Of bfloat16 it has no matrix product: wherever a graph makes a bfloat16, the float32 in its place is rounded to it. Of
+float16 it lacks some operators that graphs for CUDA are written in: those are verified in float32.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from ..runtime.bundle import GOLDEN, WEIGHTS, Bundle
+from ..runtime.bundle import FUSED, GOLDEN, KINDS, RESIDENT, WEIGHTS, Bundle
 
-WIDE = ".float32"  # behind a bfloat16 value's name: the same in float32
+WIDE = ".float32"  # behind the name of a value in half precision: the same in float32
+_ON_DEVICE = (RESIDENT, *FUSED.values())
 
 
 def emulate_bfloat16(model: ModelProto) -> ModelProto:
@@ -50,15 +52,45 @@ def runnable(bundle: Bundle) -> Iterator[Bundle]:
     if bundle.manifest.precision != "bf16":
         yield bundle
         return
-    with tempfile.TemporaryDirectory(prefix="tarflow-bf16.") as name:
+    with _rewritten(bundle, (*KINDS, *_ON_DEVICE), emulate_bfloat16) as found:
+        yield found
+
+
+def widen_float16(model: ModelProto) -> ModelProto:
+    """Rewrite a graph, in place, to compute in float32; its weights stay where they are, and are what they were."""
+    halves = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+    for node in model.graph.node:
+        node.input[:] = [name + WIDE if name in halves else name for name in node.input]
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for name in sorted(halves):
+        model.graph.node.insert(0, _cast(name, name + WIDE, TensorProto.FLOAT))
+    return model
+
+
+@contextlib.contextmanager
+def widened(bundle: Bundle) -> Iterator[Bundle]:
+    """Of an fp16 bundle a temporary one in fp32: the graphs that keep their state on a device, and no others."""
+    with _rewritten(bundle, _ON_DEVICE, widen_float16) as found:
+        yield replace(found, manifest=replace(bundle.manifest, precision="fp32"))
+
+
+@contextlib.contextmanager
+def _rewritten(bundle: Bundle, kinds: Collection[str], rewrite: Callable[[ModelProto], ModelProto]) -> Iterator[Bundle]:
+    """A temporary bundle of other graphs on the same weights."""
+    with tempfile.TemporaryDirectory(prefix="tarflow-rewritten.") as name:
         folder = Path(name)
         for file in (WEIGHTS, GOLDEN):  # graphs may only refer to weights in their own folder
             if (bundle.folder / file).exists():
                 _link(bundle.path(file).resolve(), folder / file)
         for block in bundle.manifest.blocks:
-            for graph in block.graphs.values():
-                model = onnx.load(bundle.path(graph), load_external_data=False)
-                onnx.save(emulate_bfloat16(model), folder / graph)
+            for kind in block.graphs.keys() & kinds:
+                model = onnx.load(bundle.path(block.graphs[kind]), load_external_data=False)
+                onnx.save(rewrite(model), folder / block.graphs[kind])
         yield Bundle(folder, bundle.manifest, bundle.hash)
 
 

@@ -17,13 +17,14 @@ from tarflow.model import TarFlow
 
 from ..quality.card import Card
 from ..quality.parity import Pairs, Watch
-from ..runtime.bundle import GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest
+from ..runtime.bundle import FUSED, GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest
 from ..runtime.errors import CheckFailed, Remedy
 from ..runtime.files import check_replaceable, check_room, replacing_folder, sha256
 from ..runtime.ort.library import check_path
 from ..runtime.precision import PRECISIONS, Precision
 from .card import markdown
 from .comparison import beside, open_checkpoint, oracle_pairs
+from .fused import fits, fuse
 from .graphs import BlockGraph
 from .precision import precision_named, torch_type, typed
 from .quantise import chosen, sensitivities
@@ -40,7 +41,8 @@ def export(
     check: bool = True,
     watch: Watch = lambda stage: None,
 ) -> Bundle:
-    """Export a checkpoint to a bundle at ``folder``: per block a step, a forward, a gradient and a resident graph.
+    """Export a checkpoint to a bundle at ``folder``: per block a step, a forward, a gradient and a resident graph, and
+    in fp16 two fused ones.
 
     ``check`` verifies the bundle against PyTorch before it appears. Raises CheckFailed, and leaves no bundle, if it
     is out of the precision's tolerance; InputError if ``folder`` exists and not ``force``; what ``load`` raises.
@@ -93,11 +95,13 @@ def _graphs(
             graphs[kind] = trace(kind, first, torch_type(precision))
         if parity == 1:
             graphs[RESIDENT] = reverse(graphs[RESIDENT], model.config.tokens)
+        if precision.fused and fits(shape_of(model.config)):
+            graphs |= {kind: fuse(first, branches) for branches, kind in FUSED.items()}
         for k in range(parity, model.config.blocks, 2):
             for kind, graph in graphs.items():
                 place(graph, k, stored, rename(BlockGraph(first), k), folder / graph_name(k, kind))
     return tuple(
-        BlockEntry(model.blocks[k].reversed, {kind: graph_name(k, kind) for kind in KINDS})
+        BlockEntry(model.blocks[k].reversed, {kind: graph_name(k, kind) for kind in graphs})
         for k in range(model.config.blocks)
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..runtime.document import Reader
 from ..runtime.precision import Tolerance
 
-PARTS = ("guided", "resident", "sample", "denoised", "golden")
+PARTS = ("guided", "resident", "cuda", "cuda_guided", "sample", "denoised", "golden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ class Card:
 
     ``oracle`` and ``backend`` are descriptions, ``method`` how blocks were inverted, ``samples`` how many pairs were
     compared. ``blocks`` are the differences of each block's inverse alone, by block, ``guided`` and ``resident`` those
-    of the worst block under guidance and of the graphs for devices; ``sample``, ``denoised`` and ``golden`` are of
-    whole images. ``certificate`` is the largest round-trip error. None is what was not compared.
+    of the worst block under guidance and of the graphs for devices, ``cuda`` and ``cuda_guided`` of those for ONNX
+    Runtime's CUDA provider, in float32; ``sample``, ``denoised`` and ``golden`` are of whole images. ``certificate`` is
+    the largest round-trip error. None is what was not compared.
     """
 
     oracle: str
@@ -61,6 +62,8 @@ class Card:
     guided: Difference | None = None
     bits_per_dim_shift: float | None = None
     resident: Difference | None = None
+    cuda: Difference | None = None
+    cuda_guided: Difference | None = None
     sample: Difference | None = None
     certificate: float
     denoised: Difference | None = None

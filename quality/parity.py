@@ -22,7 +22,7 @@ from .card import Card, Difference
 SAMPLES = 4
 _GUIDANCE = Guidance(1.0, annealed=True, attention_temperature=0.7)  # uses all a graph's guidance has
 _SWEEP_WINDOW = 128
-_SERIAL_STEPS = 16  # the first steps of a sweep, one position at a time
+_SERIAL_STEPS = 16  # the first of a sweep and the last, one position at a time
 _SERIAL_LIMIT = 60.0  # seconds: longer serial decoding in PyTorch gives way to a sweep
 _MEMORY_SPEED = 5e9  # bytes/s a PyTorch step reads weights with, for that estimate
 
@@ -48,6 +48,16 @@ class Pairs:
         """Each block, what its inverse reads and what it makes of it, (B, T, D) both; the last block first."""
         last = len(self.states) - 2
         return [(last - place, z, x) for place, (z, x) in enumerate(pairwise(self.states))]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevices:
+    """Backends that decode with a bundle's graphs for devices, to be compared too: ``fused`` with those for the CUDA
+    provider, in float32.
+    """
+
+    resident: Backend | None = None
+    fused: Backend | None = None
 
 
 def make_pairs(oracle: Flow, parameters: int, watch: Watch = lambda stage: None) -> Pairs:
@@ -84,19 +94,26 @@ def make_pairs(oracle: Flow, parameters: int, watch: Watch = lambda stage: None)
 
 
 def verify(
-    flow: Flow, oracle: Flow, pairs: Pairs, watch: Watch = lambda stage: None, resident: Backend | None = None
+    flow: Flow,
+    oracle: Flow,
+    pairs: Pairs,
+    watch: Watch = lambda stage: None,
+    devices: OnDevices = OnDevices(),
 ) -> Card:
-    """The parity card of ``flow`` against ``oracle``.
-
-    ``resident`` is a backend that decodes with the bundle's resident graphs, to be compared too.
-    """
+    """The parity card of ``flow`` against ``oracle``."""
     blocks = _blocks(flow, pairs, watch)
+    judge = oracle if pairs.serial else flow
     watch("verify guidance")
-    guided = _guided(flow, oracle if pairs.serial else flow, pairs)
-    on_device = None
-    if resident is not None:
+    guided = _guided(flow.backend, judge, pairs)
+    plain = Branches.plain(pairs.labels, flow.config.tokens)
+    resident = cuda = cuda_guided = None
+    if devices.resident is not None:
         watch("verify resident steps")
-        on_device = _worst(resident, pairs.inverses(), Branches.plain(pairs.labels, flow.config.tokens))
+        resident = _worst(devices.resident, pairs.inverses(), plain)
+    if devices.fused is not None:
+        watch("verify steps for CUDA")
+        cuda = _worst(devices.fused, pairs.inverses(), plain)
+        cuda_guided = _guided(devices.fused, judge, pairs)
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
@@ -118,7 +135,9 @@ def verify(
         blocks=blocks,
         guided=guided,
         bits_per_dim_shift=float(shift),
-        resident=on_device,
+        resident=resident,
+        cuda=cuda,
+        cuda_guided=cuda_guided,
         sample=sample,
         certificate=certificate,
         denoised=_denoised(flow, pairs.images, pairs.labels, pairs.denoised),
@@ -153,11 +172,11 @@ def _blocks(flow: Flow, pairs: Pairs, watch: Watch) -> dict[int, Difference]:
     return found
 
 
-def _guided(flow: Flow, judge: Flow, pairs: Pairs) -> Difference:
+def _guided(backend: Backend, judge: Flow, pairs: Pairs) -> Difference:
     """The worst block of guided steps. In PyTorch the guided inverse is a walk: too slow for a large model."""
-    guided = _GUIDANCE.branches(flow.config.tokens, pairs.labels)
+    guided = _GUIDANCE.branches(judge.config.tokens, pairs.labels)
     encoded = ((block, judge.backend.forward(block, x, guided)[0], x) for block, _, x in pairs.inverses())
-    return _worst(flow.backend, encoded, guided)
+    return _worst(backend, encoded, guided)
 
 
 def _worst(backend: Backend, inverses: Iterable[tuple[int, Array, Array]], branches: Branches) -> Difference:
@@ -182,7 +201,9 @@ def _sweep(decoding: Decoding, x: Array) -> Array:
     """What the steps make of z when every window reads the true patches x: x again, if the graph is right."""
     decoding.guess(x)
     last = x.shape[1] - 1
-    starts = [*range(min(_SERIAL_STEPS, last)), *range(_SERIAL_STEPS, last, _SWEEP_WINDOW)]
+    first = min(_SERIAL_STEPS, last)
+    rest = max(first, last - _SERIAL_STEPS)
+    starts = [*range(first), *range(first, rest, _SWEEP_WINDOW), *range(rest, last)]
     for start, stop in pairwise([*starts, last]):
         decoding.step(start, stop - start)
     return decoding.patches()

@@ -21,6 +21,7 @@ from .graph import check_graph
 from .hidden import restore
 from .manifest import AGAIN, reader_of
 from .manifest import FORMAT as FORMAT
+from .manifest import FUSED as FUSED
 from .manifest import GOLDEN as GOLDEN
 from .manifest import KINDS as KINDS
 from .manifest import MANIFEST as MANIFEST

@@ -18,6 +18,11 @@ WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 KINDS = ("step", "forward", "gradient")
 RESIDENT = "resident"  # for devices; a bundle written before there were any has none
+FUSED = {
+    1: "cuda",
+    2: "cuda_guided",
+}  # by guidance branches, for ONNX Runtime's CUDA provider; not every bundle has them
+_OPTIONAL = (RESIDENT, *FUSED.values())
 AGAIN = "copy the bundle again, or export it again"
 LARGEST_NOISE = 1e18  # its square is a float32; images are in [-1, 1]
 
@@ -68,7 +73,7 @@ class BlockEntry:
     """One flow block: the direction it reads the sequence in, and its graphs by kind."""
 
     reversed: bool
-    graphs: Mapping[str, str]  # each of KINDS always, RESIDENT maybe
+    graphs: Mapping[str, str]  # each of KINDS always, RESIDENT and FUSED maybe
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,7 @@ def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:
 def _read_block(reader: Reader, entry: object, files: Mapping[str, FileEntry], k: int) -> BlockEntry:
     block = reader.typed(entry, dict, f"blocks[{k}]")
     graphs = reader.get(block, "graphs", dict)
-    kinds = [*KINDS, *([RESIDENT] if RESIDENT in graphs else [])]  # others, of older versions, are left alone
+    kinds = [*KINDS, *(kind for kind in _OPTIONAL if kind in graphs)]  # others, of other versions, are left alone
     for kind in kinds:
         name = graphs.get(kind)
         if not isinstance(name, str) or name not in files:

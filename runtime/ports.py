@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .bundle import ModelShape
+from .bundle import FUSED, RESIDENT, ModelShape
 
 POSITION = "position"  # never written in place: engines may write it before the last operator that reads it
 MASKED = -1e30  # score of what is not seen: exp() of it is exactly 0, and unlike -inf no backend stumbles over it
@@ -117,7 +117,12 @@ def _resident(config: ModelShape) -> tuple[Port, ...]:
     )
 
 
-_INPUTS = {"step": _step, "forward": _forward, "gradient": _gradient, "resident": _resident}
+def _fused(config: ModelShape) -> tuple[Port, ...]:
+    return tuple(port for port in _resident(config) if port.name != "offsets")
+
+
+_INPUTS = {"step": _step, "forward": _forward, "gradient": _gradient, RESIDENT: _resident}
+_INPUTS |= dict.fromkeys(FUSED.values(), _fused)
 
 
 def _sequence(config: ModelShape, name: str) -> Port:

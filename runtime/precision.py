@@ -20,7 +20,8 @@ class Precision:
 
     ``storage`` holds it in numpy (which has no bfloat16), ``onnx`` and ``tensorrt`` are their names for it; no
     ``tensorrt``, no engines. With ``int8`` the products' weights are stored as int8. ``tolerance`` is about ten times
-    what is measured on trained models, ``wider`` what to try for a model that exceeds it.
+    what is measured on trained models, ``wider`` what to try for a model that exceeds it. ``fused`` says that ONNX
+    Runtime's CUDA provider has operators of its own for it, which an export writes graphs of.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Precision:
     tolerance: Tolerance
     wider: str = "fp32"
     int8: bool = False
+    fused: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -42,7 +44,7 @@ PRECISIONS = {
     row.name: row
     for row in (
         Precision("fp32", "float32", "float32", 1, "FLOAT", Tolerance(1e-4, 1e-4, 1e-2)),
-        Precision("fp16", "float16", "float16", 10, "HALF", Tolerance(5e-3, 5e-3, 0.5), "bf16 or fp32"),
+        Precision("fp16", "float16", "float16", 10, "HALF", Tolerance(5e-3, 5e-3, 0.5), "bf16 or fp32", fused=True),
         Precision("bf16", "bfloat16", "uint16", 16, "BF16", Tolerance(5e-2, 5e-2, 5.0)),
         Precision("int8", "float32", "float32", 1, None, Tolerance(5e-2, 5e-2, 5.0), "fp16 or fp32", int8=True),
     )

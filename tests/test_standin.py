@@ -52,6 +52,10 @@ def test_every_node_of_a_step_is_on_the_device_and_captured(
             first, second, third = (found["phases"][f"{guided}-block-{block}-step-{step}"] for step in range(3))
             assert first["captured"] == second["captured"] > 0  # the position takes turns between two places
             assert third == {"graphs launched": 1}
+            assert found["phases"][f"{guided}-block-{block}-window-7"] == third
+            again = found["phases"][f"{guided}-block-{block}-step-again"]
+            fused = case[1] == "fp16"  # a step of one position is another graph than windows are, on another stream
+            assert again == (third | {"waits": 1} if fused else third)
             patches = found["phases"][f"{guided}-block-{block}-patches"]
             assert patches == {"copies": 1, "waits": 2}  # for the steps, then for the copy
     assert set(found["libraries"]) <= set(LIBRARIES)  # neither cuDNN nor cuFFT, whatever was computed

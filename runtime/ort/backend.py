@@ -36,17 +36,21 @@ _ON_CPU = Opening()
 class OrtBackend:
     """Every block's graphs on ONNX Runtime's provider "cpu" or "cuda". Safe to use from several threads.
 
-    ``resident`` keeps the state of decoding on the device; None does so on a GPU. Raises MachineError if the provider
-    does not start, BundleError for a bundle without the graphs that it needs there.
+    ``resident`` keeps the state of decoding on the device; None does so on a GPU. ``fused`` lets it run graphs of ONNX
+    Runtime's own operators then; None does so on a GPU, whose provider has them in half precision. Raises MachineError
+    if the provider does not start, BundleError for a bundle without the graphs that it needs there.
     """
 
     portable = False
 
-    def __init__(self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None, fused: bool | None = None
+    ) -> None:
         self.bundle, self.config, self.opening = bundle, bundle.manifest.config, opening
         self.budget = spend(bundle, opening.memory)
         on_cpu = opening.provider_name == "cpu"
         self.resident = not on_cpu if resident is None else resident
+        self.fused = not on_cpu if fused is None else fused
         if self.resident and RESIDENT not in bundle.manifest.blocks[0].graphs:
             raise BundleError(
                 f"'{bundle.folder}' was exported before there were graphs for devices, and runs on CPUs alone; use "
@@ -84,7 +88,8 @@ class OrtBackend:
         # It holds the weights of the steps once more.
         if self.sessions.device != "cpu" or threads == 1 or self.budget != USUAL:
             return None
-        return OrtBackend(self.bundle, replace(self.opening, threads=1, spinning=None), self.resident), threads
+        alone = replace(self.opening, threads=1, spinning=None)
+        return OrtBackend(self.bundle, alone, self.resident, self.fused), threads
 
     def decoding(self, block: int, z: Array, branches: Branches) -> Decoding:
         branches = replace(branches, labels=classes(self.config, branches.labels))
@@ -92,7 +97,7 @@ class OrtBackend:
             return StepwiseDecoding(self.sessions, self._buffers, block, z, branches)
         images = len(z) if self.sessions.device == "cpu" else rounded(len(z))
         shape = images, len(branches.labels)
-        steps = self._idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape))
+        steps = self._idle.take(lambda one: one.shape == shape, lambda: OrtSteps(self.sessions, shape, self.fused))
         steps.block = block
         return ResidentDecoding(steps, self._idle, self.bundle.manifest.blocks[block].reversed, z, branches)
 

@@ -18,6 +18,8 @@ def load_onnxruntime() -> Any:
     """The onnxruntime module, its telemetry off. Raises MachineError if there is none."""
     # Since 1.29 it writes below HOME and reports to its makers once it is imported. 0 would be the user's own wish.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # Attention of one position by flash attention's one kernel, not by four others. 1 would be the user's own wish.
+    os.environ.setdefault("ORT_ENABLE_XQA", "0")
     try:
         import onnxruntime
     except ImportError as error:

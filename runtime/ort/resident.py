@@ -1,4 +1,4 @@
-"""The resident graph on ONNX Runtime: its tensors, bound once."""
+"""The resident graph on ONNX Runtime, or the provider's own of the same state: their tensors, bound once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import RESIDENT
+from ..bundle import FUSED, RESIDENT
 from ..ports import POSITION, Port, Sizes, inputs, is_state, next_name, shape
 from ..precision import PRECISIONS
 from .device import drop, touching
@@ -22,6 +22,7 @@ _MOST_RUNNING = 64  # steps begun before they are waited for: a call that is sto
 class _Bound(NamedTuple):
     """A step, as ONNX Runtime runs it."""
 
+    kind: str
     session: Any
     binding: Any
     options: Any
@@ -36,18 +37,19 @@ class _Bound(NamedTuple):
 
 
 class OrtSteps:
-    """Every tensor is allocated here, once for all blocks of a ``shape``: (images, guidance branches).
+    """Every tensor is allocated here, once for all blocks of a ``shape``: (images, guidance branches). ``fused`` lets
+    steps of one position be made by the provider's own graph, where the bundle has one.
 
     State outputs are bound to their inputs' memory. The position is not: a step reads it until its end, so two of
     them take turns. So a step can be run twice without harm, which ONNX Runtime does to capture a CUDA graph.
     """
 
-    def __init__(self, sessions: Sessions, shape: tuple[int, int]) -> None:
-        self._sessions, self.shape, self.block = sessions, shape, 0
+    def __init__(self, sessions: Sessions, shape: tuple[int, int], fused: bool) -> None:
+        self._sessions, self.shape, self.block, self._fused = sessions, shape, 0, fused
         self._precision = PRECISIONS[sessions.bundle.manifest.precision]
         self._values: dict[str, Any] = {}
         self._bindings: dict[tuple[int, int, int], _Bound] = {}  # by block, window and turn
-        self._running: list[_Bound] = []  # begun, and not waited for
+        self._running: list[_Bound] = []  # begun, and not waited for, in one session
         self._turn = 0
         self._ports = inputs(sessions.bundle.manifest.config, RESIDENT)
         with sessions.touching:
@@ -80,37 +82,47 @@ class OrtSteps:
         with self._sessions.touching:
             if key not in self._bindings:
                 self._bindings[key] = self._bind(window)
-            self._tell(self._bindings[key].run)
+            bound = self._bindings[key]
+            if self._running and self._running[-1].kind != bound.kind:
+                self._wait()  # another graph's session has a stream of its own
+            self._tell(bound, bound.run)
             self._turn = 1 - self._turn
             if self._sessions.captures:
-                self._running.append(self._bindings[key])
+                self._running.append(bound)
             if len(self._running) == _MOST_RUNNING:
                 self._wait()
 
-    def forget(self, block: int) -> None:
-        """Let go of a block's captures, whose session is about to end."""
+    def forget(self, block: int, kind: str) -> None:
+        """Let go of a graph's captures, whose session is about to end."""
         self._wait()
-        for key in [key for key in self._bindings if key[0] == block]:
+        for key in [key for key, bound in self._bindings.items() if (key[0], bound.kind) == (block, kind)]:
             del self._bindings[key]
 
     def _wait(self) -> None:
         if self._running:
-            self._tell(self._running[-1].wait)
+            self._tell(self._running[-1], self._running[-1].wait)
             self._running.clear()
 
-    def _tell(self, work: Callable[[], None]) -> None:
+    def _tell(self, bound: _Bound, work: Callable[[], None]) -> None:
         """Do it, and say whose failure it is."""
         try:
             work()
         except Exception as error:
-            raise self._sessions.failed(self.block, RESIDENT, error) from None
+            raise self._sessions.failed(self.block, bound.kind, error) from None
+
+    def _kind(self, window: int) -> str:
+        """Of the graph that makes a step."""
+        fused = FUSED[self.shape[1]]
+        has = fused in self._sessions.bundle.manifest.blocks[self.block].graphs
+        return fused if window == 1 and self._fused and has else RESIDENT
 
     def _bind(self, window: int) -> _Bound:
-        session, number = self._sessions.to_capture(self.block)
+        kind = self._kind(window)
+        session, number = self._sessions.to_capture(self.block, kind)
         if f"offsets {window}" not in self._values:
             self._values[f"offsets {window}"] = self._allocate(np.arange(window))
         binding = session.io_binding()
-        for port in self._ports:
+        for port in inputs(self._sessions.bundle.manifest.config, kind):
             source = f"offsets {window}" if port.name == "offsets" else self._current(port.name)
             place = self._sessions.device, self._sessions.number, self._element(port), self._shape(port, window)
             binding.bind_input(port.name, *place, self._values[source].data_ptr())
@@ -121,7 +133,7 @@ class OrtSteps:
         if self._sessions.captures:
             options.add_run_config_entry("gpu_graph_id", str(number))
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return _Bound(session, binding, options)
+        return _Bound(kind, session, binding, options)
 
     def _current(self, name: str, turn: int | None = None) -> str:
         """Which tensor is an input's now: the position alone changes."""

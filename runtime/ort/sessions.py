@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import RESIDENT, Bundle
+from ..bundle import FUSED, RESIDENT, Bundle
 from ..errors import BundleError, MachineError, Remedy, TarflowError, limit_of_machine
 from ..gpus import numbered
 from ..machine import cores, cpu_quota
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .resident import OrtSteps
 
 _CUDA = {"use_tf32": "0"}  # fp32 means fp32
-MOST_CAPTURES = 64  # of one block's steps: more than shapes and windows usually make
+_ON_DEVICE = (RESIDENT, *FUSED.values())
+MOST_CAPTURES = 64  # of one graph's steps: more than shapes and windows usually make
 
 
 class Sessions:
@@ -61,7 +62,7 @@ class Sessions:
         self.holders: weakref.WeakSet[OrtSteps] = weakref.WeakSet()  # of captures
         self.description = f"ONNX Runtime {self.ort.__version__}, {self._provider.removesuffix('ExecutionProvider')}"
         self._open: dict[tuple[int, str], onnxruntime.InferenceSession] = {}
-        self._captured: dict[int, int] = {}  # by block
+        self._captured: dict[tuple[int, str], int] = {}  # by block and kind
         self._lock = threading.Lock()
         if self.device != "cpu":
             weakref.finalize(self, drop, self._open).atexit = False
@@ -76,19 +77,19 @@ class Sessions:
                 self._open[block, kind] = self._start(block, kind)
             return self._open[block, kind]
 
-    def to_capture(self, block: int) -> tuple[Any, int]:
-        """The session of a block's steps, and a number that no capture in it has yet. Under ``touching``.
+    def to_capture(self, block: int, kind: str) -> tuple[Any, int]:
+        """The session of steps of one graph, and a number that no capture in it has yet. Under ``touching``.
 
         ONNX Runtime destroys captures with their session alone: one that is full of them is opened anew.
         """
         if self.captures:
-            self._captured[block] = self._captured.get(block, 0) + 1
-            if self._captured[block] > MOST_CAPTURES:
+            self._captured[block, kind] = self._captured.get((block, kind), 0) + 1
+            if self._captured[block, kind] > MOST_CAPTURES:
                 for holder in self.holders:
-                    holder.forget(block)
-                self._open.pop((block, RESIDENT), None)
-                self._captured[block] = 1
-        return self.get(block, RESIDENT), self._captured.get(block, 0)
+                    holder.forget(block, kind)
+                self._open.pop((block, kind), None)
+                self._captured[block, kind] = 1
+        return self.get(block, kind), self._captured.get((block, kind), 0)
 
     def after_fork(self) -> None:
         """Begin anew in a child process. The parent's sessions stay for ever: their threads are not here, and a session
@@ -142,8 +143,8 @@ class Sessions:
         return session
 
     def _session(self, path: Path, options: Any, kind: str) -> Any:
-        """A session; of a resident graph, one that captures CUDA graphs if the provider lets it."""
-        if kind == RESIDENT and self.captures:
+        """A session; of a graph with its state on the device, one that captures CUDA graphs if the provider lets it."""
+        if kind in _ON_DEVICE and self.captures:
             try:
                 return self.ort.InferenceSession(str(path), options, providers=self._providers(enable_cuda_graph="1"))
             except Exception as error:  # a node that has no CUDA kernel in this version: slower, not wrong

@@ -81,6 +81,8 @@ def run(flow: Flow, guided: bool) -> list[str]:
         for position in range(STEPS, STEPS + 3 * WINDOW, WINDOW):
             phase(f"block-{block}-window-{position}")
             decoding.step(position, WINDOW)
+        phase(f"block-{block}-step-again")
+        decoding.step(STEPS + 3 * WINDOW)
         phase(f"block-{block}-patches")
         decoding.patches()
         decoding.close()

@@ -32,12 +32,12 @@ struct ModelShape {
 
 bool operator==(const ModelShape& a, const ModelShape& b);
 
-enum Kind { kStep, kForward, kGradient, kResident };  // others, of older versions, are left alone
-constexpr std::array<const char*, 4> kKindNames = {"step", "forward", "gradient", "resident"};
+enum Kind { kStep, kForward, kGradient, kResident, kCuda, kCudaGuided };  // others, of other versions, are left alone
+constexpr std::array<const char*, 6> kKindNames = {"step", "forward", "gradient", "resident", "cuda", "cuda_guided"};
 
 struct BlockEntry {
   bool reversed;
-  std::array<std::string, 4> graphs;  // file names by Kind; of a bundle from before there were any, no resident
+  std::array<std::string, kKindNames.size()> graphs;  // file names by Kind; those behind kGradient may be empty
 };
 
 struct FileEntry {

@@ -17,6 +17,7 @@ const OrtApiBase* load(const std::string& chosen) {
   // Since 1.29 it writes below HOME and reports to its makers once it has an environment, before a program can say no by
   // its API. A value that is there already is the user's own wish.
   setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+  setenv("ORT_ENABLE_XQA", "0", 0);  // attention of one position by flash attention's one kernel, not by four others
   std::vector<std::string> names = {"libonnxruntime.so.1", "libonnxruntime.so"};
   const char* environment = std::getenv("TARFLOW_ONNXRUNTIME");
   if (!chosen.empty()) {

@@ -85,7 +85,8 @@ void ResidentSteps::solve(const Pass& pass, const float* z, float* x, const OnSt
   }
 }
 
-void ResidentSteps::forget(std::size_t block) {
+void ResidentSteps::forget(std::size_t block, Kind kind) {
+  if (kind != this->kind(block)) return;
   sessions_.library.check(wait(), "a step failed");
   for (int turn = 0; turn < 2; ++turn) bound_.erase({block, turn});
 }
@@ -120,6 +121,12 @@ void ResidentSteps::read(const std::string& name, void* data) {
   sessions_.device.read(data, memory.address, memory.size);
 }
 
+// The CUDA provider's own, where the bundle has one.
+Kind ResidentSteps::kind(std::size_t block) const {
+  const Kind own = branches == 1 ? kCuda : kCudaGuided;
+  return sessions_.device.on_cpu || sessions_.bundle.graph(block, own).empty() ? kResident : own;
+}
+
 void ResidentSteps::launch(const Pass& pass) {
   const auto held = sessions_.device.touch();
   auto found = bound_.find({pass.block, turn_});
@@ -128,11 +135,11 @@ void ResidentSteps::launch(const Pass& pass) {
   // A run that ended in the midst of a capture would leave the stream captured: on a device a call ends between steps.
   auto* options = sessions_.device.on_cpu ? static_cast<OrtRunOptions*>(pass.call.engine.get()) : bound.options.get();
   OrtStatus* status = sessions_.library.api->RunWithBinding(bound.session.get(), options, bound.binding.get());
-  sessions_.check_run(status, pass, kResident);
+  sessions_.check_run(status, pass, kind(pass.block));
   turn_ = 1 - turn_;
   if (!bound.captured) return;
   running_ = &bound;
-  if (++begun_ == kMostBegun) sessions_.check_run(wait(), pass, kResident);
+  if (++begun_ == kMostBegun) sessions_.check_run(wait(), pass, kind(pass.block));
 }
 
 OrtStatus* ResidentSteps::wait() {
@@ -143,8 +150,9 @@ OrtStatus* ResidentSteps::wait() {
 
 ResidentSteps::Bound ResidentSteps::bind(const Pass& pass) {
   const OrtApi* api = sessions_.library.api;
-  const auto accept = [&](OrtStatus* status) { sessions_.check_run(status, pass, kResident); };
-  const auto [session, number] = sessions_.to_capture(pass.block);
+  const Kind kind = this->kind(pass.block);
+  const auto accept = [&](OrtStatus* status) { sessions_.check_run(status, pass, kind); };
+  const auto [session, number] = sessions_.to_capture(pass.block, kind);
   OrtRunOptions* options = nullptr;
   accept(api->CreateRunOptions(&options));
   Bound bound{session, number > 0, sessions_.library.own(options), nullptr};
@@ -156,7 +164,7 @@ ResidentSteps::Bound ResidentSteps::bind(const Pass& pass) {
   accept(api->CreateIoBinding(session.get(), &binding));
   bound.binding = sessions_.library.own(binding);
   for (const auto& [name, tensor] : tensors_) {
-    if (name == kPositions[0] || name == kPositions[1]) continue;
+    if (name == kPositions[0] || name == kPositions[1] || (name == "offsets" && kind != kResident)) continue;
     accept(api->BindInput(binding, name.c_str(), tensor.value.get()));
     const bool state = name == "x" || name.rfind("key_", 0) == 0 || name.rfind("value_", 0) == 0;
     if (state) accept(api->BindOutput(binding, (name + "_next").c_str(), tensor.value.get()));

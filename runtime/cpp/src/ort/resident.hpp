@@ -1,4 +1,5 @@
-// Decoding with the resident graph, whose state stays where the provider computes: the way of a GPU.
+// Decoding with the resident graph, or the CUDA provider's own of the same state, which stays where the provider
+// computes: the way of a GPU.
 #pragma once
 
 #include <list>
@@ -21,8 +22,8 @@ class ResidentSteps {
   // those that are missing.
   void solve(const Pass& pass, const float* z, float* x, const OnStep& on_step);
 
-  // Lets go of a block's captures, whose session is about to end. Whoever calls it touches the device.
-  void forget(std::size_t block);
+  // Lets go of a graph's captures, whose session is about to end. Whoever calls it touches the device.
+  void forget(std::size_t block, Kind kind);
 
   std::size_t bytes() const;
 
@@ -43,6 +44,7 @@ class ResidentSteps {
   void add(const std::string& name, const Shape& shape, ONNXTensorElementDataType type);
   void write(const std::string& name, const void* data);
   void read(const std::string& name, void* data);
+  Kind kind(std::size_t block) const;  // of the graph that makes a step
   void launch(const Pass& pass);
   OrtStatus* wait();  // until all that was begun has ended
   Bound bind(const Pass& pass);

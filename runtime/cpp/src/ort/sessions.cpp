@@ -8,11 +8,14 @@
 namespace tarflow::internal {
 namespace {
 
-constexpr int kMostCaptures = 64;  // of one block's steps: more than shapes usually make
+constexpr int kMostCaptures = 64;  // of one graph's steps: more than shapes usually make
 
 const char* provider_name(const Opening& opening) {
   return opening.on_cpu() ? "CPUExecutionProvider" : "CUDAExecutionProvider";
 }
+
+// Whether a graph makes steps whose state stays on the device.
+bool on_device(Kind kind) { return kind == kResident || kind == kCuda || kind == kCudaGuided; }
 
 bool says(const std::string& message, const char* words) { return message.find(words) != std::string::npos; }
 
@@ -60,15 +63,15 @@ Session Sessions::get(std::size_t block, Kind kind) {
   return found;
 }
 
-std::pair<Session, int> Sessions::to_capture(std::size_t block) {
-  Session session = get(block, kResident);  // which may find out that nothing can be captured
+std::pair<Session, int> Sessions::to_capture(std::size_t block, Kind kind) {
+  Session session = get(block, kind);  // which may find out that nothing can be captured
   if (!captures_) return {session, 0};
-  int& captured = captured_[block];
+  int& captured = captured_[{block, kind}];
   if (++captured > kMostCaptures) {
-    for (ResidentSteps* holder : holders) holder->forget(block);
-    open_.erase({block, kResident});
+    for (ResidentSteps* holder : holders) holder->forget(block, kind);
+    open_.erase({block, kind});
     session.reset();
-    session = get(block, kResident);
+    session = get(block, kind);
     captured = 1;
   }
   return {session, captured};
@@ -127,7 +130,7 @@ Session Sessions::open(std::size_t block, Kind kind) {
   const std::string& name = bundle.graph(block, kind);
   const std::string path = bundle.path(name);
   OrtSession* made = nullptr;
-  const bool captured = kind == kResident && captures_;
+  const bool captured = on_device(kind) && captures_;
   OrtStatus* status = create(path, kind, captured, &made);
   if (status != nullptr && captured) {  // a node that has no CUDA kernel in this version: slower, not wrong
     captures_ = false;
@@ -167,7 +170,7 @@ Owned<OrtSessionOptions> Sessions::options(Kind kind) const {
   // Blocks run one after the other: the last one's idle threads must not take a core from this one's.
   if (opening.spinning) entry("session.force_spinning_stop", "1");
   // Prepacking copies the weights of every session. It pays only where a graph runs once a step.
-  const bool stepping = kind == kStep || kind == kResident;
+  const bool stepping = kind == kStep || on_device(kind);
   if (!stepping) entry("session.disable_prepacking", "1");
   if (bundle.manifest.precision->int8) {  // steps multiply in int8; what judges them does not
     entry("session.qdq_matmulnbits_accuracy_level", stepping ? "4" : "1");

@@ -26,9 +26,9 @@ class Sessions {
   // The session of one graph. With `one_block`, those of other blocks are let go of.
   Session get(std::size_t block, Kind kind);
 
-  // The session of a block's steps, and a number that no capture in it has yet; 0 where none is captured. ONNX Runtime
-  // destroys captures with their session alone: one that is full of them is opened anew.
-  std::pair<Session, int> to_capture(std::size_t block);
+  // The session of steps of one graph, and a number that no capture in it has yet; 0 where none is captured. ONNX
+  // Runtime destroys captures with their session alone: one that is full of them is opened anew.
+  std::pair<Session, int> to_capture(std::size_t block, Kind kind);
 
   // A tensor in memory of the device, which must outlive it.
   Owned<OrtValue> tensor(void* address, const Shape& shape, ONNXTensorElementDataType type) const;
@@ -56,7 +56,7 @@ class Sessions {
   std::mutex mutex_;
   bool captures_;
   std::string why_not_;  // it captures nothing, if that was asked for
-  std::map<std::size_t, int> captured_;  // by block
+  std::map<std::pair<std::size_t, Kind>, int> captured_;
   std::map<std::pair<std::size_t, Kind>, Session> open_;
 };
 
