@@ -22,9 +22,11 @@ from ..runtime.errors import InputError
 from ..runtime.flow import Flow
 from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
+from ..runtime.ort.library import load_onnxruntime
 from .emulate import runnable, widened
 
 ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
+_CHECKS_LENGTHS = (1, 26)  # the first ONNX Runtime whose attention, on CPUs, writes to no slot that a cache has not
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ def _on_devices(bundle: Bundle, here: Bundle, opening: Opening) -> Iterator[OnDe
     """The graphs for devices that a bundle has, on this CPU; ``here`` is the bundle as it can run it."""
     graphs = bundle.manifest.blocks[0].graphs
     resident = OrtBackend(here, opening, resident=True) if RESIDENT in graphs else None
-    if resident is None or not graphs.keys() >= set(FUSED.values()):
+    version = tuple(map(int, load_onnxruntime().__version__.split(".")[:2]))
+    if resident is None or version < _CHECKS_LENGTHS or not graphs.keys() >= set(FUSED.values()):
         yield OnDevices(resident)
         return
     with widened(bundle) as wide:

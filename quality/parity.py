@@ -102,10 +102,11 @@ def verify(
 ) -> Card:
     """The parity card of ``flow`` against ``oracle``."""
     blocks = _blocks(flow, pairs, watch)
-    judge = oracle if pairs.serial else flow
-    watch("verify guidance")
-    guided = _guided(flow.backend, judge, pairs)
     plain = Branches.plain(pairs.labels, flow.config.tokens)
+    branches = _GUIDANCE.branches(flow.config.tokens, pairs.labels)
+    watch("verify guidance")
+    inverses = _guided_inverses(oracle if pairs.serial else flow, pairs, branches)
+    guided = _worst(flow.backend, inverses, branches)
     resident = cuda = cuda_guided = None
     if devices.resident is not None:
         watch("verify resident steps")
@@ -113,7 +114,7 @@ def verify(
     if devices.fused is not None:
         watch("verify steps for CUDA")
         cuda = _worst(devices.fused, pairs.inverses(), plain)
-        cuda_guided = _guided(devices.fused, judge, pairs)
+        cuda_guided = _worst(devices.fused, inverses, branches)
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
@@ -172,11 +173,11 @@ def _blocks(flow: Flow, pairs: Pairs, watch: Watch) -> dict[int, Difference]:
     return found
 
 
-def _guided(backend: Backend, judge: Flow, pairs: Pairs) -> Difference:
-    """The worst block of guided steps. In PyTorch the guided inverse is a walk: too slow for a large model."""
-    guided = _GUIDANCE.branches(judge.config.tokens, pairs.labels)
-    encoded = ((block, judge.backend.forward(block, x, guided)[0], x) for block, _, x in pairs.inverses())
-    return _worst(backend, encoded, guided)
+def _guided_inverses(judge: Flow, pairs: Pairs, branches: Branches) -> list[tuple[int, Array, Array]]:
+    """As :meth:`Pairs.inverses`, guided; made once for all that are compared. In PyTorch it is a walk: too slow for a
+    large model, whose own forward graphs then judge.
+    """
+    return [(block, judge.backend.forward(block, x, branches)[0], x) for block, _, x in pairs.inverses()]
 
 
 def _worst(backend: Backend, inverses: Iterable[tuple[int, Array, Array]], branches: Branches) -> Difference:

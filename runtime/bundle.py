@@ -173,8 +173,10 @@ class Bundle:
     def check_graphs(self) -> None:
         """Look into every graph, for what :func:`check_graph` refuses. Their hashes are right already."""
         weights_size = self.manifest.files[WEIGHTS].size
-        for name in sorted({name for block in self.manifest.blocks for name in block.graphs.values()}):
-            check_graph(self.path(name), weights_size)
+        graphs = [entry for block in self.manifest.blocks for entry in block.graphs.items()]
+        elsewhere = {name for kind, name in graphs if kind not in FUSED.values()}
+        for name in sorted({name for _, name in graphs}):
+            check_graph(self.path(name), weights_size, for_cuda=name not in elsewhere)
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """All tensors of a small safetensors file in the bundle, as numpy arrays. Checked first."""

@@ -33,6 +33,7 @@ _INNER = {  # by kind of message: which of its fields hold which others
 _NODE_OPERATOR, _NODE_DOMAIN, _OPSET_DOMAIN, _TENSOR_PLACE, _KEY, _VALUE = 4, 7, 1, 13, 1, 2  # numbers of fields
 _PLACE = ("location", "offset", "length")  # all that a tensor may say about where its numbers are
 _NUMBER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # how a field is written; other ways went out of use
+_OWN = "com.microsoft:"  # ONNX Runtime's own operators, of which some versions trust what they are given
 _NATURAL = re.compile(r"[0-9]{1,18}")
 Span = tuple[int, int, int]  # a field's number, and where its bytes begin and end
 
@@ -44,22 +45,24 @@ def operators() -> frozenset[str]:
     return frozenset(line for line in lines if not line.startswith("#"))
 
 
-def check_graph(path: Path, weights_size: int) -> None:
+def check_graph(path: Path, weights_size: int, for_cuda: bool = False) -> None:
     """Raise BundleError for a graph that reads what no hash covers, or computes with what no export writes.
 
-    Every operator, in functions and sub-graphs too, is among :func:`operators`, every opset of a domain there. Every
-    tensor's numbers are in the graph, or among the ``weights_size`` bytes of the weights file beside it.
+    Every operator, in functions and sub-graphs too, is among :func:`operators`, every opset of a domain there, ONNX
+    Runtime's own only in a graph ``for_cuda``. Every tensor's numbers are in the graph, or among the ``weights_size``
+    bytes of the weights file beside it.
     """
     size = path.stat().st_size
     if size > _LARGEST:
         raise BundleError(f"'{path}' has {size} bytes; expected a graph of {_LARGEST} at most: {AGAIN}")
     graph = _Graph(path.read_bytes())
+    known = {operator for operator in operators() if for_cuda or not operator.startswith(_OWN)}
     try:
         for kind, fields in graph.messages():
             if kind == "node":
-                _check_operator(graph.text(fields, _NODE_DOMAIN), graph.text(fields, _NODE_OPERATOR))
+                _check_operator(known, graph.text(fields, _NODE_DOMAIN), graph.text(fields, _NODE_OPERATOR))
             elif kind == "opset":
-                _check_domain(graph.text(fields, _OPSET_DOMAIN))
+                _check_domain(known, graph.text(fields, _OPSET_DOMAIN))
             elif kind == "tensor":
                 _check_place(graph.places(fields), weights_size)
     except _Refused as refused:
@@ -151,14 +154,14 @@ class _Graph:
                 raise _Refused(f"is no ONNX graph, or damaged: a number before byte {at} does not end")
 
 
-def _check_operator(domain: str, name: str) -> None:
+def _check_operator(known: set[str], domain: str, name: str) -> None:
     operator = f"{domain or 'ai.onnx'}:{name}"
-    if operator not in operators():
+    if operator not in known:
         raise _Refused(f"computes with {short(operator)}, which no export writes: it was not opened")
 
 
-def _check_domain(domain: str) -> None:
-    if domain and domain not in {operator.partition(":")[0] for operator in operators()}:
+def _check_domain(known: set[str], domain: str) -> None:
+    if domain and domain not in {operator.partition(":")[0] for operator in known}:
         raise _Refused(f"has operators of the domain {short(domain)}, which no export writes: it was not opened")
 
 

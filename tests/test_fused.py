@@ -246,6 +246,16 @@ def test_one_that_is_named_is_there_and_holds_what_exports_write(copy: Exported)
     refused_by_both(folder, r"blocks\[1\].graphs.cuda_guided is .*which is not among the files")
 
 
+@pytest.mark.parametrize("kind", ["step", "resident"])
+def test_onnx_runtimes_own_operators_stand_in_no_other_graph(copy: Exported, kind: str) -> None:
+    """Their kernels for CPUs trust, in ONNX Runtime 1.25, what a stranger's graph says."""
+    folder = copy("demo", "fp16")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["blocks"][2]["graphs"][kind] = manifest["blocks"][2]["graphs"]["cuda"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused_by_both(folder, r"block_02\.cuda\.onnx' .*com\.microsoft.*, which no export writes")
+
+
 def refused_by_both(folder: Path, why: str) -> None:
     with pytest.raises(BundleError, match=why):
         Flow.open(folder)

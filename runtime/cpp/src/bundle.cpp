@@ -112,7 +112,7 @@ void Bundle::check_content(const std::string& name, const FileEntry& entry) {
     throw bundle_error("'" + file.path + "' is damaged or was changed: its SHA-256 is " + found.substr(0, 16) +
                        "..., the manifest says " + entry.sha256.substr(0, 16) + "... " + kCopyAgain);
   }
-  if (graph) check_graph(content, file.path, manifest.files.at(kWeights).size);
+  if (graph) check_graph(content, file.path, manifest.files.at(kWeights).size, manifest.for_cuda.count(name) == 1);
   identities_.emplace(name, file.identity);
   if (name == kWeights) weights_ = std::move(opened);
 }

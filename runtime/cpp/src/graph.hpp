@@ -12,7 +12,8 @@ constexpr std::uint64_t kGraphLimit = std::uint64_t{256} << 20;  // bytes; kilob
 
 // Throws Error(TARFLOW_BUNDLE) for a graph with an operator, in functions and sub-graphs too, that is not in
 // runtime/operators.txt, an opset of another domain, or a tensor whose numbers are neither in the graph nor among the
-// `weights_size` bytes of the weights file beside it.
-void check_graph(std::string_view content, const std::string& source, std::uint64_t weights_size);
+// `weights_size` bytes of the weights file beside it. ONNX Runtime's own operators stand in graphs `for_cuda` alone.
+void check_graph(std::string_view content, const std::string& source, std::uint64_t weights_size,
+                 bool for_cuda = false);
 
 }  // namespace tarflow::internal

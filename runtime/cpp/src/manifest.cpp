@@ -140,7 +140,7 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
                        "; this tarflow reads version 1. Install the tarflow that wrote it, or export it again");
   }
   Manifest manifest{
-      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}, {}};
+      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}, {}, {}};
   for (const auto& [name, entry] : reader.object(document, "files").items()) {
     require_confined(reader, name);
     const std::string hash = reader.sha256(entry, "sha256");
@@ -155,6 +155,10 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
   }
   for (const BlockEntry& block : manifest.blocks) manifest.graphs.insert(block.graphs.begin(), block.graphs.end());
   manifest.graphs.erase("");
+  manifest.for_cuda = manifest.graphs;
+  for (const BlockEntry& block : manifest.blocks) {
+    for (std::size_t kind = 0; kind < kCuda; ++kind) manifest.for_cuda.erase(block.graphs[kind]);
+  }
   for (const char* name : {kWeights, "golden.safetensors"}) {
     if (!manifest.files.count(name)) throw reader.wrong("files lacks " + std::string(name));
   }

@@ -56,7 +56,8 @@ struct Manifest {
   ModelShape shape;
   std::vector<BlockEntry> blocks;
   std::map<std::string, FileEntry> files;
-  std::set<std::string> graphs;  // names of all blocks' files that may be run
+  std::set<std::string> graphs;    // names of all blocks' files that may be run
+  std::set<std::string> for_cuda;  // and of those among them that the CUDA provider alone may run
 };
 
 // Throws Error(TARFLOW_BUNDLE) with `source` and the place in it.
