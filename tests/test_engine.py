@@ -295,7 +295,7 @@ def test_a_machine_without_a_driver_gets_one_clear_sentence(copy: Exported, cli:
 
 def test_doctor_says_why_each_provider_was_not_tried(cli: Cli) -> None:
     tests = said(cli("doctor", "--json"))["self_test"]
-    assert set(tests) == {"cpu", "cpu, graphs for devices", "cuda", "tensorrt"}
+    assert set(tests) == {"native", "cpu", "cpu, graphs for devices", "cuda", "tensorrt"}
     assert tests["cpu"]["ok"] is True
     assert tests["tensorrt"] == {
         "ok": None,
@@ -331,8 +331,8 @@ def test_a_build_leaves_nothing_behind_in_polygraphy(copy: Exported) -> None:
     from polygraphy import config as settings
 
     configuring: Any = importlib.import_module("polygraphy.backend.trt.config")
+    opened = Bundle.open(copy("uncond"))  # first: whatever exports it may load ONNX Runtime, which sets variables
     before = dict(os.environ), settings.USE_TENSORRT_RTX, configuring.trt
-    opened = Bundle.open(copy("uncond"))
     parsed = Parsed(tensorrt_rtx, opened.path("block_00.forward.onnx"))
     builder_config(parsed, Blueprint.of(opened, QUICK), "forward")
     assert (dict(os.environ), settings.USE_TENSORRT_RTX, configuring.trt) == before

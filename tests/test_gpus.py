@@ -31,7 +31,9 @@ def test_a_provider_may_name_a_gpu(provider: str, name: str, device: str) -> Non
     "provider", ["cpu:0", "auto:1", "cuda:", "cuda:-1", "cuda:one", "cuda:1:2", "cuda: 1", ":1", ""]
 )
 def test_what_names_no_gpu_is_refused(provider: str) -> None:
-    with pytest.raises(InputError, match=r"`provider` is '.*'; expected one of auto, cpu, cuda, tensorrt; .* cuda:1"):
+    with pytest.raises(
+        InputError, match=r"`provider` is '.*'; expected one of auto, native, cpu, cuda, tensorrt; .* cuda:1"
+    ):
         Opening(provider)
 
 

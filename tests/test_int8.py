@@ -84,8 +84,8 @@ def test_every_int8_product_of_a_step_is_fused(int8: Path, tmp_path: Path) -> No
     sessions = flow.backend.sessions  # type: ignore[attr-defined]
     usual = sessions._options
 
-    def keep(kind: str, axes: object) -> object:
-        options = usual(kind, axes)
+    def keep(kind: str) -> object:
+        options = usual(kind)
         if kind == "step":
             options.optimized_model_filepath = str(optimised)
         return options
