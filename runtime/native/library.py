@@ -44,7 +44,7 @@ def load() -> ctypes.CDLL:
     if not built:
         raise MachineError(
             "the native engine was not built when tarflow was installed, for want of a C++ compiler; install one and "
-            "tarflow again, or use `provider` cpu, which takes two to five times as long",
+            "tarflow again, or use `provider` cpu",
             field="provider",
             found="native",
             expected="cpu",
