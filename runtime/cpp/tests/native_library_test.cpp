@@ -36,12 +36,14 @@ TEST_CASE("native: a sample's bits are its own in any batch and place, by any th
   for (const std::int32_t precision : kAll) {
     CAPTURE(precision);
     for (const bool guided : {false, true}) {
+      if (!guided && precision != TARFLOW_NATIVE_FP32) continue;  // one branch is as two are
       const auto expected = synthetic::samples(open_model(weights, shape, precision, 1).get(), shape, {0, 33, guided, 1});
       REQUIRE(expected.size() == 33 * numbers);
       for (const int threads : {1, 2, 3}) {
         const Model model = open_model(weights, shape, precision, threads);
         for (const synthetic::Draw& draw : {synthetic::Draw{0, 1, guided, 1}, {30, 3, guided, 1}, {7, 8, guided, 1},
                                             {0, 33, guided, 1}, {5, 3, guided, 4}, {11, 2, guided, 11}}) {
+          if (draw.images == 33 && threads != 3) continue;
           const std::vector<float> found = synthetic::samples(model.get(), shape, draw);
           REQUIRE(found.size() == static_cast<std::size_t>(draw.images) * numbers);
           CHECK(same_bits(found.data(), expected.data() + static_cast<std::size_t>(draw.first) * numbers, found.size()));

@@ -47,22 +47,22 @@ TEST_CASE("native: samples of a bundle have the same bits in any batch, by any t
   for (const char* precision : {"fp32", "int16", "int8", "bf16"}) {
     CAPTURE(precision);
     const std::vector<float> expected = tarflow::Flow(TARFLOW_DEMO, native(precision, 1)).sample(labels, how);
-    for (const int threads : {2, 3}) {
-      tarflow::OpenOptions options = native(precision, threads);
-      options.low_memory = threads == 3;
-      tarflow::Flow flow(TARFLOW_DEMO, options);
-      tarflow::Flow other = flow.share();
-      for (const std::int64_t batch : {1, 3, 8, 0}) {
-        tarflow::SampleOptions in_batches = how;
-        in_batches.batch_size = batch;
-        CHECK(other.sample(labels, in_batches) == expected);
-      }
-      tarflow::SampleOptions later = how;
-      later.first_sample = 21;
-      later.reproducible = 1;
-      const std::vector<float> some = flow.sample({1, 2, 3}, later);
-      CHECK(std::equal(some.begin(), some.end(), expected.begin() + 21 * 64));
+    tarflow::Flow flow(TARFLOW_DEMO, native(precision, 3));
+    tarflow::Flow other = flow.share();
+    for (const std::int64_t batch : {1, 3, 8, 0}) {
+      tarflow::SampleOptions in_batches = how;
+      in_batches.batch_size = batch;
+      CHECK(other.sample(labels, in_batches) == expected);
     }
+    tarflow::SampleOptions later = how;
+    later.first_sample = 21;
+    later.reproducible = 1;
+    const std::vector<float> some = flow.sample({1, 2, 3}, later);
+    CHECK(std::equal(some.begin(), some.end(), expected.begin() + 21 * 64));
+    if (precision != std::string("int8")) continue;
+    tarflow::OpenOptions options = native(precision, 2);
+    options.low_memory = 1;
+    CHECK(tarflow::Flow(TARFLOW_DEMO, options).sample(labels, how) == expected);
   }
 }
 

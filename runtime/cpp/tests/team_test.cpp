@@ -15,7 +15,7 @@ using tarflow::native::Team;
 
 namespace {
 
-constexpr double kWorthIt = 1e9;  // multiplications: any work of this size is shared
+constexpr double kWorthIt = 1e6;  // multiplications: more than it costs to share them
 
 }  // namespace
 

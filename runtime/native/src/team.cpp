@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kWorthSharing = 20e3;          // multiplications: about a microsecond, which is what sharing costs
 constexpr auto kSpin = std::chrono::microseconds(50);      // then a thread sleeps: longer than any pause in a step
-constexpr auto kPutAside = std::chrono::microseconds(100);  // no unit takes so long, but for those that are large
+constexpr double kPutAside = 100e3, kSlow = 0.3;  // nanoseconds that no unit takes, but for so many a multiplication
 constexpr std::uint32_t kLeastAlone = 256;  // works: some milliseconds; twice as many each time
 
 inline void pause() {
@@ -82,7 +82,7 @@ void Team::share(std::int64_t units, double cost, Call call, const void* work) {
     wake_.notify_all();
   }
   take_part(number, 0);
-  wait_for_others(static_cast<std::uint32_t>(units));
+  wait_for_others(static_cast<std::uint32_t>(units), kPutAside + kSlow * cost / static_cast<double>(units));
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
@@ -107,12 +107,14 @@ void Team::take_part(std::uint32_t number, int thread) {
   }
 }
 
-void Team::wait_for_others(std::uint32_t units) {
+// `patience` in nanoseconds: a thread that takes longer for its last unit was put aside.
+void Team::wait_for_others(std::uint32_t units, double patience) {
+  const std::chrono::duration<double, std::nano> most(patience);
   const auto begun = std::chrono::steady_clock::now();
   bool put_aside = false;
   for (int i = 1; done_.load(std::memory_order_acquire) != units; ++i) {
     pause();
-    if (i % 64 != 0 || std::chrono::steady_clock::now() - begun < kPutAside) continue;
+    if (i % 64 != 0 || std::chrono::steady_clock::now() - begun < most) continue;
     put_aside = true;
     std::this_thread::yield();  // perhaps it waits for this core
   }

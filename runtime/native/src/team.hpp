@@ -50,7 +50,7 @@ class Team {
   void serve(int thread);
   bool wait_for_work(std::uint32_t seen);
   void take_part(std::uint32_t number, int thread);
-  void wait_for_others(std::uint32_t units);
+  void wait_for_others(std::uint32_t units, double patience);
   void end();
 
   const int threads_;
