@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,6 @@ class Decoding(Protocol):
         """Let go of device memory. Optional: a decoding that is dropped lets go of it too."""
 
 
-@runtime_checkable
 class Walking(Decoding, Protocol):
     """A decoding that takes many steps in one call, where a call costs as much as a step."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import Array, Decoding, Mask, Walking
+from .backend import Array, Decoding, Mask
 from .errors import InputError
 
 TOLERANCES = {"exact": 1e-5, "fast": 1e-3}  # largest change of a patch, in units of the flow's state
@@ -61,8 +61,9 @@ def solve(decoding: Decoding, tokens: int, how: Parallel | None, on_step: Watch 
 
 def serial(decoding: Decoding, tokens: int, on_step: Watch | None = None) -> Array:
     """One position after the other, T - 1 dependent steps: exact (arXiv 2412.06329). Returns patches (B, T, D)."""
-    if isinstance(decoding, Walking):
-        decoding.walk(tokens - 1, on_step or (lambda position: None))
+    walk: Callable[[int, Watch], None] | None = getattr(decoding, "walk", None)  # isinstance would look at `x`: a copy
+    if walk is not None:
+        walk(tokens - 1, on_step or (lambda position: None))
         return decoding.patches()
     for position in range(tokens - 1):
         decoding.step(position)
