@@ -50,6 +50,7 @@ bench: $(DEV)/done cpp ## every way to draw, beside PyTorch, in one run; floors 
 	python -m bench.cpp
 	python -m bench.floor
 	python -m bench.growth
+	python -m bench.native
 
 torture: $(DEV)/done ## kills (with strace), damaged files, hostile clients; writes bench/RESULTS-TORTURE.md: some hours
 	$(DEV)/bin/python -m bench.torture

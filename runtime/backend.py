@@ -6,7 +6,6 @@ Shapes: B images, T patches, D numbers in a patch, G guidance branches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +44,11 @@ class Branches:
 
 
 class Decoding(Protocol):
-    """One block being inverted for one batch: owns z, the patches found so far, and the KV cache."""
+    """One block being inverted for one batch: owns z, the patches found so far, and the KV cache.
+
+    One whose steps cost no more than a call may have ``walk(stop, on_step)`` besides: steps at the first ``stop``
+    positions, of which ``on_step`` is told, perhaps some steps later.
+    """
 
     @property
     def x(self) -> Array:
@@ -71,13 +74,6 @@ class Decoding(Protocol):
         """Let go of device memory. Optional: a decoding that is dropped lets go of it too."""
 
 
-class Walking(Decoding, Protocol):
-    """A decoding that takes many steps in one call, where a call costs as much as a step."""
-
-    def walk(self, stop: int, on_step: Callable[[int], None]) -> None:
-        """Steps at the first ``stop`` positions; ``on_step`` is told each, perhaps some steps later. It may raise."""
-
-
 class Backend(Protocol):
     """The three graphs of every block, on one engine."""
 
@@ -85,9 +81,7 @@ class Backend(Protocol):
     machine: str  # provider and device: what a measured plan is true for
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
     window: int  # positions a parallel pass takes where nothing was measured
-    portable: (
-        bool  # whether what it decodes serially has the same bits whatever the batch, the threads and the processor
-    )
+    portable: bool  # whether serial decoding has the same bits whatever the batch, the threads and the processor
 
     def lanes(self) -> tuple[Backend, int] | None:
         """This engine for callers that are threads themselves, one thread each, and for how many; None on a device."""

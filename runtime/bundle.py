@@ -85,15 +85,18 @@ class Bundle:
         """The path of a file the manifest names, the one that was there when this was opened. Raises BundleError if it
         is missing, leads out of the folder, or is another by now.
         """
+        path = self._place(name)
+        if name in self._seen and self._seen[name] != _signature(path.stat()):
+            self.check(name)
+        return path
+
+    def _place(self, name: str) -> Path:
         path = self.folder / name
         try:
             _require_inside(self.folder, path)
         except BundleError:
             self._require_its_manifest()
             raise
-        if name in self._seen and self._seen[name] != _signature(path.stat()):
-            self._seen.pop(name)
-            self.check(name)
         return path
 
     def own(self, name: str) -> Path:
@@ -111,7 +114,7 @@ class Bundle:
     def check(self, *names: str) -> None:
         """Compare SHA-256 of the named files (all of them by default) with the manifest. Raises BundleError."""
         for name in names or tuple(self.manifest.files):
-            with self.path(name).open("rb") as file:
+            with self._place(name).open("rb") as file:
                 seen = _signature(os.fstat(file.fileno()))
                 self._compare(name, hashlib.file_digest(file, "sha256").hexdigest())
             self._seen[name] = seen

@@ -41,6 +41,16 @@ MODELS = {
     "volume-preserving": Config(8, 1, 2, width=64, blocks=2, layers=2, classes=2, nvp=False, noise_std=0.1),
 }
 Feeds = dict[str, NDArray[Any]]
+ALONE = Opening(threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Steps this small are slower on several threads, and far slower on cores that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def a_model(name: str) -> TarFlow:
@@ -101,8 +111,9 @@ def test_every_step_of_a_block_is_the_resident_one(model: str, branches: int, im
 
 
 def quiet() -> onnxruntime.SessionOptions:
-    """Without warnings that a state is copied, where it may be."""
+    """Without warnings that a state is copied, where it may be, and on one thread: steps this small need no more."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return options
 
@@ -121,12 +132,12 @@ def test_steps_of_one_position_and_windows_run_by_turns_on_one_state(
 ) -> None:
     config, labels = wide.manifest.config, np.array([3, -1])
     assert sum(windows) == config.tokens - 1
-    flow = Flow(wide, OrtBackend(wide, resident=True))
+    flow = Flow(wide, OrtBackend(wide, ALONE, resident=True))
     guess = flow.noise(1, range(2))
     branches = guidance.branches(config.tokens, labels)
     found = []
     for fused in (True, False):
-        backend = OrtBackend(wide, Opening(), resident=True, fused=fused)
+        backend = OrtBackend(wide, ALONE, resident=True, fused=fused)
         decoding: Any = backend.decoding(1, flow.noise(0, range(2)), branches)
         decoding.guess(guess)  # what is behind a window is not known yet
         position = 0
@@ -140,7 +151,7 @@ def test_steps_of_one_position_and_windows_run_by_turns_on_one_state(
 
 
 def test_a_step_writes_one_slot_of_the_cache_and_one_patch(wide: Bundle) -> None:
-    backend = OrtBackend(wide, Opening(), resident=True, fused=True)
+    backend = OrtBackend(wide, ALONE, resident=True, fused=True)
     config = wide.manifest.config
     z = np.random.default_rng(0).standard_normal((3, config.tokens, config.patch_dim)).astype(np.float32)
     decoding: Any = backend.decoding(0, z, Branches.plain(np.array([0, 2, -1]), config.tokens))

@@ -20,31 +20,33 @@ from ..ort.backend import OrtBackend
 from . import library
 from .decoding import NativeDecoding
 
-_WINDOW = 16
-
 
 class Model:
     """The weights of a bundle, open in the library: each block packed for ``precision`` when it is first decoded."""
 
     def __init__(self, bundle: Bundle, precision: str, threads: int, one_block: bool) -> None:
-        config = bundle.manifest.config
+        config, self._bundle, self._one_block = bundle.manifest.config, bundle, one_block
         with bundle.path(WEIGHTS).open("rb") as file:
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         weights = np.frombuffer(self._mapped, np.uint8)
         bundle.confirm()  # what is mapped is what was hashed
-        shape = library.Shape(nvp=config.nvp, **{name: getattr(config, name) for name in library.Shape._names})
+        shape = library.Shape(nvp=config.nvp, **{name: getattr(config, name) for name in library.Shape.sizes})
         kinds = (ctypes.c_int32 * config.blocks)(*[library.PRECISIONS[precision]] * config.blocks)
         self.handle = ctypes.c_void_p()
         place = ctypes.byref(self.handle)
         library.call("open", weights.ctypes.data, len(weights), ctypes.byref(shape), kinds, threads, one_block, place)
         self._close = weakref.finalize(self, _close, self.handle, weights)
-        self._packed: set[int] = set()
+        self._packed: set[int] = set()  # blocks
 
     def packed(self, block: int) -> None:
-        """Let go of the file's pages behind a block that is packed by now: its weights are in memory once."""
-        if block not in self._packed and hasattr(mmap, "MADV_DONTNEED"):
-            self._packed.add(block)
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+        """A block has been packed by now, of the file that was hashed: its weights are in memory once, and the file's
+        pages are let go of. Raises BundleError if the file was changed before that.
+        """
+        if block not in self._packed:
+            self._bundle.confirm()
+            self._packed = {block} if self._one_block else {*self._packed, block}
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _close(handle: ctypes.c_void_p, weights: object) -> None:
@@ -67,7 +69,7 @@ class NativeBackend:
         self.description = f"native {self.precision} ({isa}), {self.graphs.description}"
         self.machine = f"native {self.precision} {isa} {processor()}, {threads} threads"
         self.largest_batch: int | None = None
-        self.window = _WINDOW
+        self.window = self.graphs.window
 
     def lanes(self) -> None:
         """None: one batch is divided among the library's own threads."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, InputError, MachineError, Remedy, TarflowError
+from ..opening import NATIVE_PRECISIONS
 
-PRECISIONS = {"fp32": 0, "int16": 1, "bf16": 2, "int8": 3}  # as native.h numbers them
+PRECISIONS = {name: number for number, name in enumerate(NATIVE_PRECISIONS)}  # native.h has them in this order
 MOST_THREADS = 64
 _WRONG, _MEMORY = 1, 2
 
@@ -18,8 +19,8 @@ _WRONG, _MEMORY = 1, 2
 class Shape(Structure):
     """``tarflow_native_shape``."""
 
-    _names = ("tokens", "patch_dim", "width", "head_dim", "layers", "blocks", "classes")
-    _fields_ = [*((name, c_int64) for name in _names), ("nvp", c_int32)]
+    sizes = ("tokens", "patch_dim", "width", "head_dim", "layers", "blocks", "classes")
+    _fields_ = [*((name, c_int64) for name in sizes), ("nvp", c_int32)]
 
 
 class Batch(Structure):

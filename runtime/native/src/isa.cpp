@@ -20,15 +20,15 @@ std::vector<const Kernels*> present() {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kernels_of_avx512_vnni());
-  if (avx512) found.push_back(&kernels_of_avx512());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_of_avx2());
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni::kernels);
+  if (avx512) found.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
 #elif defined(__aarch64__) && defined(__linux__)
-  if ((getauxval(AT_HWCAP) & (1ul << 20)) != 0) found.push_back(&kernels_of_neon());  // HWCAP_ASIMDDP
+  if ((getauxval(AT_HWCAP) & (1ul << 20)) != 0) found.push_back(&neon::kernels);  // HWCAP_ASIMDDP
 #elif defined(__aarch64__)
-  found.push_back(&kernels_of_neon());  // Apple's all have the products of bytes
+  found.push_back(&neon::kernels);  // Apple's all have the products of bytes
 #endif
-  found.push_back(&kernels_of_baseline());
+  found.push_back(&baseline::kernels);
   return found;
 }
 

@@ -4,7 +4,19 @@
 // panels; the padding is zero.
 #pragma once
 
+#include <cmath>  // with the others here, for no target: what is inline in them may be kept from any file
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+
+#define TARFLOW_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define TARFLOW_TARGET(names) TARFLOW_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define TARFLOW_END_TARGET TARFLOW_PRAGMA(clang attribute pop)
+#else
+#define TARFLOW_TARGET(names) TARFLOW_PRAGMA(GCC target(names))
+#define TARFLOW_END_TARGET
+#endif
 
 namespace tarflow::native {
 
@@ -80,10 +92,21 @@ struct Kernels {
 
 constexpr std::int64_t kUnpacked = 128 * kPanel;
 
-const Kernels& kernels_of_baseline();
-const Kernels& kernels_of_avx2();
-const Kernels& kernels_of_avx512();
-const Kernels& kernels_of_avx512_vnni();
-const Kernels& kernels_of_neon();
+// One for each instruction set, as kernels.inc defines them.
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
 
 }  // namespace tarflow::native
