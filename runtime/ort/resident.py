@@ -22,6 +22,7 @@ _MOST_RUNNING = 64  # steps begun before they are waited for: a call that is sto
 class _Bound(NamedTuple):
     """A step, as ONNX Runtime runs it."""
 
+    block: int
     kind: str
     session: Any
     binding: Any
@@ -95,7 +96,7 @@ class OrtSteps:
     def forget(self, block: int, kind: str) -> None:
         """Let go of a graph's captures, whose session is about to end."""
         self._wait()
-        for key in [key for key, bound in self._bindings.items() if (key[0], bound.kind) == (block, kind)]:
+        for key in [key for key, bound in self._bindings.items() if (bound.block, bound.kind) == (block, kind)]:
             del self._bindings[key]
 
     def _wait(self) -> None:
@@ -108,7 +109,7 @@ class OrtSteps:
         try:
             work()
         except Exception as error:
-            raise self._sessions.failed(self.block, bound.kind, error) from None
+            raise self._sessions.failed(bound.block, bound.kind, error) from None
 
     def _kind(self, window: int) -> str:
         """Of the graph that makes a step."""
@@ -133,7 +134,7 @@ class OrtSteps:
         if self._sessions.captures:
             options.add_run_config_entry("gpu_graph_id", str(number))
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return _Bound(kind, session, binding, options)
+        return _Bound(self.block, kind, session, binding, options)
 
     def _current(self, name: str, turn: int | None = None) -> str:
         """Which tensor is an input's now: the position alone changes."""
