@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import Array, Backend, Branches, Decoding
-from ..runtime.bundle import GOLDEN
+from ..runtime.bundle import GOLDEN, Bundle
 from ..runtime.decode import serial
+from ..runtime.errors import BundleError, Remedy
 from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
 from ..runtime.inputs import AS_THEY_ARE
+from ..runtime.manifest import AGAIN
 from ..runtime.precision import PRECISIONS
 from .card import Card, Difference
 
@@ -145,11 +147,28 @@ def verify(
     )
 
 
+def stored_pairs(bundle: Bundle) -> Pairs:
+    """The content of a bundle's ``golden.safetensors``. Raises BundleError for pairs that are none of its model."""
+    config, found = bundle.manifest.config, bundle.tensors(GOLDEN)
+    count = len(np.atleast_1d(found["labels"])) if "labels" in found else 0
+    shapes = {"labels": (count,), "noise": (count, config.tokens, config.patch_dim), "images": (count, *config.image)}
+    if "denoised" in found:
+        shapes["denoised"] = shapes["images"]
+    for name, shape in shapes.items():
+        expected = (np.int64 if name == "labels" else np.float32, shape)
+        if not count or name not in found or (found[name].dtype, found[name].shape) != expected:
+            raise BundleError(
+                f"'{bundle.folder / GOLDEN}' holds no `{name}` that this model can have made: {AGAIN}",
+                remedy=Remedy("export", {"folder": bundle.folder, "force": True}),
+            )
+    return Pairs(found["noise"], found["labels"], found["images"], found.get("denoised"), states=(), serial=True)
+
+
 def verify_golden(flow: Flow) -> Card:
     """The part of the card that needs no PyTorch: the bundle's golden pairs, and the certificate of their samples."""
-    tensors = flow.bundle.tensors(GOLDEN)
-    labels, images = tensors["labels"], tensors["images"]
-    sample, certificate = _drawn(flow, tensors["noise"], labels, images)
+    pairs = stored_pairs(flow.bundle)
+    labels, images = pairs.labels, pairs.images
+    sample, certificate = _drawn(flow, pairs.noise, labels, images)
     return Card(
         oracle="golden pairs made by PyTorch",
         backend=flow.backend.description,
@@ -158,7 +177,7 @@ def verify_golden(flow: Flow) -> Card:
         tolerance=PRECISIONS[flow.bundle.manifest.precision].tolerance,
         sample=sample,
         certificate=certificate,
-        denoised=_denoised(flow, images, labels, tensors.get("denoised")),
+        denoised=_denoised(flow, images, labels, pairs.denoised),
     )
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from tarflow.quality.parity import stored_pairs
 from tarflow.runtime.bundle import GOLDEN, KINDS, MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.files import sha256
@@ -442,6 +444,31 @@ def test_tensors_that_are_none_are_refused_though_their_hash_is_right(name: str,
     amend(folder, name)
     with refusal(name):
         Bundle.open(folder).tensors(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("noise", None),
+        ("labels", None),
+        ("images", None),
+        ("noise", np.zeros((4, 16, 3), np.float32)),
+        ("labels", np.zeros((), np.int64)),
+        ("labels", np.zeros(4, np.float32)),
+        ("labels", np.zeros(0, np.int64)),
+        ("images", np.zeros((3, 1, 8, 8), np.float32)),
+        ("denoised", np.zeros((4, 1, 8, 8), np.float64)),
+    ],
+)
+def test_golden_pairs_that_are_none_of_the_model_are_refused(
+    name: str, damaged: NDArray[Any] | None, folder: Path
+) -> None:
+    tensors = Bundle.open(folder).tensors(GOLDEN)
+    del tensors[name]
+    save_file(tensors if damaged is None else tensors | {name: damaged}, folder / GOLDEN)
+    amend(folder, GOLDEN)
+    with refusal(GOLDEN, f"`{name}`"):
+        stored_pairs(Bundle.open(folder))
 
 
 def test_a_prior_variance_that_does_not_fit_is_refused(copy: Exported) -> None:

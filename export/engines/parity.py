@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ...quality.card import Difference
-from ...quality.parity import Watch
+from ...quality.parity import Watch, stored_pairs
 from ...runtime.backend import Backend, Branches
-from ...runtime.bundle import GOLDEN, Bundle
+from ...runtime.bundle import Bundle
 from ...runtime.decode import serial
 from ...runtime.errors import BundleError, CheckFailed, MachineError, Remedy, briefly
 from ...runtime.image import patchify
@@ -55,11 +55,10 @@ def engine_parity(
     bundle: Bundle, backend: Backend, judge: Backend, watch: Watch = lambda stage: None
 ) -> dict[tuple[int, str], Difference]:
     """(block, kind) -> how far the backend's graph is from the judge's, on the golden pairs and the judge's states."""
-    tensors = bundle.tensors(GOLDEN)
-    config = bundle.manifest.config
-    labels = tensors["labels"]
+    pairs, config = stored_pairs(bundle), bundle.manifest.config
+    labels = pairs.labels
     plain = Branches.plain(labels, config.tokens)
-    states, found = [patchify(tensors["images"], config.patch_size)], {}
+    states, found = [patchify(pairs.images, config.patch_size)], {}
     for block in range(config.blocks):
         watch(f"run block {block}'s engines")
         z = judge.forward(block, states[-1], plain)[0]
