@@ -2,9 +2,11 @@
 
     python -m bench.native [--quick]
 
-Writes its section of bench/RESULTS.md. One block with random weights, its whole sequence or 128 steps of it; a step's
-time is the run's over its steps, the ratio the median of the ratios within a turn. Errors are those of the block's
-patches against float64. ONNX Runtime's best is the faster of one engine with all threads and of lanes.
+Writes its section of bench/RESULTS.md.
+
+One block with random weights, its whole sequence or 128 steps of it; a step's time is the run's over its steps, the
+ratio the median of the ratios within a turn. Errors are those of the block's patches against float64. ONNX Runtime's
+best is the faster of one engine with all threads and of lanes.
 """
 
 from __future__ import annotations
