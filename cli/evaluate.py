@@ -63,6 +63,7 @@ def evaluate(
     from ..quality.features import FeatureNetwork, Usage
     from ..quality.frechet import estimate, write_statistics
     from ..runtime.flow import Flow
+    from ..runtime.image import check_suffix
 
     seed = drawing.said["seed"]
     if seed < 0:  # which a request would refuse, but the bootstrap takes it too
@@ -76,6 +77,7 @@ def evaluate(
     if features is not None and against is None:
         raise InputError("against what? Pass --against FOLDER of images, .npy, or statistics saved with --save-stats")
     if save_stats is not None:
+        check_suffix(save_stats, (".npz",), "save_stats")
         check_writable(save_stats)
     with status_line("features of the images to compare with"):
         reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle, range)

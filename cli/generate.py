@@ -31,7 +31,9 @@ def generate(
     drawing: Drawing,
     noise: Annotated[Path | None, Option(help="Noise (N, T, D) as .npy, instead of a seed.")] = None,
     save: Save = None,
-    output: Annotated[Path | None, Option("-o", "--output", help="Picture. Default: samples.png if no --save.")] = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", help="Picture: .png, .jpg or .webp. Default: samples.png if no --save.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder for many samples, in shards; a second run continues it.")] = None,
     format: Annotated[str | None, Option(help="npy (default), safetensors, png (folders) or tar (webdataset).")] = None,
     shard_size: Annotated[int | None, Option(help="Samples in a shard, a multiple of 16. Default: 1024.")] = None,

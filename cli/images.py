@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 Range = Annotated[str | None, Option(help="Of float images: -1,1, 0,1 or 0,255. Default: -1,1, where it is clear.")]
-Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W), unclipped, as .npy.")]
+Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W), unclipped, .npy or .npz.")]
+ARRAYS = (".npy", ".npz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +99,41 @@ def write_images(images: NDArray[Any], files: Mapping[str, Path], bundle: Bundle
     """Write an "array" and a "picture" of images, each whole or not at all; ``text`` is told in the picture."""
     import numpy as np
 
-    from ..runtime.image import grid, write_png
+    from ..runtime.image import grid, write_picture
 
     if "array" in files:
         with replacing(files["array"]) as file:
-            np.save(file, images)
+            if files["array"].suffix.lower() == ".npz":
+                np.savez(file, **_arrays(images))
+            else:
+                np.save(file, images)
     if "picture" in files:
         about = {"Software": "tarflow", **text, "bundle_hash": bundle.hash}
-        write_png(files["picture"], grid(images), about, zoom=max(1, 48 // images.shape[-1]))
+        write_picture(files["picture"], grid(images), about, zoom=max(1, 48 // images.shape[-1]))
+
+
+def _arrays(images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What a .npz holds of images: themselves, and of samples that were certified what was found."""
+    import numpy as np
+
+    report = getattr(images, "report", None)
+    found = {"images": np.asarray(images), "certificate": None if report is None else report.certificate}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def files_asked(save: Path | None, output: Path | None, default: str) -> dict[str, Path]:
     """The files to write: a picture, by default called so, unless only an array is asked for. Raises InputError for a
-    place that takes no files, MachineError for one that cannot be written.
+    suffix that names no format and a place that takes no files, MachineError for one that cannot be written.
     """
+    from ..runtime.image import PICTURES, check_suffix
 
-    asked = {"array": save, "picture": output if save or output else Path(default)}
-    files = {kind: path for kind, path in asked.items() if path is not None}
+    files = {}
+    if save is not None:
+        check_suffix(save, ARRAYS, "save")
+        files["array"] = save
+    if output is not None or save is None:
+        files["picture"] = output or Path(default)
+        check_suffix(files["picture"], PICTURES, "output")
     for path in files.values():
         check_writable(path)
     return files

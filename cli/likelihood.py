@@ -36,10 +36,12 @@ def likelihood(
     import numpy as np
 
     from ..runtime.flow import Flow
+    from ..runtime.image import check_suffix
     from ..runtime.inputs import AS_THEY_ARE
     from ..runtime.samples import nonfinite
 
     if save is not None:
+        check_suffix(save, (".npz",), "save")
         check_writable(save)
     flow = Flow.open(bundle, opening)
     given = read_images(images, flow.config, range)
@@ -75,7 +77,8 @@ def denoise(
     strength: Annotated[float, Option(help="Factor on the noise variance; 1 is the theory's.")] = 1.0,
     save: Save = None,
     output: Annotated[
-        Path | None, Option("-o", "--output", help="Picture. Default: denoised.png, unless --save.")
+        Path | None,
+        Option("-o", "--output", help="Picture: .png, .jpg or .webp. Default: denoised.png, unless --save."),
     ] = None,
     *,
     opening: Opening,

@@ -5,13 +5,22 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import InputError
 from .files import replacing
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # what a picture is, by its suffix
+_LARGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383}  # pixels; a PNG holds more than memory does
+_SAVING: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+_DESCRIPTION = 0x010E  # EXIF's ImageDescription: where JPEG and WebP have room for words
 
 
 def patchify(images: NDArray[Any], patch_size: int) -> NDArray[Any]:
@@ -53,17 +62,13 @@ def png(picture: NDArray[np.uint8], text: Mapping[str, str], zoom: int = 1) -> b
 
     C is 1, 3 or 4; other channel counts show their first channel. ``zoom`` repeats each pixel.
     """
-    from PIL import Image, PngImagePlugin
+    from PIL import PngImagePlugin
 
-    channels = picture.shape[2]
-    if channels not in (3, 4):
-        picture = picture[:, :, 0]
-    picture = picture.repeat(zoom, 0).repeat(zoom, 1)
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
+    _image(picture, zoom).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 
@@ -72,6 +77,53 @@ def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Ma
     content = png(picture, text, zoom)
     with replacing(path) as file:
         file.write(content)
+
+
+def check_suffix(path: str | os.PathLike[str], known: Collection[str], field: str) -> str:
+    """The suffix of a file to write, in lower case; InputError of ``field`` for another than the ``known`` ones."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in known:
+        *more, last = known
+        listed = f"{', '.join(more)} or {last}" if more else last
+        found = f"'{os.fspath(path)}', which ends in {suffix or 'no suffix'}"
+        raise InputError.of(field, found, f"a name ending in {listed}", "the suffix decides the format")
+    return suffix
+
+
+def write_picture(
+    path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Mapping[str, str], zoom: int = 1
+) -> None:
+    """Write a picture (rows, columns, C) uint8 in the format of its suffix, one of PICTURES, whole or not at all.
+
+    ``text`` goes into PNG's text chunks; into JPEG and WebP as a description in EXIF, a line each. JPEG is of the
+    highest quality that is usual, WebP loses nothing. Raises InputError for other suffixes, and for more pixels a side
+    than the format holds.
+    """
+    form = PICTURES[check_suffix(path, PICTURES, "path")]
+    content = png(picture, text, zoom) if form == "PNG" else _with_exif(form, _image(picture, zoom), text)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _with_exif(form: str, image: Image.Image, text: Mapping[str, str]) -> bytes:
+    from PIL import Image
+
+    most = _LARGEST_SIDE[form]
+    if max(image.size) > most:
+        found = f"of a picture of {image.width}x{image.height} pixels"
+        raise InputError.of("path", found, f"{most:,} a side, as {form} holds, or fewer", "write PNG, or fewer images")
+    about, file = Image.Exif(), io.BytesIO()
+    about[_DESCRIPTION] = "\n".join(f"{key}: {value}" for key, value in text.items())
+    flat = image.convert("RGB") if image.mode == "RGBA" else image
+    flat.save(file, format=form, exif=about, **_SAVING[form])
+    return file.getvalue()
+
+
+def _image(picture: NDArray[np.uint8], zoom: int) -> Image.Image:
+    from PIL import Image
+
+    shown = picture if picture.shape[2] in (3, 4) else picture[:, :, 0]
+    return Image.fromarray(shown.repeat(zoom, 0).repeat(zoom, 1))
 
 
 def read_folder(folder: str | os.PathLike[str], channels: int, size: int) -> tuple[NDArray[np.uint8], list[str]]:

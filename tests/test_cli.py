@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from tarflow.cli.console import parse_labels
+from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
 
@@ -212,16 +213,58 @@ def test_an_array_that_does_not_fit_is_refused(option: str, array: Any, words: s
     refused(tarflow("generate", cond, "--n", 4, option, "a.npy"), USAGE, words)
 
 
-@pytest.mark.parametrize("option", ["--save", "-o"])
-@pytest.mark.parametrize("place", ["missing/x", "folder", "file/x", "x" * 300, "/sys/tarflow.npy", "/proc/tarflow.npy"])
+@pytest.mark.parametrize(("option", "suffix"), [("--save", ".npy"), ("-o", ".png")])
+@pytest.mark.parametrize("stem", ["missing/x", "folder", "file/x", "x" * 300, "/sys/tarflow", "/proc/tarflow"])
 def test_an_output_that_cannot_be_written_is_refused_before_sampling(
-    place: str, option: str, cond: Path, tmp_path: Path, tarflow: Cli, monkeypatch: pytest.MonkeyPatch
+    stem: str, option: str, suffix: str, cond: Path, tmp_path: Path, tarflow: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / f"folder{suffix}").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setattr(Flow, "draw", lambda *_, **__: pytest.fail("sampled before the place was checked"))
-    found = tarflow("generate", cond, "--n", 1, option, place)
-    refused(found, USAGE if place in ("missing/x", "folder", "file/x") else MACHINE, place)
+    found = tarflow("generate", cond, "--n", 1, option, stem + suffix)
+    refused(found, USAGE if stem in ("missing/x", "folder", "file/x") else MACHINE, stem + suffix)
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x", "x.png.npy", ".png"])
+@pytest.mark.parametrize("command", ["generate {} --n 1 -o", "denoise {} in.npy -o"])
+def test_a_picture_of_a_suffix_that_is_no_format_is_refused(
+    command: str, name: str, cond: Path, tmp_path: Path, tarflow: Cli
+) -> None:
+    np.save("in.npy", np.zeros((1, *Bundle.open(cond).manifest.config.image), np.float32))
+    refused(tarflow(*command.format(cond).split(), name), USAGE, f"'{name}'", ".png, .jpg, .jpeg or .webp")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("generate {} --n 1 --save", ".npy or .npz"),
+        ("denoise {} in.npy --save", ".npy or .npz"),
+        ("likelihood {} in.npy --save", ".npz"),
+        ("evaluate {} --save-stats", ".npz"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.npx", "x"])
+def test_an_array_of_a_suffix_that_is_no_format_is_refused(
+    command: str, expected: str, name: str, cond: Path, tmp_path: Path, tarflow: Cli
+) -> None:
+    bundle = DEMO if command.startswith("evaluate") else cond
+    np.save("in.npy", np.zeros((1, *Bundle.open(bundle).manifest.config.image), np.float32))
+    refused(tarflow(*command.format(bundle).split(), name), USAGE, f"'{name}'", f"ending in {expected}:")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
+
+
+def test_an_npz_holds_the_images_and_their_certificates(cond: Path, tmp_path: Path, tarflow: Cli) -> None:
+    for name in ("a.npy", "a.npz", "A.NPZ"):
+        assert tarflow("generate", cond, "--n", 3, "--save", name).code == 0
+    images, both = np.load("a.npy"), np.load("a.npz")
+    assert both["images"].dtype == np.float32
+    assert np.array_equal(both["images"], images)
+    assert both["certificate"].shape == (3,)
+    assert Path("a.npz").read_bytes() == Path("A.NPZ").read_bytes()
+    assert tarflow("denoise", cond, "a.npy", "--save", "b.npz").code == 0
+    assert np.load("b.npz")["images"].shape == images.shape
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A.NPZ", "a.npy", "a.npz", "b.npz"]
 
 
 def can_mount() -> bool:
@@ -230,7 +273,11 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
 
 
-FILLING = "generate {} --n 500 --no-certify --no-denoise --save", "generate {} --n 500 --no-denoise -o", "export {} -o"
+FILLING = (
+    "generate {} --n 500 --no-certify --no-denoise --save {}.npy",
+    "generate {} --n 500 --no-denoise -o {}.png",
+    "export {} -o {}",
+)
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a tmpfs (unshare -m): run as root")
@@ -239,7 +286,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_nothing_is_left(command: str, c
     """With ``disk`` a file system of 64 KiB, what is on it listed before it is gone."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    args = [*command.format(cond).split(), str(disk / "x")]
+    args = command.format(cond, disk / "x").split()
     script = 'mount -t tmpfs -o size=64k none "$0" || exit 99; "$@"; code=$?; find "$0" >"$0.listing"; exit $code'
     mounted = ["unshare", "-m", "sh", "-c", script, str(disk), *TARFLOW, *args]
     refused(subprocess.run(mounted, capture_output=True, text=True, check=False), MACHINE, "disk ", str(disk))
@@ -275,8 +322,8 @@ UTF8 = "utf-8:strict"
 @pytest.mark.parametrize(
     ("command", "encoding"),
     [
-        ("generate {} --n 1 -o", UTF8),
-        ("generate {} --n 1 -o", "ascii"),
+        ("generate {} --n 1 --save", UTF8),
+        ("generate {} --n 1 --save", "ascii"),
         ("report {} --n 2 -o", UTF8),
         ("package {} --triton", UTF8),
     ],
@@ -284,7 +331,7 @@ UTF8 = "utf-8:strict"
 def test_a_name_that_stdout_cannot_encode_is_escaped(
     command: str, encoding: str, cond: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    place = tmp_path / os.fsdecode(b"caf\xe9\xc3\xa9")
+    place = tmp_path / os.fsdecode(b"caf\xe9\xc3\xa9.npy")
     done = cli(*command.format(cond).split(), place, env=os.environ | {"PYTHONIOENCODING": encoding})
     assert done.returncode == 0, done.stderr
     assert "caf\\udce9" in done.stdout

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tarflow.runtime.image import grid, patchify, to_uint8, unpatchify, write_png
+from tarflow.runtime.errors import InputError
+from tarflow.runtime.image import grid, patchify, to_uint8, unpatchify, write_picture, write_png
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -59,3 +60,41 @@ def test_a_picture_carries_text_and_replaces_the_old_one_whole(tmp_path: Path) -
         assert picture.size == (6, 4)
         assert picture.text["seed"] == "7"  # type: ignore[attr-defined]  # of PNG images only
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def described(picture: Image.Image) -> dict[str, str]:
+    """What a picture says of itself, wherever its format has room for that."""
+    if picture.format == "PNG":
+        return dict(picture.text)  # type: ignore[attr-defined]  # of PNG images only
+    return dict(line.split(": ") for line in picture.getexif()[0x010E].split("\n"))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "form", "most"), [("a.png", "PNG", 0), ("a.jpg", "JPEG", 6), ("a.JPEG", "JPEG", 6), ("a.webp", "WEBP", 0)]
+)
+def test_the_suffix_decides_what_a_picture_is(name: str, form: str, most: int, channels: int, tmp_path: Path) -> None:
+    """``most`` is how far a shade may be off: JPEG loses something."""
+    canvas = np.full((8, 16, channels), 255, np.uint8)
+    canvas[:, :8, :3] = 40
+    write_picture(tmp_path / name, canvas, {"seed": "7", "sample_indices": "0-3"}, zoom=2)
+    with Image.open(tmp_path / name) as picture:
+        assert (picture.format, picture.size) == (form, (32, 16))
+        assert described(picture) == {"seed": "7", "sample_indices": "0-3"}
+        shown = np.asarray(picture.convert("RGB")).astype(int)
+    assert np.abs(shown[::2, ::2] - canvas[:, :, [0, 0, 0] if channels < 3 else [0, 1, 2]]).max() <= most
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a", ".png", "a.png.bak"])
+def test_another_suffix_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ending in \.png, \.jpg, \.jpeg or \.webp") as refused:
+        write_picture(tmp_path / name, np.zeros((2, 3, 3), np.uint8), {})
+    assert f"'{tmp_path / name}'" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_pixels_than_a_format_holds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="16384x2 pixels; expected 16,383 a side"):
+        write_picture(tmp_path / "a.webp", np.zeros((2, 16384, 1), np.uint8), {})
+    assert not list(tmp_path.iterdir())
