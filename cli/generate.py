@@ -7,15 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Exit, Option
+from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.files import check_room, size_text
 from ..runtime.opening import Opening
-from .console import emit, few, identity, read_array, say, tell_of_classes
+from .console import emit, few, identity, read_array, tell_of_classes
 from .images import Save, files_asked, write_images
 from .options import BundleArgument, Drawing, Json, Labels, Ray, draws, opens
 from .progress import step_bar
+from .verdict import Strict, Verdict, round_trip_text
 
 if TYPE_CHECKING:
     from ..runtime.samples import Report
@@ -42,6 +43,7 @@ def generate(
     ] = None,
     ray: Ray = None,
     opening: Opening,
+    strict: Strict = False,
     json: Json = False,
 ) -> None:
     """Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array.
@@ -54,14 +56,14 @@ def generate(
     from ..runtime.inputs import check_noise
     from ..runtime.samples import Watch
     from ..shards.job import DEFAULT_SHARD, Job
-    from .shards import WITH_OUT, WITHOUT_OUT, Means, draw_shards, refuse
+    from .shards import WITH_OUT, WITHOUT_OUT, Means, Telling, draw_shards, refuse
 
     if out is not None:
         refuse(WITH_OUT, noise=noise, save=save, output=output, batch_size=drawing.said["batch_size"])
         request = drawing.request(bundle.manifest.config, 64 if n is None else n, labels)
         size = DEFAULT_SHARD if shard_size is None else shard_size
         job = Job.of(bundle, request, format or "npy", size, opening.engine(bundle.manifest.precision))
-        draw_shards(bundle, job, out, Means(workers, ray, opening), json)
+        draw_shards(bundle, job, out, Means(workers, ray, opening), Telling(json, strict))
         return
     refuse(WITHOUT_OUT, format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None
@@ -82,21 +84,28 @@ def generate(
     }
     write_images(samples, files, bundle, text)
     if json:
-        drawn = asdict(report)
+        drawn = asdict(report) | {"suspects": report.suspects, "uncertified": report.uncertified}
         certificate, seconds = drawn.pop("certificate"), drawn.pop("certificate_seconds")
         if certificate is not None:
-            certificate = {"max": float(certificate.max()), "per_sample": certificate.tolist(), "seconds": seconds}
+            largest = {"max": report.largest_certificate}
+            certificate = {**largest, "per_sample": certificate.tolist(), "seconds": seconds}
         about = {**identity(bundle), "precision": bundle.manifest.precision, "n": n}
         emit(**about, files=files, certificate=certificate, **drawn)
     else:
         _tell(bundle, report, n, files, opening)
-    if report.nonfinite:
-        cure = "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
-        if request.redraw_nonfinite:
-            cure = "They stayed so when drawn again: lower the guidance"
-        found = f"{len(report.nonfinite)} of {n} samples are not finite: {few(report.nonfinite)}"
-        say(f"tarflow: check failed: {found}. {cure}")
-        raise Exit(1)
+    cure = _cure(report, request.redraw_nonfinite)
+    Verdict(n, report.nonfinite, report.uncertified, report.suspects, report.suspect_above, cure).tell(strict)
+
+
+def _cure(report: Report, redrawn: bool) -> str:
+    """What to do about samples that are not finite."""
+    if not redrawn:
+        return "Lower the guidance, or pass --redraw-nonfinite to draw just those again"
+    drawn = [i for i in report.nonfinite if i in set(report.redrawn)]
+    others = len(report.nonfinite) - len(drawn)
+    found = [f"{len(drawn)} stayed so when drawn again"] * bool(drawn)
+    found += [f"{others} overflow not when drawn but when denoised, and were not drawn again"] * bool(others)
+    return f"{'; '.join(found)}: lower the guidance"
 
 
 def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], opening: Opening) -> None:
@@ -106,8 +115,7 @@ def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], openin
         limit = f", of {size_text(opening.memory)}" if isinstance(opening.memory, int) else ""
         print(f"memory: {size_text(report.peak_memory)} at peak{limit}")
     if report.certificate is not None:
-        worst, seconds = report.certificate.max(), report.certificate_seconds
-        print(f"round-trip error {worst:.2g} at most, checked in {seconds:.2f} s")
+        print(f"{round_trip_text(report.largest_certificate)}, checked in {report.certificate_seconds:.2f} s")
     if report.decoding != "serial":
         print(f"decoded {report.decoding}: {sum(report.passes)} dependent passes")
     if report.redrawn:

@@ -104,7 +104,7 @@ def write_images(images: NDArray[Any], files: Mapping[str, Path], bundle: Bundle
     if "array" in files:
         with replacing(files["array"]) as file:
             if files["array"].suffix.lower() == ".npz":
-                np.savez(file, **_arrays(images))
+                np.savez(file, **_arrays(images))  # type: ignore[arg-type]  # mypy takes a name for an option of numpy's
             else:
                 np.save(file, images)
     if "picture" in files:

@@ -9,16 +9,17 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from typer import Exit, Option
+from typer import Option
 
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
 from ..runtime.opening import Opening
-from .console import emit, identity, say
+from .console import emit, identity
 from .doctor import versions_of
 from .images import Range, as_trained_on, read_images
 from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
 from .progress import status_line
+from .verdict import Strict, Verdict, round_trip_text
 
 PACKAGES = ("tarflow", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -38,6 +39,7 @@ def report(
     range: Range = None,
     data_labels: Annotated[str | None, Option(help="Their labels, as in --labels. Default: sub-folders.")] = None,
     opening: Opening,
+    strict: Strict = False,
     json: Json = False,
 ) -> None:
     """Draw samples and write a page about them: pictures, latents, likelihoods, round trips, times, parity, versions.
@@ -69,11 +71,13 @@ def report(
     bits = {p.name: float(p.bits.mean()) for p in found.populations}
     if json:
         about = {**identity(bundle), "backend": found.report.backend, "report": output, "n": n, "seed": request.seed}
-        about |= {"guidance": request.guidance.scale, "certificate": float(found.certificate.max())}
+        about |= {"guidance": request.guidance.scale, "certificate": found.report.largest_certificate}
+        about |= {"suspects": found.report.suspects, "suspect_above": found.report.suspect_above}
         emit(**about, nonfinite=found.nonfinite, mean_bits_per_dim=bits, block_seconds=found.block_seconds)
     else:
         likelihoods = ", ".join(f"{value:.3f} bits/dim of {name}" for name, value in bits.items())
-        print(f"{output}: {n} samples, {likelihoods}, round-trip error {found.certificate.max():.2g} at most")
-    if found.nonfinite:
-        say(f"tarflow: check failed: {len(found.nonfinite)} of {n} samples are not finite: lower the guidance")
-        raise Exit(1)
+        print(f"{output}: {n} samples, {likelihoods}, {round_trip_text(found.report.largest_certificate)}")
+    drawn = found.report
+    uncertified = [i for i in drawn.uncertified if i not in found.nonfinite]
+    cure = "Lower the guidance"
+    Verdict(n, found.nonfinite, uncertified, drawn.suspects, drawn.suspect_above, cure).tell(strict)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typer import Exit
-
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
 from ..runtime.files import check_room, check_writable, size_text
 from ..runtime.opening import Opening
 from .console import emit, say, tell_of_classes
 from .progress import duration_text, sample_bar
+from .verdict import Verdict, round_trip_text
 
 if TYPE_CHECKING:
     from ..runtime.samples import Progress
@@ -37,6 +36,14 @@ class Means:
     opening: Opening
 
 
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """How it is told what was drawn, and whether suspect round trips are a failure."""
+
+    json: bool
+    strict: bool
+
+
 def refuse(why: str, **options: object) -> None:
     """Raise InputError, which says ``why``, for options that were given but mean nothing here."""
     given = [f"`{name}`" for name, value in options.items() if value is not None]
@@ -44,9 +51,9 @@ def refuse(why: str, **options: object) -> None:
         raise InputError(f"{', '.join(given)} means nothing {why}")
 
 
-def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -> None:
+def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, telling: Telling) -> None:
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
-    are not finite, or have no round trip.
+    are not finite, or have no round trip; strictly, also if a round trip is suspect.
     """
     from ..shards.folder import INDEX, claimed, forget_index, write_index
     from ..shards.record import finished
@@ -69,7 +76,7 @@ def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, json: bool) -
             forget_index(out)
             records |= {record.name: record for record in _drawn(bundle, job, out, means, missing)}
         index = write_index(out, job, [records[job.name(shard)] for shard in shards])
-    _tell(bundle, out, index, n - kept, time.monotonic() - started, json)
+    _tell(bundle, out, index, n - kept, time.monotonic() - started, telling)
 
 
 @contextlib.contextmanager
@@ -122,27 +129,21 @@ def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shar
     return records
 
 
-def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds: float, json: bool) -> None:
+def _tell(bundle: Bundle, out: Path, index: dict[str, Any], drawn: int, seconds: float, telling: Telling) -> None:
+    from ..shards.folder import INDEX
+
     size, kept = sum(shard["size"] for shard in index["shards"]), index["samples"] - drawn
-    if json:
+    if telling.json:
         emit(bundle=bundle.folder, out=out, drawn=drawn, kept=kept, bytes=size, seconds=seconds, **index)
     else:
         samples = f"{index['samples']} samples of {bundle.manifest.name}"
         print(f"{samples} in {len(index['shards'])} shards, {size_text(size)}: {out}")
         print(f"{drawn} drawn now in {duration_text(seconds)}, {kept} found finished")
-        if index["certificate"] is not None:
-            print(f"round-trip error {index['certificate']:.2g} at most")
+        if index["job"]["certify"]:
+            print(round_trip_text(index["certificate"]))
         print(index["level"])
-    if index["uncertified"]:
-        say(
-            f"tarflow: check failed: {len(index['uncertified'])} samples are finite but overflow when encoded again, "
-            f"the first {index['uncertified'][0]}; '{out / 'index.json'}' lists them"
-        )
-    if index["nonfinite"]:
-        say(
-            f"tarflow: check failed: {len(index['nonfinite'])} of {index['samples']} samples are not finite, the first "
-            f"{index['nonfinite'][0]}; '{out / 'index.json'}' lists them. Lower the guidance, or draw them again with "
-            "--redraw-nonfinite and another --out"
-        )
-    if index["nonfinite"] or index["uncertified"]:
-        raise Exit(1)
+    cure = (
+        f"'{out / INDEX}' lists them. Lower the guidance, or draw them again with --redraw-nonfinite and another --out"
+    )
+    counts = index["samples"], index["nonfinite"], index["uncertified"], index["suspects"]
+    Verdict(*counts, index["suspect_above"], cure).tell(telling.strict)

@@ -61,11 +61,13 @@ def _model(found: Examination) -> str:
 
 def _key_figures(found: Examination) -> str:
     n = found.request.n
+    doubtful, limit = _suspects(found), found.report.suspect_above
+    round_trip = f"largest error; {len(doubtful)} above {limit:g} are suspect" if doubtful else "largest of any sample"
     per_sample = 1000 * sum(found.block_seconds) / n
     rows = [
         ("samples", f"{n}", f"seed {found.request.seed}, guidance {found.request.guidance.scale:g}"),
         ("not finite", f"{len(found.nonfinite)}", "must be 0" if found.nonfinite else "as it should be"),
-        ("round trip", f"{found.certificate.max():.1e}", "largest error of any sample"),
+        ("round trip", f"{found.certificate.max():.1e}", round_trip),
         *(("bits/dim", f"{p.bits.mean():.3f}", f"{p.name}, &plusmn; {_error(p.bits):.3f}") for p in found.populations),
         ("decoding", f"{per_sample:.3g} ms", "a sample"),
     ]
@@ -153,6 +155,9 @@ def _certificates(found: Examination) -> str:
     lost = int(np.isinf(found.certificate).sum())
     if lost:
         text += f" For {lost} it is infinite: encoding them overflowed."
+    if doubtful := _suspects(found):
+        listed = ", ".join(map(str, doubtful[:10])) + (", ..." if len(doubtful) > 10 else "")
+        text += f" Above {found.report.suspect_above:g} a round trip is suspect, which is that of samples {listed}."
     return _section("Round trip", text, f'<figure class="plot">{plot}</figure>')
 
 
@@ -233,6 +238,11 @@ def _evened(images: Array) -> Array:
     finite = np.abs(images[np.isfinite(images)])
     reach = float(np.quantile(finite, 0.99)) if finite.size else 1.0
     return images / np.float32(max(1.0, reach))
+
+
+def _suspects(found: Examination) -> list[int]:
+    """Finite samples whose round trip is suspect."""
+    return [i for i in found.report.suspects if i not in set(found.nonfinite)]
 
 
 def _error(values: Array) -> float:

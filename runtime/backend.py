@@ -79,6 +79,7 @@ class Backend(Protocol):
 
     description: str  # which engine on which device, for people
     machine: str  # provider and device: what a measured plan is true for
+    precision: str  # that blocks are decoded in
     largest_batch: int | None  # images a decoding takes at once; None: what memory holds
     window: int  # positions a parallel pass takes where nothing was measured
     portable: bool  # whether serial decoding has the same bits whatever the batch, the threads and the processor

@@ -39,7 +39,7 @@ from .opening import Opening, OpeningKeywords, opening_of
 from .plan import Plan, find_plan
 from .providers import open_backend
 from .request import UNGUIDED, Request, RequestKeywords, Resolved
-from .samples import Preview, Progress, Report, Samples, Watch, nonfinite
+from .samples import Preview, Progress, Report, Samples, Watch, nonfinite, suspect_limit
 
 _LARGEST_BATCH = 64
 _UNWATCHED = Watch()
@@ -261,8 +261,13 @@ class Flow:
             certificate_seconds=drawing.certificate_seconds,
             denoise_seconds=drawing.denoise_seconds,
             peak_memory=peak(),
+            suspect_above=self.suspect_above(drawing.ways.tolerance),
         )
         return samples
+
+    def suspect_above(self, tolerance: float = 0.0) -> float:
+        """The round-trip error above which a sample decoded to a tolerance (0: serially) is suspect."""
+        return suspect_limit(self.bundle.manifest.certificate_limit(self.backend.precision), tolerance)
 
     def _level(self, drawing: Drawing) -> str:
         if drawing.request.reproducible:

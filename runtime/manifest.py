@@ -89,6 +89,16 @@ class Manifest:
     exporter: Mapping[str, str]
     parity: Mapping[str, Any] = field(default_factory=dict)
 
+    def certificate_limit(self, precision: str) -> float:
+        """The round-trip error that the parity card allows samples drawn in a precision. A bundle without a card, and a
+        precision that is not the bundle's own, have what any card of that precision allows.
+        """
+        told = self.parity.get("tolerance")
+        allowed = told.get("certificate") if isinstance(told, dict) and precision == self.precision else None
+        if isinstance(allowed, (int, float)):
+            return float(allowed)
+        return PRECISIONS[precision if precision in PRECISIONS else "fp16"].tolerance.certificate
+
     def to_json(self) -> str:
         document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
         return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"

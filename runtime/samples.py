@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Report:
     again by the parallel graphs, against the noise it came from; None if not asked for. ``nonfinite`` lists the
     sample indices that overflowed and still are not finite, ``redrawn`` those drawn again. ``decoding`` says how blocks
     were solved, ``passes`` counts each block's dependent passes, in block order. Times in seconds; ``peak_memory`` is
-    the most bytes the process has held so far.
+    the most bytes the process has held so far. A certificate above ``suspect_above`` is suspect: :func:`suspect_limit`.
     """
 
     seed: int | None
@@ -67,6 +68,43 @@ class Report:
     certificate_seconds: float
     denoise_seconds: float
     peak_memory: int
+    suspect_above: float
+
+    @property
+    def largest_certificate(self) -> float | None:
+        """The largest round-trip error of those that are finite; None if none is."""
+        return None if self.certificate is None else largest_finite(self.certificate)
+
+    @property
+    def suspects(self) -> tuple[int, ...]:
+        """Indices of samples whose certificate is suspect, not finite included."""
+        return suspects(self.certificate, self.suspect_above, self.first_sample)
+
+    @property
+    def uncertified(self) -> tuple[int, ...]:
+        """Indices of samples that are finite, but not when they are encoded again."""
+        lost = suspects(self.certificate, math.inf, self.first_sample)
+        return tuple(i for i in lost if i not in set(self.nonfinite))
+
+
+def largest_finite(certificate: Array) -> float | None:
+    """The largest number of an array that is finite; None if none is."""
+    return max(map(float, certificate[np.isfinite(certificate)]), default=None)
+
+
+def suspect_limit(allowed: float, tolerance: float) -> float:
+    """The round-trip error above which a sample is suspect, everywhere: the larger of what the parity card ``allowed``
+    the precision it was drawn in, and ten times the ``tolerance`` it was decoded to, 0 where serially.
+    """
+    return max(allowed, 10 * tolerance)
+
+
+def suspects(certificate: Array | None, limit: float, first: int = 0) -> tuple[int, ...]:
+    """Indices, counted from ``first``, of samples whose certificate (N,) is above a limit or not finite."""
+    if certificate is None:
+        return ()
+    doubtful = ~(np.isfinite(certificate) & (certificate <= limit))
+    return tuple(first + int(row) for row in np.flatnonzero(doubtful))
 
 
 def nonfinite(*results: Array) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from ..runtime.backend import REPRODUCIBLE_TILE, Array
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.request import UNGUIDED, Request, Resolved
-from ..runtime.samples import Progress, Watch, nonfinite
+from ..runtime.samples import Progress, Watch, nonfinite, suspects
 from .metrics import Metrics
 from .settings import Settings
 
@@ -35,13 +35,14 @@ OnProgress = Callable[[Progress], None]  # raises Abandoned when nobody waits an
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """What a request drew: images (n, channels, size, size), sample indices that are not finite, and certificate (n,)
-    if it asked for one.
+    if it asked for one, with the sample indices for which that is suspect.
     """
 
     request: Resolved
     images: Array
     nonfinite: tuple[int, ...]
     certificate: Array | None
+    suspects: tuple[int, ...]
 
 
 class Full(Exception):
@@ -230,7 +231,9 @@ class Batcher:
             images = np.asarray(samples)[rows]
             certificate = samples.report.certificate
             mine = certificate[rows] if certificate is not None and request.certify else None
-            parts.append(Drawn(request, images, tuple(request.first_sample + row for row in nonfinite(images)), mine))
+            broken = tuple(request.first_sample + row for row in nonfinite(images))
+            doubtful = suspects(mine, samples.report.suspect_above, request.first_sample)
+            parts.append(Drawn(request, images, broken, mine, doubtful))
         return parts
 
     def _noise(self, requests: list[Resolved]) -> Array:

@@ -136,7 +136,8 @@ def drawn_tensors(drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
     if drawn.certificate is not None:
         tensors["certificate"] = drawn.certificate
     request = drawn.request
-    return tensors, {"nonfinite": ranges(drawn.nonfinite), "seed": request.seed, "first_sample": request.first_sample}
+    said = {"nonfinite": ranges(drawn.nonfinite), "seed": request.seed, "first_sample": request.first_sample}
+    return tensors, said | ({"suspects": ranges(drawn.suspects)} if drawn.certificate is not None else {})
 
 
 def encoding(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:

@@ -25,6 +25,8 @@ def headers_of(drawn: Drawn) -> dict[str, str]:
         headers["X-Tarflow-Nonfinite"] = ranges(drawn.nonfinite)
     if drawn.certificate is not None:
         known = drawn.certificate[np.isfinite(drawn.certificate)]
+        if drawn.suspects:
+            headers["X-Tarflow-Suspects"] = ranges(drawn.suspects)
         headers["X-Tarflow-Certificate"] = f"{known.max(initial=0):.3g}" if len(known) else "nan"
     return headers
 
@@ -79,7 +81,7 @@ class Packing:
                 archive.writestr(zipfile.ZipInfo(name), png(grid(image[None], gap=0), {}, self.zoom))
                 samples.append({
                     "file": name, "index": index, "label": labels[i], "finite": index not in drawn.nonfinite,
-                    "certificate": errors[i],
+                    "certificate": errors[i], "suspect": index in drawn.suspects,
                 })  # fmt: skip
             said = {"bundle_hash": self.bundle_hash, "seed": request.seed, "style": style_of(request)}
             archive.writestr(zipfile.ZipInfo("samples.json"), json.dumps(said | {"samples": samples}, indent=1))

@@ -49,7 +49,7 @@ class Model(BaseModel):
     precision: str
     backend: str
     bundle_hash: str
-    certificate_limit: float | None = Field(description="Round-trip error the bundle was verified to stay below.")
+    certificate_limit: float = Field(description="Round-trip error above which a sample decoded serially is suspect.")
     largest_n: int = Field(description="Images one request may draw.")
     largest_bytes: int = Field(description="Bytes a picture may have.")
 
@@ -114,7 +114,7 @@ def _add_model(router: APIRouter, service: Service) -> None:
             precision=manifest.precision,
             backend=flow.backend.description,
             bundle_hash=flow.bundle.hash,
-            certificate_limit=manifest.parity.get("tolerance", {}).get("certificate"),
+            certificate_limit=flow.suspect_above(),
             largest_n=service.settings.largest_n,
             largest_bytes=min(LARGEST_BYTES, service.settings.largest_body),
         )
@@ -182,7 +182,8 @@ _EVENTS = """Server-sent events with JSON data.
 
 - `start`: the noise, the `states` to come, and `of`, the number of block events.
 - `block`: images `first` to `first + count - 1` as they are after `block`, which took `seconds`.
-- `done`: the images; `certificate` by sample, null where it is not finite; times; `links` to each sample.
+- `done`: the images; `certificate` by sample, null where it is not finite; `suspects`, indices of samples whose
+  certificate is above `suspect_above` or not finite; times; `links` to each sample.
 - `error`: a `message`; nothing follows.
 
 A `picture` is a PNG in base64, `columns` images a row, without gaps."""

@@ -79,5 +79,14 @@ def _block(preview: Preview, done: int, of: int) -> dict[str, Any]:
 
 def _done(report: Report) -> dict[str, Any]:
     assert report.certificate is not None
-    names = ("nonfinite", "seconds", "certificate_seconds", "denoise_seconds", "backend", "level")
+    names = (
+        "nonfinite",
+        "suspects",
+        "suspect_above",
+        "seconds",
+        "certificate_seconds",
+        "denoise_seconds",
+        "backend",
+        "level",
+    )
     return {"certificate": json_numbers(report.certificate)} | {name: getattr(report, name) for name in names}

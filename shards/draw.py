@@ -44,8 +44,6 @@ def draw(
 
 
 def _record(job: Job, shard: Shard, report: Report, digest: str, size: int) -> Record:
-    errors = np.zeros(0) if report.certificate is None else report.certificate
-    suspects = (shard.first + int(i) for i in np.flatnonzero(~np.isfinite(errors)))
     return Record(
         job=job.hash,
         name=job.name(shard),
@@ -53,9 +51,11 @@ def _record(job: Job, shard: Shard, report: Report, digest: str, size: int) -> R
         samples=shard.samples,
         sha256=digest,
         size=size,
-        certificate=max(map(float, errors[np.isfinite(errors)]), default=None),
+        certificate=report.largest_certificate,
         nonfinite=report.nonfinite,
-        uncertified=tuple(i for i in suspects if i not in report.nonfinite),
+        uncertified=report.uncertified,
+        suspects=report.suspects,
+        suspect_above=report.suspect_above,
         redrawn=report.redrawn,
         engine=f"{report.backend}, {processor()}",
         level=report.level,

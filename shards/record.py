@@ -19,7 +19,8 @@ LARGEST = 64 << 20  # bytes of a record, or a job
 @dataclass(frozen=True, slots=True)
 class Record:
     """A finished shard. ``certificate`` is the largest of its samples, None if none was asked for; ``uncertified``
-    are finite samples that overflow when they are encoded again.
+    are finite samples that overflow when they are encoded again, ``suspects`` those whose certificate is above
+    ``suspect_above`` or not finite; records written earlier say nothing of these, () and None.
 
     ``sha256`` and ``size`` are the file's. Of a folder of pictures: the SHA-256 of what ``sha256sum *`` prints in it,
     and the sum of the sizes.
@@ -34,6 +35,8 @@ class Record:
     certificate: float | None
     nonfinite: tuple[int, ...]
     uncertified: tuple[int, ...]
+    suspects: tuple[int, ...]
+    suspect_above: float | None
     redrawn: tuple[int, ...]
     engine: str
     level: str
@@ -76,8 +79,11 @@ def _read(path: Path) -> Record:
     found = reader.read(path, LARGEST)
     read: dict[str, Any] = {name: reader.get(found, name, str) for name in ("job", "name", "sha256", "engine", "level")}
     read |= {name: reader.integers(found, name, 0) for name in ("nonfinite", "uncertified", "redrawn")}
+    limit = reader.number(found, "suspect_above", 0) if found.get("suspect_above") is not None else None
     return Record(
         **read,
+        suspects=reader.integers(found, "suspects", 0) if "suspects" in found else (),
+        suspect_above=limit,
         first_sample=reader.natural(found, "first_sample", 0),
         samples=reader.natural(found, "samples", 1),
         size=reader.natural(found, "size", 0),

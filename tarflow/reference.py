@@ -24,6 +24,7 @@ class Twin:
 
     description = f"PyTorch {torch.__version__}"
     machine = "PyTorch"  # for which nothing is calibrated
+    precision = "fp32"
     largest_batch: int | None = None
     window = 16
     portable = False

@@ -256,13 +256,13 @@ def test_an_array_of_a_suffix_that_is_no_format_is_refused(
 
 def test_an_npz_holds_the_images_and_their_certificates(cond: Path, tmp_path: Path, tarflow: Cli) -> None:
     for name in ("a.npy", "a.npz", "A.NPZ"):
-        assert tarflow("generate", cond, "--n", 3, "--save", name).code == 0
+        assert tarflow("generate", cond, "--n", 3, "--save", name).returncode == 0
     images, both = np.load("a.npy"), np.load("a.npz")
     assert both["images"].dtype == np.float32
     assert np.array_equal(both["images"], images)
     assert both["certificate"].shape == (3,)
     assert Path("a.npz").read_bytes() == Path("A.NPZ").read_bytes()
-    assert tarflow("denoise", cond, "a.npy", "--save", "b.npz").code == 0
+    assert tarflow("denoise", cond, "a.npy", "--save", "b.npz").returncode == 0
     assert np.load("b.npz")["images"].shape == images.shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A.NPZ", "a.npy", "a.npz", "b.npz"]
 

@@ -65,6 +65,7 @@ class OrtBackend:
         self.machine = f"cpu {processor()}, {opening.threads or cores()} threads"
         if not on_cpu:
             self.machine = f"cuda {named(self.sessions.number)}"
+        self.precision = bundle.manifest.precision
         self.largest_batch: int | None = None
         self.window = _CPU_WINDOW if on_cpu else WINDOW
         self._begin()

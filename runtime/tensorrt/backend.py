@@ -75,6 +75,7 @@ class TrtBackend:
     def __init__(self, bundle: Bundle, record: Record, folder: Path, trt: Any, opening: Opening) -> None:
         self.bundle, self.config, self.cuda_graph = bundle, bundle.manifest.config, opening.cuda_graph
         self.engines = Engines(bundle, record, folder, trt, opening)
+        self.precision = record.precision
         self.largest_batch: int | None = record.largest_batch
         self.window = WINDOW
         name = self.engines.here.gpu

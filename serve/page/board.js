@@ -51,6 +51,7 @@ export class Board {
 
   async done(data) {
     this.finished = data;
+    this.certificates.judgeBy(data.suspect_above);
     if (this.states.at(-1) === "denoised") this.seconds[this.last] = data.denoise_seconds;
     await this.#put(this.last, 0, this.n, this.columns, data.picture);
     this.#times();

@@ -8,11 +8,15 @@ const TICKS = [-8, -6, -4, -2, 0];
 const WIDTH = 260, MARGIN = 14, AXIS = 42, LANES = 4;
 
 export class Certificates {
-  /** `limit` is what the bundle was verified to, by its precision; null if it was not. */
+  /** `limit` is the error above which a drawing as usual is suspect; each drawing brings its own. */
   constructor(svg, limit) {
     this.svg = svg;
-    this.limit = limit ?? Infinity;
-    document.getElementById("suspect").textContent = limit === null ? "" : `; above ${limit} is suspect`;
+    this.judgeBy(limit);
+  }
+
+  judgeBy(limit) {
+    this.limit = limit;
+    document.getElementById("suspect").textContent = `; above ${limit} is suspect`;
   }
 
   isSuspect(value) {
