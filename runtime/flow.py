@@ -93,7 +93,7 @@ class Flow:
     ) -> Samples:
         """Draw samples ``first_sample ... first_sample + n - 1`` of ``seed``, or invert ``noise`` (N, T, D).
 
-        ``labels`` is one class for all or (N,); a label below 0, or None, is the null class. ``guidance``, ``seed``,
+        ``labels`` is one class for all or (N,); -1, or None, is the null class. ``guidance``, ``seed``,
         ``first_sample``, ``denoise``, ``certify``, ``batch_size``, ``reproducible``, ``redraw_nonfinite``, ``decode``
         and ``tolerance`` are as in :class:`Request`. ``progress`` is told each finished position, ``preview`` is shown
         each batch after each block, blocks last to first; an exception of either cancels. Returns :class:`Samples`;

@@ -47,7 +47,7 @@ def check_noise(config: ModelShape, n: int | None, noise: ArrayLike | None) -> t
 
 
 def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> Labels:
-    """A class for each of ``count`` samples, below 0 for the null class."""
+    """A class for each of ``count`` samples, -1 for the null class."""
     if labels is None:
         return np.full(count, -1, np.int64)
     array = np.asarray(labels)
@@ -55,14 +55,15 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> La
         raise InputError.of("labels", f"of type {array.dtype}", "integers")
     if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
         raise InputError.of("labels", f"of shape {array.shape}", f"one label or ({count},), one a sample")
-    if not config.classes:
-        if (array >= 0).any():
-            raise InputError("this model is unconditional and takes no `labels`; drop them", field="labels")
-    elif array.size and array.max() >= config.classes:
+    if not config.classes and (array != -1).any():
+        raise InputError("this model is unconditional and takes no `labels`; drop them", field="labels")
+    wrong = array[(array < -1) | (array >= config.classes)] if array.size else array
+    if wrong.size:
+        first = int(wrong.flat[0])
         raise InputError(
-            f"label {array.max()} is out of range; this model has classes 0 to {config.classes - 1}, and -1 for none",
+            f"label {first} is out of range; this model has classes 0 to {config.classes - 1}, and -1 for none",
             field="labels",
-            found=int(array.max()),
+            found=first,
             expected=f"-1 to {config.classes - 1}",
         )
     return np.broadcast_to(array.astype(np.int64), (count,)).copy()

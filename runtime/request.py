@@ -23,7 +23,7 @@ UNGUIDED = Guidance()
 class Request:
     """Samples ``first_sample ... first_sample + n - 1`` of ``seed``, with all that fixes how they are drawn.
 
-    ``labels`` are dealt out in turn, beginning at the first sample; None, or one below 0, is the null class.
+    ``labels`` are dealt out in turn, beginning at the first sample; None, or -1, is the null class.
     ``denoise`` None means wherever the model has Gaussian noise to remove; a number is a strength, the factor on
     sigma^2. ``certify`` encodes the samples again. ``redraw_nonfinite`` draws those that overflow again. ``decode`` is
     "serial", "exact" (in parallel, until a patch changes by no more than 1e-5) or "fast" (1e-3), ``tolerance`` another

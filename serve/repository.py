@@ -162,7 +162,7 @@ def config_text(name: str, task: str, bundle: Bundle, serving: Serving) -> str:
 def _tensors(task: str, config: ModelShape) -> tuple[list[str], list[str]]:
     """Inputs and outputs of a model; dimensions without the first, which is samples."""
     image, latent, one = config.image, (config.tokens, config.patch_dim), (1,)
-    label = _tensor("label", "INT64", one, optional=True)  # absent or below 0: the null class
+    label = _tensor("label", "INT64", one, optional=True)  # absent or -1: the null class
     images = _tensor("images", "FP32", image)
     if task == "sample":
         wanted = [_tensor("seed", "INT64", one), _tensor("index", "INT64", one), label]

@@ -154,6 +154,8 @@ def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
         ({"n": -3}, "`n` is -3"),
         ({}, "nothing to draw"),
         ({"n": 2, "labels": 5}, "classes 0 to 4"),
+        ({"n": 2, "labels": [0, -2]}, "label -2 is out of range; this model has classes 0 to 4, and -1 for none"),
+        ({"n": 2, "labels": np.array([0, 2**63], np.uint64)}, "label 9223372036854775808 is out of range"),
         ({"n": 2, "labels": [1, 2, 3]}, "shape"),
         ({"n": 2, "labels": 1.5}, "integers"),
         ({"noise": np.zeros((2, 16, 11))}, "shape"),

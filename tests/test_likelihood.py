@@ -124,6 +124,7 @@ def test_the_commands_refuse_in_one_sentence_and_write_nothing(tarflow: Cli, tmp
     for line, message in (
         ("likelihood {} x.npy --labels y.npy", "expected 2 integers"),
         ("likelihood {} x.npy --labels 10", "classes 0 to 9"),
+        ("likelihood {} x.npy --labels -2", "label -2 is out of range"),
         ("likelihood {} x.npy --save no/z.npz", "mkdir -p"),
         ("denoise {} x.npy --save no/z.npy", "mkdir -p"),
         ("denoise {} x.npy --strength nan", "--strength is nan"),

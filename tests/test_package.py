@@ -139,6 +139,7 @@ def failed_alone(model: Model, flow: Flow, poison: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("poison", "message"),
     [
+        (request(0, range(2), label=-2), "label -2 is out of range; this model has classes 0 to 9"),
         (request(0, range(2), label=10), "label 10 is out of range; this model has classes 0 to 9"),
         ({"seed": column(-1), "index": column(0)}, "seed is -1"),
         ({"seed": column(0), "index": column(-5)}, "index is -5"),

@@ -140,6 +140,7 @@ WRONG = [
     ("sample", {"inputs": [{"name": "seed", "datatype": "UINT64", "shape": [2], "data": [1, 2]}]}, "expected UINT64"),
     ("sample", {"inputs": [{"name": "labels", "datatype": "INT64", "shape": [0], "data": []}]}, "empty"),
     ("sample", {"inputs": [{"name": "labels", "datatype": "INT64", "shape": [1], "data": [10]}]}, "out of range"),
+    ("sample", {"inputs": [{"name": "labels", "datatype": "INT64", "shape": [1], "data": [-2]}]}, "labels"),
     ("sample", {"parameters": {"n": 257}}, "expected 1 to 256"),
     ("sample", {"parameters": {"priority": 1}}, "unknown"),
     ("sample", {"parameters": {"guidance": -1}}, "guidance"),

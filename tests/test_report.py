@@ -189,6 +189,7 @@ def test_samples_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None
         ("--data nothing", 2, "no images at 'nothing'"),
         ("--n 1", 2, "--n is 1"),
         ("--labels 12", 2, "label 12 is out of range"),
+        ("--labels -2", 2, "label -2 is out of range"),
         ("-o no/where.html", 2, "does not exist"),
     ],
 )

@@ -129,6 +129,7 @@ INFINITE = np.full((1, 1, 8, 8), np.inf, np.float32)
     ("model", "tensors", "message"),
     [
         ("sample", ONE | {"label": column(10)}, "label 10 is out of range; this model has classes 0 to 9"),
+        ("sample", ONE | {"label": column(-2)}, "label -2 is out of range; this model has classes 0 to 9"),
         ("sample", ONE | {"seed": column(-1)}, "seed is -1; expected 0 or more"),
         ("sample", ONE | {"label": column(1), "guidance": column(np.nan, kind=np.float32)}, "guidance holds"),
         ("sample", ONE | {"guidance": column(1, kind=np.float32)}, "guidance does nothing for samples without a label"),

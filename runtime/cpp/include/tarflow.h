@@ -33,8 +33,9 @@
    Memory: the caller owns every buffer it passes, and nothing is kept of it after a call. Strings that are returned
    belong to the handle, until its next call. Without a failure of the machine, no call ends the process.
 
-   Arrays are row-major. Images are (n, channels, size, size) in [-1, 1] units, not clipped. Labels are (n), one class
-   each, -1 for none (the null class); NULL stands for all -1. Latents and noise are (n, tokens, patch_dim). */
+   Arrays are row-major. Images are (n, channels, size, size) in [-1, 1] units, which drawn ones may leave: nothing is
+   clipped. Labels are (n), one class each, -1 (and no other number below 0) for none, the null class; NULL stands for
+   all -1. Latents and noise are (n, tokens, patch_dim). */
 #ifndef TARFLOW_H
 #define TARFLOW_H
 

@@ -27,9 +27,9 @@ std::int64_t checked_count(const ModelShape& shape, std::int64_t n, std::uint64_
 std::vector<std::int64_t> checked_labels(const ModelShape& shape, std::int64_t n, const std::int64_t* labels) {
   std::vector<std::int64_t> classes(size(n), shape.classes);
   for (std::int64_t i = 0; labels != nullptr && i < n; ++i) {
-    if (labels[i] < 0) continue;
+    if (labels[i] == -1) continue;
     if (shape.classes == 0) throw input_error("this model is unconditional and takes no `labels`; drop them");
-    if (labels[i] >= shape.classes) {
+    if (labels[i] < 0 || labels[i] >= shape.classes) {
       throw input_error("label " + text_of(labels[i]) + " is out of range; this model has classes 0 to " +
                         text_of(shape.classes - 1) + ", and -1 for none");
     }

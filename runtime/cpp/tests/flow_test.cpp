@@ -104,6 +104,7 @@ TEST_CASE("what cannot be meant is refused in one sentence") {
   };
   using How = tarflow::SampleOptions;
   refused([](How&) {}, "label 10 is out of range", {10});
+  refused([](How&) {}, "label -2 is out of range; this model has classes 0 to 9, and -1 for none", {-2});
   refused([](How&) {}, "`n` is 0", {});
   refused([](How& how) { how.guidance = -1; }, "`guidance` is -1; expected 0 (none) or a positive number");
   refused([](How& how) { how.guidance = NAN; }, "`guidance` is nan");
