@@ -138,20 +138,21 @@ def parse_labels(text: str | None, first: int, count: int) -> NDArray[np.int64] 
     return np.array(choices, np.int64)[(first % len(choices) + np.arange(count)) % len(choices)]
 
 
-def label_choices(text: str) -> list[int]:
+def label_choices(text: str, what: str = "labels") -> list[int]:
     """The classes that a text such as ``1,4,7-9`` deals out in turn. Raises InputError."""
     choices: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+)|(-?\d+))\s*", part)
         if not match:
-            expected = "a class (3), a range (0-9), a list (1,4,7) or y.npy"
-            raise InputError(f"labels '{text}' are not understood; expected {expected}")
+            file = " or y.npy" if what == "labels" else ""
+            expected = f"a class (3), a range (0-9), a list (1,4,7){file}"
+            raise InputError(f"{what} '{text}' are not understood; expected {expected}", field=what)
         low, high, single = match.groups()
         if max(map(len, filter(None, match.groups()))) > 9:
-            raise InputError(f"labels '{part}' are out of range; no model has that many classes")
+            raise InputError(f"{what} '{part}' are out of range; no model has that many classes")
         span = range(int(low), int(high) + 1) if single is None else range(int(single), int(single) + 1)
         if not span or len(span) > 1_000_000:
-            raise InputError(f"labels '{part}' are an empty or endless range; write the smaller class first, as in 0-9")
+            raise InputError(f"{what} '{part}' are an empty or endless range; write the smaller class first, as in 0-9")
         choices += span
     return choices
 
@@ -161,4 +162,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy's
+        return _plain(value.tolist())
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +30,10 @@ def export(
     hints: Hints,
     verify: Annotated[bool, Option(help="Compare with PyTorch before it appears.")] = True,
     build: Annotated[bool, Option(help="End in TensorRT engines, where TensorRT is installed.")] = True,
+    class_names: Annotated[
+        Path | None,
+        Option(help="File with what the classes are called, one a line. Default: what training left beside it."),
+    ] = None,
     force: Annotated[bool, Option("--force", help="Replace an existing bundle.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be written, and stop.")] = False,
     json: Json = False,
@@ -38,6 +42,7 @@ def export(
 
     Example: tarflow export imagenet_model_2_768_8_8_0.05.pth -o imagenet64 --engine fp16
     """
+    hints = replace(hints, class_names=class_names)
     source = checkpoint if checkpoint is not None else DEMO
     if dry_run:
         from ..export.estimate import estimate

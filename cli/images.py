@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ..runtime.bundle import Bundle, ModelShape
+from ..runtime.bundle import Bundle, Manifest, ModelShape
 from ..runtime.errors import InputError
 from ..runtime.files import check_writable, replacing
 from .console import parse_labels, read_array, say
@@ -34,12 +34,19 @@ class GivenImages:
     pixels: NDArray[Any]
     folder: PictureFolder | None = None
 
-    def classes(self, labels: str | None, config: ModelShape) -> NDArray[np.int64] | None:
-        """The labels that were given for them; else, for a model with classes, their sub-folders. Raises InputError."""
+    def classes(self, labels: str | None, manifest: Manifest) -> NDArray[np.int64] | None:
+        """The labels that were given for them; else, for a model with classes, their sub-folders: by name if these are
+        names of its classes, else in order. Raises InputError.
+        """
+        config, names = manifest.config, manifest.class_names
+        import numpy as np
+
         if labels is not None:
             return parse_labels(labels, 0, len(self.pixels))
         if self.folder is None or not self.folder.classes or not config.classes:
             return None
+        if set(self.folder.classes) <= set(names) and len(set(names)) == len(names):
+            return np.array([names.index(name) for name in self.folder.classes])[self.folder.labels]
         if len(self.folder.classes) != config.classes:
             raise InputError(
                 f"'{self.folder.root}' has {len(self.folder.classes)} sub-folders, which are classes, and this model "

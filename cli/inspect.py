@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ..runtime.bundle import MANIFEST, Bundle
+from ..runtime.bundle import MANIFEST, Bundle, Manifest
 from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
 from .console import emit, identity, show
 from .messages import command
 from .options import BundleArgument, Json
+
+_NAMED = 10  # classes
 
 
 def inspect(bundle: BundleArgument, json: Json = False) -> None:
@@ -35,7 +37,7 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
             ("precision", m.precision),
             ("images", f"{c.channels} x {c.image_size} x {c.image_size}, {patches}"),
             ("model", f"{c.blocks} blocks x {c.layers} layers, width {c.width}, {c.heads} heads"),
-            ("classes", str(c.classes) if c.classes else "none"),
+            ("classes", _classes(m) if c.classes else "none"),
             ("kind", "affine (nvp)" if c.nvp else "volume-preserving, learned prior"),
             ("noise", noise),
             ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
@@ -55,6 +57,12 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
         print_card(Card.from_json(m.parity, str(bundle.folder / MANIFEST)))
     except BundleError as error:
         print(f"parity: {briefly(error)}; see it with --json")
+
+
+def _classes(manifest: Manifest) -> str:
+    names = manifest.class_names
+    more = ", ..." if len(names) > _NAMED else ""
+    return str(manifest.config.classes) + (f": {', '.join(names[:_NAMED])}{more}" if names else "")
 
 
 def _tell_of_engines(bundle: Bundle) -> None:

@@ -49,7 +49,7 @@ def likelihood(
         check_room(save, 4 * given.pixels.size)
     x = as_trained_on(flow, given.pixels, seed)
     names = given.folder.names if given.folder else None
-    z, log_det = flow.encode(x, given.classes(labels, flow.config), AS_THEY_ARE)
+    z, log_det = flow.encode(x, given.classes(labels, flow.bundle.manifest), AS_THEY_ARE)
     bits = flow.bits_of(z, log_det)
     broken = nonfinite(z, log_det, bits)
     if save is not None:
@@ -65,7 +65,7 @@ def likelihood(
         for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
             print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
         print(f"mean {bits.mean():.4f} bits/dim over {len(x)} images")
-    _judge(broken, len(x), "have no finite likelihood")
+    judge(broken, len(x), "have no finite likelihood")
 
 
 @opens
@@ -101,17 +101,17 @@ def denoise(
     if save is not None:
         check_room(save, 4 * stored.size)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
-    result = flow.denoise(x, given.classes(labels, flow.config), strength, AS_THEY_ARE)
+    result = flow.denoise(x, given.classes(labels, flow.bundle.manifest), strength, AS_THEY_ARE)
     write_images(result, files, flow.bundle, {})
     change, broken = float(np.sqrt(np.mean((result - x) ** 2))), nonfinite(result)
     if json:
         emit(**identity(flow.bundle), images=len(x), files=files, rms_change=change, nonfinite=broken)
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")
-    _judge(broken, len(x), "are not finite once denoised")
+    judge(broken, len(x), "are not finite once denoised")
 
 
-def _judge(broken: Sequence[int], count: int, what: str) -> None:
+def judge(broken: Sequence[int], count: int, what: str) -> None:
     """End with 1 if any of some images came to nothing."""
     if broken:
         say(

@@ -21,6 +21,7 @@ from .bisect import bisect
 from .build import build
 from .calibrate import calibrate
 from .check import check_engine
+from .classify import classify
 from .console import Notes, ready_streams, say
 from .doctor import doctor
 from .evaluate import evaluate
@@ -38,7 +39,7 @@ from .verify import verify
 
 EXIT_INTERRUPTED, EXIT_FAULT = 130, 70
 _MAKING = (export, build, check_engine, generate, train)  # in the order of the help
-_JUDGING = (verify, bisect, likelihood, denoise, evaluate, report, inspect)
+_JUDGING = (verify, bisect, likelihood, classify, denoise, evaluate, report, inspect)
 _SERVING = (doctor, bench, calibrate, package, serve)
 _EXTRAS = {"sklearn": "train", "ray": "ray"} | dict.fromkeys(
     ("fastapi", "uvicorn", "prometheus_client", "starlette"), "serve"

@@ -37,7 +37,11 @@ def step_bar(what: str) -> Iterator[Callable[[Progress], None] | None]:
         yield None
         return
     with bar(what, None) as update:
-        yield lambda now: update(completed=now.done, total=now.total, description=f"{what}, block {now.block}")
+        yield lambda now: update(completed=now.done, total=now.total, description=_description(what, now))
+
+
+def _description(what: str, now: Progress) -> str:
+    return what if now.block < 0 else f"{what}, block {now.block}"  # no block: all of them run at once
 
 
 @contextlib.contextmanager

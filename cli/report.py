@@ -60,7 +60,7 @@ def report(
     images = None
     if data is not None:
         given = read_images(data, flow.config, range)
-        images = as_trained_on(flow, given.pixels, request.seed), given.classes(data_labels, flow.config)
+        images = as_trained_on(flow, given.pixels, request.seed), given.classes(data_labels, flow.bundle.manifest)
     with status_line(f"drawing and examining {n} samples"):
         found = examine(flow, request, images)
     versions = {**versions_of(PACKAGES), "python": platform.python_version(), "system": platform.platform()}

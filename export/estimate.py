@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from tarflow.class_names import class_names_of
 from tarflow.config import Config, Hints
 
 from ..quality.parity import SAMPLES
@@ -37,6 +38,7 @@ def estimate(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hi
     precision = precision_named(engine)
     model = open_checkpoint(checkpoint, hints)
     config = model.config
+    class_names_of(checkpoint, config.classes, hints)
     graphs = _GRAPHS | (_FUSED if precision.fused and fits(shape_of(config)) else {})
     mask = config.tokens**2 if config.tokens <= 512 else 0  # larger ones the exporter leaves to be computed
     files = {

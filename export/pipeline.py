@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 from safetensors.numpy import save
 
+from tarflow.class_names import class_names_of
 from tarflow.config import Hints
 from tarflow.model import TarFlow
 
@@ -54,9 +55,10 @@ def export(
     watch(f"load {checkpoint}")
     model = open_checkpoint(checkpoint, hints)
     check_weights(model, precision)
+    names = class_names_of(checkpoint, model.config.classes, hints)
     check_room(folder, weights_size(model, precision))
     with replacing_folder(folder, force) as partial:
-        unwritten = Bundle(partial, _manifest(model, checkpoint, precision), "")
+        unwritten = Bundle(partial, _manifest(model, checkpoint, precision, names), "")
         pairs = oracle_pairs(model, unwritten, watch)
         (partial / GOLDEN).write_bytes(save(pairs.tensors()))
         int8: frozenset[str] = frozenset()
@@ -132,7 +134,9 @@ def _finish(manifest: Manifest, card: Card | None, folder: Path) -> None:
     (folder / MANIFEST).write_text(whole.to_json())
 
 
-def _manifest(model: TarFlow, checkpoint: str | os.PathLike[str], precision: Precision) -> Manifest:
+def _manifest(
+    model: TarFlow, checkpoint: str | os.PathLike[str], precision: Precision, names: tuple[str, ...]
+) -> Manifest:
     """Without graphs and files, which are yet to be written."""
     return Manifest(
         name=bundle_name(checkpoint),
@@ -142,6 +146,7 @@ def _manifest(model: TarFlow, checkpoint: str | os.PathLike[str], precision: Pre
         files={},
         opset=OPSET,
         exporter={package: _version(package) for package in ("tarflow", "torch", "onnx", "onnxruntime")},
+        class_names=names,
     )
 
 

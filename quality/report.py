@@ -83,7 +83,7 @@ def _samples(found: Examination) -> str:
     rows = []
     for label in classes[:_CLASSES]:
         images = found.images[labels == label][:_ROW]
-        name = f"class {label}" if label >= 0 else "no label"
+        name = f"class {found.bundle.manifest.class_name(label)}" if label >= 0 else "no label"
         rows.append(_strip(name, images, f"{len(images)} samples, {name}"))
     more = f" {len(classes) - _CLASSES} more classes were drawn." if len(classes) > _CLASSES else ""
     text = f"One row a class, in the order they were drawn; none picked, none left out.{more}"

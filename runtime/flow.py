@@ -27,6 +27,7 @@ from .backend import REPRODUCIBLE_TILE as REPRODUCIBLE_TILE
 from .backend import Array, Backend, Branches, check_batch
 from .bundle import Bundle, ModelShape
 from .chain import Chain, Ways
+from .classify import Classification, Question, classify
 from .decode import Parallel, tolerance_of
 from .drawing import Drawing, tiles
 from .errors import InputError, Remedy
@@ -179,6 +180,24 @@ class Flow:
         """
         return self.nats_of(self.bits_per_dim(images, labels, range))
 
+    def classify(
+        self,
+        images: ArrayLike,
+        classes: ArrayLike | None = None,
+        *,
+        seed: int = 0,
+        range: Span | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Classification:
+        """Which class images (N, channels, size, size) are of, by their exact likelihood under each: Bayes' rule.
+
+        8-bit images get the training noise, four draws by ``seed``; floats are taken as they are, ``range`` is as in
+        :meth:`encode`. ``classes`` (K,) are those to compare, by default all, each equally probable beforehand.
+        ``progress`` is told each batch; its exception cancels. Raises InputError for a model without classes, and for
+        what cannot be such images or classes.
+        """
+        return classify(self, images, Question(classes, seed, range), progress)
+
     def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None, range: Span | None = None) -> Array:
         """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`.
 
@@ -205,9 +224,8 @@ class Flow:
         """
         array = np.asarray(images)
         if array.dtype != np.uint8 or array.shape[1:] != self.config.image or array.ndim != 4 or not len(array):
-            raise InputError(
-                f"images are {array.dtype} of shape {array.shape}; expected uint8 (N, *{self.config.image})"
-            )
+            shape = ", ".join(map(str, self.config.image))
+            raise InputError.of("images", f"{array.dtype} of shape {array.shape}", f"uint8 (N, {shape})")
         indices, stream = range(first_sample, first_sample + len(array)), noise_source.DEQUANTISATION
         if self.config.noise_std is None:
             u = noise_source.uniform(seed, indices, array[0].size, stream).reshape(array.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ FUSED = {
 }  # by guidance branches, for ONNX Runtime's CUDA provider; not every bundle has them
 _OPTIONAL = (RESIDENT, *FUSED.values())
 AGAIN = "copy the bundle again, or export it again"
+UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # in a class's name, which goes to terminals and pages
 LARGEST_NOISE = 1e18  # its square is a float32; images are in [-1, 1]
 
 
@@ -88,6 +90,11 @@ class Manifest:
     opset: int
     exporter: Mapping[str, str]
     parity: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()  # one a class, or none at all
+
+    def class_name(self, label: int) -> str:
+        """What to call a class: its name, else its number."""
+        return self.class_names[label] if self.class_names else str(label)
 
     def certificate_limit(self, precision: str) -> float:
         """The round-trip error that the parity card allows samples drawn in a precision. A bundle without a card, and a
@@ -101,6 +108,8 @@ class Manifest:
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
+        if not self.class_names:
+            del document["class_names"]
         return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
 
 
@@ -144,7 +153,22 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
         opset=reader.natural(top, "opset", 1),
         exporter={k: reader.typed(v, str, f"exporter.{k}") for k, v in exporter.items()},
         parity=reader.get(top, "parity", dict),
+        class_names=_read_class_names(reader, top, config.classes),
     )
+
+
+def _read_class_names(reader: Reader, top: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    if "class_names" not in top:
+        return ()
+    names = [
+        reader.typed(name, str, f"class_names[{k}]") for k, name in enumerate(reader.get(top, "class_names", list))
+    ]
+    if len(names) != classes:
+        raise reader.wrong(f"class_names has {len(names)} names; config says {classes} classes")
+    for k, name in enumerate(names):
+        if not name or UNPRINTABLE.search(name):
+            raise reader.wrong(f"class_names[{k}] is {short(name)}; expected text without control characters")
+    return tuple(names)
 
 
 def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:

@@ -46,6 +46,7 @@ class Model(BaseModel):
     channels: int
     blocks: int
     classes: int = Field(description="0: unconditional.")
+    class_names: list[str] | None = Field(description="What the classes are called, if the bundle says so.")
     precision: str
     backend: str
     bundle_hash: str
@@ -111,6 +112,7 @@ def _add_model(router: APIRouter, service: Service) -> None:
             channels=config.channels,
             blocks=config.blocks,
             classes=config.classes,
+            class_names=list(manifest.class_names) or None,
             precision=manifest.precision,
             backend=flow.backend.description,
             bundle_hash=flow.bundle.hash,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -66,11 +67,13 @@ class Hints:
     """What shapes cannot tell. ``noise_std`` is a standard deviation or "uniform"; None means not said.
 
     ``weights`` are those to take from a file that has several: "ema", "raw", or the key that they are under.
+    ``class_names`` is a file with what the classes are called, one a line.
     """
 
     patch_size: int | None = None
     noise_std: float | str | None = None
     weights: str | None = None
+    class_names: str | os.PathLike[str] | None = None
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> Config:

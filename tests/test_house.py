@@ -44,11 +44,12 @@ ROOMS = {
     ),
     "tarflow.train": Room(
         "numpy torch sklearn",
-        "checkpoint config model runtime.claims runtime.files runtime.errors runtime.image runtime.picture "
+        "checkpoint class_names config model runtime.claims runtime.files runtime.errors runtime.image runtime.picture "
         "runtime.picture_folder runtime.signals",
     ),
     "tarflow.export": Room(
-        "numpy torch onnx onnx_ir onnxscript safetensors", "checkpoint config model reference runtime* quality*"
+        "numpy torch onnx onnx_ir onnxscript safetensors",
+        "checkpoint class_names config model reference runtime* quality*",
     ),
     "tarflow.export.engines": Room("numpy onnx polygraphy", "runtime* quality* export.emulate"),
     "tarflow.runtime": Room(

@@ -329,6 +329,21 @@ def test_a_drawn_image_can_be_scored(visit: Visit, server: Server) -> None:
     expect(page.locator("#notes")).to_be_empty()
 
 
+def test_classes_are_called_by_their_names(browser: Browser, tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "demo")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = ["zero", "one", "two", "<b>three</b>", "four", "five", "six", "seven", "eight", "nine"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"class_names": names}))
+    with serving(Flow.open(folder, spinning=False)) as server, visiting(browser, server) as visit:
+        page = visit.open(server.url)
+        page.get_by_text("<b>three</b>").click()
+        visit.draws(8)
+        expect(page.locator(".cell").first).to_have_attribute("aria-label", re.compile("class <b>three</b>"))
+        page.get_by_role("button", name="Likelihood").click()
+        expect(page.locator("#verdict")).to_contain_text("<b>three</b>, with")
+        expect(page.locator("#bars li.best b")).to_have_text("<b>three</b>")
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,14 @@
 
 import { Certificates } from "./certificates.js";
 import { ask, openWithToken } from "./server.js";
-import { duration, error, summary } from "./words.js";
+import { className, duration, error, summary } from "./words.js";
 
 const FILM = 8; // so many images have their states below one another; more are one large grid
 const at = (id) => document.getElementById(id);
 
 export class Board {
   constructor(model, score) {
+    this.model = model;
     this.size = model.size;
     this.certificates = new Certificates(at("certificates"), model.certificate_limit);
     at("board").addEventListener("click", (event) => {
@@ -210,7 +211,7 @@ export class Board {
 
   #name(image = this.chosen) {
     const label = this.labels?.[image] ?? -1;
-    return `Image ${this.first + image}${label < 0 ? "" : `, class ${label}`}`;
+    return `Image ${this.first + image}${label < 0 ? "" : `, class ${className(this.model, label)}`}`;
   }
 
   #walk(event) {

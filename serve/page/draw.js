@@ -2,7 +2,7 @@
 
 import { Refusal, events } from "./server.js";
 import { Board } from "./board.js";
-import { clearRefusal, showRefusal } from "./words.js";
+import { className, clearRefusal, showRefusal } from "./words.js";
 
 const FEW_CLASSES = 20; // as many chips as a glance takes in
 const PRESETS = [1, 8, 16, 64];
@@ -78,7 +78,7 @@ function fillForm(model) {
   const several = model.classes > FEW_CLASSES;
   if (model.classes) {
     const numbers = several ? ["one"] : Array.from({ length: model.classes }, (_, k) => String(k));
-    at("chips").replaceChildren(...["each", ...numbers, "none"].map(chip));
+    at("chips").replaceChildren(...["each", ...numbers, "none"].map((value) => chip(model, value)));
     const chosen = given.get("class") ?? "each";
     const single = several && /^\d+$/.test(chosen);
     const choices = [...at("chips").querySelectorAll("input")];
@@ -86,6 +86,11 @@ function fillForm(model) {
     at("class-number").max = model.classes - 1;
     if (single) at("class-number").value = chosen;
     at("chips").addEventListener("change", () => follow());
+    if (model.class_names) {
+      const tell = () => (at("class-name").textContent = className(model, at("class-number").value));
+      at("class-number").addEventListener("input", tell);
+      tell();
+    }
     at("classes").hidden = false;
     follow();
   } else {
@@ -109,12 +114,12 @@ function fillForm(model) {
   }));
 }
 
-function chip(value) {
+function chip(model, value) {
   const label = document.createElement("label");
   const input = Object.assign(document.createElement("input"), { type: "radio", name: "class", value });
   const words = { each: "each in turn", none: "no class", one: "one class" };
   const text = document.createElement("span");
-  text.textContent = words[value] ?? value;
+  text.textContent = words[value] ?? className(model, value);
   label.append(input, text);
   return label;
 }

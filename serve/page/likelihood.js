@@ -1,7 +1,7 @@
 // Likelihood: an image comes in by drop, choice, paste or from the board; bits/dim and class probabilities come out.
 
 import { Refusal, ask } from "./server.js";
-import { clearRefusal, showRefusal } from "./words.js";
+import { className, clearRefusal, showRefusal } from "./words.js";
 
 const SHOWN = 10; // classes, the most probable first
 const at = (id) => document.getElementById(id);
@@ -40,7 +40,7 @@ async function scoreImage(model, blob, name) {
     if (blob.size > model.largest_bytes)
       throw new Refusal(`${name} is larger than the ${model.largest_bytes >> 20} MiB that this server takes; send a smaller one.`);
     const options = { method: "POST", body: blob, headers: { "Content-Type": blob.type || "application/octet-stream" }, signal: mine.signal };
-    show(await (await ask("v1/likelihood", options)).json(), name);
+    show(model, await (await ask("v1/likelihood", options)).json(), name);
   } catch (stopped) {
     if (stopped.name === "AbortError") return;
     if (!(stopped instanceof Refusal)) throw stopped;
@@ -52,7 +52,7 @@ async function scoreImage(model, blob, name) {
   }
 }
 
-function show(result, name) {
+function show(model, result, name) {
   at("scored").hidden = false;
   at("seen").src = `data:image/png;base64,${result.picture}`;
   at("seen").classList.toggle("crisp", result.size <= 32);
@@ -61,16 +61,17 @@ function show(result, name) {
   at("notes").replaceChildren(...result.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })));
   at("posterior").hidden = !result.probabilities;
   let told = `${name}: ${result.bits_per_dim.toFixed(3)} bits/dim`;
-  if (result.probabilities) told += `, ${rank(result)}`;
+  if (result.probabilities) told += `, ${rank(model, result)}`;
   at("likelihood-status").textContent = `${told}.`;
 }
 
 /** The bars, and the verdict in words. */
-function rank({ probabilities, log_likelihoods }) {
+function rank(model, { probabilities, log_likelihoods }) {
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
   const best = order[0];
-  at("verdict").textContent = `${best}, with ${percent(probabilities[best])}`;
+  at("verdict").textContent = `${className(model, best)}, with ${percent(probabilities[best])}`;
   const shown = order.slice(0, SHOWN).sort((a, b) => (probabilities.length <= SHOWN ? a - b : 0));
+  at("bars").classList.toggle("named", Boolean(model.class_names));
   at("bars").replaceChildren(...shown.map((label) => {
     const item = document.createElement("li");
     item.className = label === best ? "best" : "";
@@ -78,7 +79,7 @@ function rank({ probabilities, log_likelihoods }) {
     bar.style.width = `${100 * probabilities[label]}%`;
     track.className = "track";
     track.append(bar);
-    name.textContent = label;
+    name.textContent = name.title = className(model, label);
     share.className = "number share";
     share.textContent = percent(probabilities[label]);
     nats.className = "number";
@@ -86,7 +87,7 @@ function rank({ probabilities, log_likelihoods }) {
     item.append(name, track, share, nats);
     return item;
   }));
-  return `most probably class ${best}, with ${percent(probabilities[best])}`;
+  return `most probably class ${className(model, best)}, with ${percent(probabilities[best])}`;
 }
 
 function percent(part) {

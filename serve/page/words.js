@@ -10,6 +10,9 @@ export function duration(seconds) {
 
 export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
+/** What to call a class: its name, else its number. */
+export const className = (model, label) => model.class_names?.[label] ?? String(label);
+
 const rate = (value) => (value < 10 ? value.toPrecision(2) : Math.round(value));
 
 const NAMED = 8; // broken images: more make no better sentence

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, class_names
 from ..config import Config
 from ..model import TarFlow
 from ..runtime.claims import check_archive
@@ -112,6 +112,9 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for path in self.models:
                 checkpoint.write(portable, stack.enter_context(replacing_by_name(path)), path.suffix)
+            if self.data.classes:
+                names = stack.enter_context(replacing_by_name(class_names.beside(self.models[0])))
+                names.write_bytes(class_names.lines(self.data.classes))
             yield
 
     def identity(self) -> dict[str, Any]:

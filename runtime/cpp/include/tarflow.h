@@ -145,6 +145,10 @@ TARFLOW_API int tarflow_share(tarflow_flow *flow, tarflow_flow **other);
 
 TARFLOW_API int tarflow_get_shape(tarflow_flow *flow, tarflow_shape *shape);
 
+/* What class `label` is called, in UTF-8, as long as a handle on this bundle is open; NULL if the bundle does not say, or
+   has no such class. */
+TARFLOW_API const char *tarflow_class_name(tarflow_flow *flow, int64_t label);
+
 /* Draw samples first_sample ... first_sample + n - 1 of the seed into `images`. NULL options: the defaults. */
 TARFLOW_API int tarflow_sample(tarflow_flow *flow, int64_t n, const int64_t *labels,
                                const tarflow_sample_options *options, float *images);

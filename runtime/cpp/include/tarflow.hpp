@@ -51,6 +51,12 @@ class Flow {
 
   const tarflow_shape& shape() const { return shape_; }
 
+  // What a class is called; its number, if the bundle does not say.
+  std::string class_name(std::int64_t label) const {
+    const char* name = tarflow_class_name(handle_.get(), label);
+    return name == nullptr ? std::to_string(label) : name;
+  }
+
   // One sample a label; -1 for none.
   std::vector<float> sample(const std::vector<std::int64_t>& labels, const SampleOptions& options = {}) {
     std::vector<float> images(numbers(labels.size()));

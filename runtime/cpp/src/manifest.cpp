@@ -63,6 +63,31 @@ ModelShape read_shape(const JsonReader& reader, const Json& numbers) {
   return shape;
 }
 
+// What the classes are called, which goes to terminals and pages: without control characters, C1's, in UTF-8, too.
+std::vector<std::string> read_class_names(const JsonReader& reader, const Json& document, std::int64_t classes) {
+  std::vector<std::string> names;
+  if (!document.contains("class_names")) return names;
+  const Json& list = reader.array(document, "class_names");
+  if (static_cast<std::int64_t>(list.size()) != classes) {
+    throw reader.wrong("class_names has " + text_of(list.size()) + " names; config says " + text_of(classes) +
+                       " classes");
+  }
+  for (const Json& name : list) {
+    const std::string text = name.is_string() ? name.get<std::string>() : std::string();
+    bool printable = !text.empty();
+    for (std::size_t i = 0; i < text.size(); ++i) {
+      const auto byte = [&](std::size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0u; };
+      printable &= byte(i) >= 0x20 && byte(i) != 0x7f && !(byte(i) == 0xc2 && byte(i + 1) < 0xa0);
+    }
+    if (!printable) {
+      throw reader.wrong("class_names[" + text_of(names.size()) + "] is " + shown(name) +
+                         "; expected text without control characters");
+    }
+    names.push_back(text);
+  }
+  return names;
+}
+
 BlockEntry read_block(const JsonReader& reader, const Json& block, const Manifest& manifest, std::size_t k) {
   const std::string where = "blocks[" + std::to_string(k) + "]";
   if (!block.is_object()) throw reader.wrong(where + " is " + block.type_name() + "; expected an object");
@@ -140,7 +165,8 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
                        "; this tarflow reads version 1. Install the tarflow that wrote it, or export it again");
   }
   Manifest manifest{
-      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}, {}, {}};
+      reader.text(document, "name"), nullptr, read_shape(reader, reader.object(document, "config")), {}, {}, {}, {}, {}};
+  manifest.class_names = read_class_names(reader, document, manifest.shape.classes);
   for (const auto& [name, entry] : reader.object(document, "files").items()) {
     require_confined(reader, name);
     const std::string hash = reader.sha256(entry, "sha256");

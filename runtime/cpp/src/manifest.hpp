@@ -54,6 +54,7 @@ struct Manifest {
   std::string name;
   const Precision* precision;
   ModelShape shape;
+  std::vector<std::string> class_names;  // one a class, or none at all
   std::vector<BlockEntry> blocks;
   std::map<std::string, FileEntry> files;
   std::set<std::string> graphs;    // names of all blocks' files that may be run

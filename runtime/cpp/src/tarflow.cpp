@@ -207,6 +207,12 @@ int tarflow_get_shape(tarflow_flow* flow, tarflow_shape* shape) {
   });
 }
 
+const char* tarflow_class_name(tarflow_flow* flow, int64_t label) {
+  if (flow == nullptr || !flow->flow) return nullptr;
+  const auto& names = flow->flow->model().class_names;  // of an open bundle, which nothing changes
+  return label < 0 || static_cast<std::uint64_t>(label) >= names.size() ? nullptr : names[std::size_t(label)].c_str();
+}
+
 int tarflow_sample(tarflow_flow* flow, int64_t n, const int64_t* labels, const tarflow_sample_options* options,
                    float* images) {
   return compute(flow, [&](Flow& on) {

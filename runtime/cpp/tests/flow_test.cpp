@@ -51,6 +51,21 @@ TEST_CASE("a certificate changes no sample, guided or not") {  // unguided, deno
   }
 }
 
+TEST_CASE("classes have the names that the bundle gives them, else their numbers") {
+  const support::Copy copy;
+  CHECK(tarflow::Flow(copy.folder.string()).class_name(3) == "3");
+  copy.edit([](support::Json& manifest) {
+    manifest["class_names"] = support::Json(10, "digit");
+    manifest["class_names"][3] = "drei \u00e4\u00a0";
+  });
+  tarflow::Flow flow(copy.folder.string());
+  CHECK(flow.class_name(3) == "drei \u00e4\u00a0");
+  CHECK(flow.share().class_name(9) == "digit");
+  CHECK(flow.class_name(10) == "10");
+  CHECK(flow.class_name(-1) == "-1");
+  CHECK(tarflow_class_name(nullptr, 0) == nullptr);
+}
+
 TEST_CASE("log-likelihood is the change of variables") {
   tarflow::Flow flow(TARFLOW_DEMO);
   const Labels labels = golden_labels();

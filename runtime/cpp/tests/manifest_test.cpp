@@ -74,6 +74,12 @@ TEST_CASE("a manifest that is not one is refused with the place") {
       {[](Json& m) { m["exporter"]["torch"] = 2; }, "exporter.torch"},
       {[](Json& m) { m["opset"] = 0; }, "'opset' is 0"},
       {[](Json& m) { m["parity"] = "fine"; }, "'parity'"},
+      {[](Json& m) { m["class_names"] = 7; }, "'class_names' is number"},
+      {[](Json& m) { m["class_names"] = {"zero", "one"}; }, "class_names has 2 names; config says 10 classes"},
+      {[](Json& m) { m["class_names"] = Json(10, 3); }, "class_names[0] is 3; expected text"},
+      {[](Json& m) { m["class_names"] = Json(10, ""); }, "class_names[0] is \"\"; expected text"},
+      {[](Json& m) { m["class_names"] = Json(10, "a\nb"); }, "without control characters"},
+      {[](Json& m) { m["class_names"] = Json(10, "\u0085"); }, "without control characters"},
   };
   for (const auto& [change, words] : cases) {
     Json manifest = demo();
