@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -41,6 +41,8 @@ def classify(
 
     Example: tarflow classify tarflow-bundle photos/ --top 3
     """
+    import numpy as np
+
     from ..runtime.flow import Flow
     from ..runtime.inputs import AS_THEY_ARE, check_labels
     from ..runtime.samples import nonfinite
@@ -56,11 +58,11 @@ def classify(
         truth = check_labels(flow.config, truth, len(given.pixels))
     with step_bar("classifying") as progress:
         found = flow.classify(given.pixels, compared, seed=seed, range=AS_THEY_ARE, progress=progress)
-    shown, broken = found.ranked()[:, :top], nonfinite(found.probabilities)
+    shown, broken = found.ranked()[:, :top], nonfinite(found.probabilities.astype(np.float32))
     names = given.folder.names if given.folder else [str(i) for i, _ in enumerate(shown)]
     accuracy = None if truth is None else _accuracy(shown[:, 0], truth)
     if json:
-        more = {"names": names if given.folder else None, "class_names": manifest.class_names or None}
+        more: dict[str, Any] = {"names": names if given.folder else None, "class_names": manifest.class_names or None}
         more |= {"labels": truth, "accuracy": accuracy} if accuracy is not None else {}
         arrays = {"classes": found.classes, "top": shown, "probabilities": found.probabilities}
         arrays |= {"log_likelihoods": found.log_likelihoods}
