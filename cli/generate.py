@@ -77,15 +77,16 @@ def generate(
     with step_bar("sampling") as progress:
         samples = flow.draw(request, latents, Watch(progress))
     report = samples.report
-    assert report is not None
     text = {
         "seed": "given noise" if report.seed is None else str(report.seed),
-        "sample_indices": f"{report.first_sample}-{report.first_sample + n - 1}",
+        "sample_indices": f"{report.samples[0]}-{report.samples[-1]}",
     }
     write_images(samples, files, bundle, text)
     if json:
         drawn = asdict(report) | {"suspects": report.suspects, "uncertified": report.uncertified}
         certificate, seconds = drawn.pop("certificate"), drawn.pop("certificate_seconds")
+        drawn["first_sample"] = drawn.pop("samples")[0]
+        drawn["log_prob"] = None if report.log_prob is None else report.log_prob.tolist()
         if certificate is not None:
             largest = {"max": report.largest_certificate}
             certificate = {**largest, "per_sample": certificate.tolist(), "seconds": seconds}

@@ -124,7 +124,9 @@ def _arrays(images: NDArray[Any]) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     report = getattr(images, "report", None)
-    found = {"images": np.asarray(images), "certificate": None if report is None else report.certificate}
+    found = {"images": np.asarray(images)}
+    if report is not None:
+        found |= {"log_prob": report.log_prob, "certificate": report.certificate}
     return {name: array for name, array in found.items() if array is not None}
 
 

@@ -155,7 +155,7 @@ def stored_pairs(bundle: Bundle) -> Pairs:
     if "denoised" in found:
         shapes["denoised"] = shapes["images"]
     for name, shape in shapes.items():
-        expected = (np.int64 if name == "labels" else np.float32, shape)
+        expected = (np.dtype(np.int64 if name == "labels" else np.float32), shape)
         if not count or name not in found or (found[name].dtype, found[name].shape) != expected:
             raise BundleError(
                 f"'{bundle.folder / GOLDEN}' holds no `{name}` that this model can have made: {AGAIN}",
@@ -208,7 +208,6 @@ def _worst(backend: Backend, inverses: Iterable[tuple[int, Array, Array]], branc
 def _drawn(flow: Flow, noise: Array, labels: NDArray[np.int64], images: Array) -> tuple[Difference, float]:
     """What the flow decodes noise to, against images; and the largest round-trip error."""
     found = flow.sample(noise=noise, labels=labels, denoise=False, certify=True)
-    assert found.report is not None
     assert found.report.certificate is not None
     return Difference.between(found, images), float(found.report.certificate.max())
 

@@ -7,7 +7,7 @@ Shapes: B images, T patches, D numbers in a patch, G guidance branches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .errors import InputError, Remedy
 
 Array = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Labels = NDArray[np.int64]  # below 0 for the null class
 Mask = NDArray[np.bool_]
 REPRODUCIBLE_TILE = 16  # rows: small enough for one request, large enough to fill a core
@@ -95,6 +96,24 @@ class Backend(Protocol):
 
     def gradient(self, block: int, x: Array, labels: Labels, grad_z: Array, grad_log_det: Array) -> Array:
         """Vector-Jacobian product of an unguided ``forward``: (B, T, D)."""
+
+
+class _Closed:
+    """What is left of an engine that was let go of: its description, and an InputError for every other use."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks whether it is there
+            raise AttributeError(name)
+        raise InputError("this flow was closed; open the bundle again", field="flow")
+
+
+def closed(backend: Backend) -> Backend:
+    """What to put in the place of an engine to let go of it."""
+    said = backend.description
+    return cast(Backend, _Closed(said if isinstance(backend, _Closed) else f"{said}, closed"))
 
 
 def check_window(position: int, window: int, tokens: int) -> None:

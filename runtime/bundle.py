@@ -81,6 +81,14 @@ class Bundle:
             bundle._seen[name] = _signature(found)
         return bundle
 
+    def check_identity(self, hash: str) -> None:
+        """Raise BundleError unless this is the bundle of that hash, which was here before."""
+        if self.hash != hash:
+            raise BundleError(
+                f"'{self.folder}' is another bundle than it was: its hash is {self.hash[:16]}..., expected "
+                f"{hash[:16]}...; put that one back, or open this one anew"
+            )
+
     def path(self, name: str) -> Path:
         """The path of a file the manifest names, the one that was there when this was opened. Raises BundleError if it
         is missing, leads out of the folder, or is another by now.

@@ -5,6 +5,7 @@ Shapes: B images, T patches, D numbers in a patch; everything in patch order.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, Backend, Branches, Labels
+from .backend import Array, Backend, Branches, Doubles, Labels
 from .bundle import ModelShape
 from .decode import Parallel, solve
 from .lanes import Lanes
@@ -58,9 +59,11 @@ class Chain:
                 on_block(block, x, time.perf_counter() - started)
         return x, passes
 
-    def encode(self, x: Array, branches: Branches) -> tuple[list[Array], Array]:
-        """The state before the first block, between blocks, and behind the last; log-determinants (B,) in nats."""
-        states, log_det = [x], np.zeros(len(x), np.float32)
+    def encode(self, x: Array, branches: Branches) -> tuple[list[Array], Doubles]:
+        """The state before the first block, between blocks, and behind the last; log-determinants (B,) in nats, exact
+        when guided too: what guidance changes of a patch is a function of earlier ones, so the Jacobian is triangular.
+        """
+        states, log_det = [x], np.zeros(len(x), np.float64)
         for block in range(self.config.blocks):
             state, block_log_det = self.backend.forward(block, states[-1], branches)
             states.append(state)
@@ -79,6 +82,15 @@ class Chain:
         for block in reversed(range(self.config.blocks)):
             grad = self.backend.gradient(block, states.pop(), classes, grad, ones)
         return x + np.float32(strength * self.config.noise_std**2) * grad
+
+    def log_prob(self, latent: Array, log_det: Doubles) -> Doubles:
+        """(B,): log-density, in nats, of samples that :meth:`encode` to this, under the noise they are drawn from: of
+        standard deviation ``deviation``. Not finite for samples that are not.
+        """
+        with np.errstate(all="ignore"):
+            deviation = self.deviation.astype(np.float64)
+            energy = 0.5 * np.square(latent / deviation) + np.log(deviation) + 0.5 * math.log(2 * math.pi)
+            return np.asarray(log_det - energy.sum((1, 2)))
 
     def round_trip(self, found: Array, z: Array) -> Array:
         """(B,): largest difference of encoded samples from the noise they were decoded from."""

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import noise
 from .errors import InputError
-from .inputs import AS_THEY_ARE, Span, check_images, in_units
+from .inputs import AS_THEY_ARE, Span, as_array, check_images, in_units
 from .samples import Progress
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def classify(
     """Images (N, channels, size, size), uint8 or floats, under each of some classes; see :meth:`Flow.classify`."""
     classes = _check_classes(flow.config, asked.classes)
     noise.check(asked.seed, ())
-    given = np.asarray(images)
+    given = as_array(images, "images")
     if given.ndim != 4 or given.shape[1:] != flow.config.image or not len(given):
         raise InputError.of("images", f"of shape {given.shape}", f"(N, {', '.join(map(str, flow.config.image))})")
     if given.dtype != np.uint8:
@@ -104,10 +104,7 @@ def _check_classes(config: ModelShape, classes: ArrayLike | None) -> NDArray[np.
         raise InputError.of("classes", "0 in this model", "a model with classes: this one is unconditional")
     if classes is None:
         return np.arange(config.classes)
-    try:
-        array = np.asarray(classes)
-    except ValueError:  # of rows that differ in length
-        array = np.empty((), object)
+    array = as_array(classes, "classes")
     if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
         raise InputError.of("classes", f"{array.dtype} of shape {array.shape}", "a list of integers")
     outside = array[(array < 0) | (array >= config.classes)]

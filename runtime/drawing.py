@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from . import noise
 from .backend import Array, Branches
 from .chain import Chain, OnBlock, Ways
 from .image import unpatchify
+from .memory import peak
 from .request import Resolved
-from .samples import Preview, Progress, Watch
+from .samples import CertifiedReport, CertifiedSamples, Preview, Progress, Report, Samples, Watch, nonfinite
 
 REDRAWS = 8  # attempts at a sample that is not finite
 
@@ -49,6 +50,7 @@ class Drawing:
         self.chain, self.request, self.ways, self.latents, self.watch = chain, request, ways, latents, watch
         self.images = np.empty((request.n, *chain.config.image), np.float32)
         self.certificate = np.empty(request.n, np.float32) if request.certify else None
+        self.log_prob = np.empty(request.n, np.float64) if request.certify else None
         self.classes = request.classes()
         self.passes = np.zeros(chain.config.blocks, np.int64)
         self.redrawn: list[int] = []
@@ -69,16 +71,65 @@ class Drawing:
         if self.request.redraw_nonfinite:
             self._redraw(x, z, branches, tile)
         states: list[Array] | None = None
-        if self.certificate is not None:
+        if self.certificate is not None and self.log_prob is not None:
             started = time.perf_counter()
-            states, _ = self.chain.encode(x, branches)
+            states, log_det = self.chain.encode(x, branches)
             self.certificate[tile.output] = self.chain.round_trip(states[-1], z)[tile.inside]
+            self.log_prob[tile.output] = self.chain.log_prob(states[-1], log_det)[tile.inside]
             self.certificate_seconds += time.perf_counter() - started
         if self.request.strength is not None:
             started = time.perf_counter()  # an unguided certificate has encoded what the gradient starts from
             x = self.chain.denoise(x, classes, self.request.strength, None if self.request.guidance.scale else states)
             self.denoise_seconds += time.perf_counter() - started
         self.images[tile.output] = unpatchify(x[tile.inside], config.patch_size, config.channels)
+
+    def samples(self, precision: str, seconds: float, suspect_above: float) -> Samples:
+        """What was drawn in so many seconds, by graphs of this precision, with its report."""
+        request, backend = self.request, self.chain.backend
+        found: dict[str, Any] = {
+            "seed": None if self.latents is not None else request.seed,
+            "samples": range(request.first_sample, request.first_sample + request.n),
+            "level": self._level(precision),
+            "backend": backend.description,
+            "decoding": self.ways.words,
+            "density": self._density(precision) if request.certify else None,
+            "passes": tuple(self.passes.tolist()),
+            "nonfinite": tuple(row + request.first_sample for row in nonfinite(self.images)),
+            "redrawn": tuple(self.redrawn),
+            "certificate": self.certificate,
+            "log_prob": self.log_prob,
+            "seconds": seconds,
+            "certificate_seconds": self.certificate_seconds,
+            "denoise_seconds": self.denoise_seconds,
+            "peak_memory": peak(),
+            "suspect_above": suspect_above,
+        }
+        if request.certify:
+            return self.images.view(CertifiedSamples).with_report(CertifiedReport(**found))
+        return self.images.view(Samples).with_report(Report(**found))
+
+    def _level(self, precision: str) -> str:
+        if self.request.reproducible:
+            return "L1: bitwise the same for any n, batch size and thread count, on this machine and engine"
+        if self.chain.backend.portable and not self.ways.tolerance:
+            return "L1: bitwise the same for any n, batch size, thread count and processor, before denoising"
+        agreement = "1e-5" if precision == "fp32" else f"{precision} rounding"
+        if self.ways.tolerance > 1e-5:
+            agreement = f"the tolerance of {self.ways.tolerance:g} they are solved to, a few times over"
+        return f"L2: noise the same anywhere to the bit; samples agree across batch sizes to {agreement}"
+
+    def _density(self, precision: str) -> str:
+        """What ``log_prob`` is the density of, and what keeps the samples from being drawn from just that."""
+        of = f"of the raw sample, exact under the bundle's {precision} graphs"
+        if self.request.guidance.scale:
+            of += ", guided"
+        decoded = self.chain.backend.precision
+        inexact = [f"in {decoded}"] if decoded != "fp32" else []
+        if self.ways.tolerance:
+            inexact.append(f"in parallel to {self.ways.tolerance:g}")
+        if inexact:
+            of += f"; decoded {' and '.join(inexact)}: drawn from that density as nearly as the certificate says"
+        return of
 
     def _redraw(self, x: Array, z: Array, branches: Branches, tile: Tile) -> None:
         """Replace, in place, what is not finite by later attempts of the same sample; the tile keeps its shape."""

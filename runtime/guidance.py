@@ -10,6 +10,7 @@ import numpy as np
 from .backend import Branches, Labels
 from .bundle import ModelShape
 from .errors import InputError
+from .fields import check_field, is_number, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,25 @@ class Guidance:
     attention_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_field("scale", self.scale, "a number")
+        check_field("what", self.what, "a string")
+        check_field("annealed", self.annealed, "True or False")
+        check_field("attention_temperature", self.attention_temperature, "a number")
         if not 0 <= self.scale < math.inf:
             raise InputError.of("scale", self.scale, "0 (none) or a positive number, 1 to 3 is usual")
         if self.what not in ("a", "b", "ab"):
             raise InputError.of("what", f"'{self.what}'", "ab, a (log_scale) or b (shift)")
         if not 0 < self.attention_temperature < math.inf:
             raise InputError.of("attention_temperature", self.attention_temperature, "a positive number")
+
+    @classmethod
+    def of(cls, said: Guidance | float) -> Guidance:
+        """A guidance, or the one of this scale. Raises InputError for what is neither."""
+        if isinstance(said, Guidance):
+            return said
+        if not is_number(said):
+            raise InputError.of("guidance", told(said), "a Guidance, or a number: its scale")
+        return cls(said)
 
     def branches(self, tokens: int, classes: Labels) -> Branches:
         """The branches that draw samples of ``classes`` (B,), below 0 for the null class; ``tokens`` is T."""

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .backend import Array, Labels
 from .bundle import ModelShape
 from .errors import InputError
+from .fields import check_field, is_flag, told
 from .image import patchify
 
 Span = tuple[float, float]
@@ -29,18 +30,20 @@ def check_noise(config: ModelShape, n: int | None, noise: ArrayLike | None) -> t
     if noise is None:
         if n is None:
             raise InputError("nothing to draw: give `n`, the number of samples, or `noise`", field="n")
-        if n < 1 or n != int(n):
+        check_field("n", n, "an integer")
+        if n < 1:
             raise InputError.of("n", n, "1 or more samples")
         if n * math.prod(config.image) * 4 > _LARGEST_RESULT:
             most = f"{_LARGEST_RESULT >> 40} TiB of samples at most"
             raise InputError.of("n", n, most, "draw them in parts, by `first_sample`")
         return None, int(n)
-    array = np.asarray(noise)
+    array = as_array(noise, "noise")
     if array.ndim != 3 or array.shape[1:] != shape or not len(array):
         expected = f"(N, {shape[0]}, {shape[1]}): samples, patches, numbers in a patch"
         raise InputError.of("noise", f"of shape {array.shape}", expected)
     if array.dtype.kind not in "fiu":
         raise InputError.of("noise", f"of type {array.dtype}", "float32")
+    check_field("n", n, "an integer", optional=True)
     if n is not None and n != len(array):
         raise InputError.of("n", n, f"{len(array)}, as many as `noise` holds", "drop one of the two")
     return _finite(array, "noise"), len(array)
@@ -50,7 +53,7 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> La
     """A class for each of ``count`` samples, -1 for the null class."""
     if labels is None:
         return np.full(count, -1, np.int64)
-    array = np.asarray(labels)
+    array = as_array(labels, "labels")
     if array.dtype.kind not in "iu" or array.dtype == bool:
         raise InputError.of("labels", f"of type {array.dtype}", "integers")
     if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
@@ -71,7 +74,7 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> La
 
 def check_images(config: ModelShape, images: ArrayLike, labels: ArrayLike | None) -> tuple[Array, Labels]:
     """Images as patches (N, T, D), and a class for each."""
-    array = np.asarray(images)
+    array = as_array(images, "images")
     if array.ndim != 4 or array.shape[1:] != config.image or not len(array):
         raise InputError.of("images", f"of shape {array.shape}", f"(N, {', '.join(map(str, config.image))})")
     if array.dtype.kind != "f":
@@ -87,9 +90,9 @@ def in_units(images: ArrayLike, span: Span | None) -> NDArray[Any]:
     [-1, 1] are taken as they are, however large. Raises InputError for those that cannot be pictures, and for a span
     that is not in SPANS.
     """
-    if span is not None and span not in SPANS.values():
-        raise InputError.of("range", span, "(-1, 1), (0, 1) or (0, 255)")
-    array = np.asarray(images)
+    if span is not None and not (isinstance(span, tuple) and span in SPANS.values()):
+        raise InputError.of("range", told(span), "(-1, 1), (0, 1) or (0, 255)")
+    array = as_array(images, "images")
     if array.dtype.kind != "f" or span == AS_THEY_ARE:
         return array
     if span is None:
@@ -115,6 +118,8 @@ def check_bounded(images: NDArray[Any]) -> NDArray[Any]:
 
 def check_strength(config: ModelShape, denoise: bool | float | None, field: str = "denoise") -> float | None:
     """The factor on sigma^2, or None for no denoising. ``field`` is what the caller calls it."""
+    if not is_flag(denoise):
+        check_field(field, denoise, "a number", optional=True)
     if denoise is None:
         return 1.0 if config.noise_std else None
     if denoise is False:
@@ -129,6 +134,14 @@ def check_strength(config: ModelShape, denoise: bool | float | None, field: str 
     if not 0 <= float(denoise) < math.inf:
         raise InputError.of(field, denoise, "a strength of 0 or more, 1 is the theory's")
     return float(denoise)
+
+
+def as_array(given: ArrayLike, field: str) -> NDArray[Any]:
+    """What was given, as numpy has it. Raises InputError for what is no array, such as rows of different lengths."""
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError) as error:
+        raise InputError.of(field, told(given), "an array", str(error).splitlines()[0]) from None
 
 
 def _finite(array: NDArray[Any], field: str) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .fields import check_field
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -105,6 +106,7 @@ def check(seed: int, samples: Iterable[int]) -> None:
 
 
 def _words(value: int, what: str) -> tuple[int, int]:
+    check_field(what, value, "an integer")
     value = int(value)
     if not 0 <= value < 2**64:
         raise InputError.of(what, value, "an integer from 0 to 2^64 - 1")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from .errors import InputError
+from .fields import check_field, is_whole, told
 from .precision import PRECISIONS
 
 PROVIDERS = ("auto", "native", "cpu", "cuda", "tensorrt")
@@ -47,6 +48,13 @@ class Opening:
         return f"native {self.weights_in(exported)}" if self.provider == "native" else None
 
     def __post_init__(self) -> None:
+        check_field("provider", self.provider, "a string")
+        check_field("threads", self.threads, "an integer", optional=True)
+        check_field("spinning", self.spinning, "True or False", optional=True)
+        check_field("cuda_graph", self.cuda_graph, "True or False")
+        check_field("precision", self.precision, "a string", optional=True)
+        if not (self.memory is None or isinstance(self.memory, str) or is_whole(self.memory)):
+            raise InputError.of("memory", told(self.memory), "a number of bytes, or 'least'")
         name, colon, device = self.provider.partition(":")
         if name not in PROVIDERS or (colon and (name not in ON_DEVICE or not _DEVICE.fullmatch(device))):
             expected = f"one of {', '.join(PROVIDERS)}; {' and '.join(ON_DEVICE)} may name a GPU, as in cuda:1"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import noise
 from .backend import Labels
 from .bundle import ModelShape
 from .decode import tolerance_of
 from .errors import InputError
+from .fields import check_field, is_flag, told
 from .guidance import Guidance
 from .inputs import check_labels, check_strength
+from .samples import Preview, Progress
 
 UNGUIDED = Guidance()
 
@@ -47,7 +51,8 @@ class Request:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.n != int(self.n):
+        self._check_types()
+        if self.n < 1:
             raise InputError.of("n", self.n, "1 or more samples")
         noise.check(self.seed, (self.first_sample, self.first_sample + self.n - 1))
         if self.denoise is not None and not 0 <= float(self.denoise) < math.inf:
@@ -58,6 +63,21 @@ class Request:
             raise InputError.of("labels", "empty", "one label or more, to deal out in turn")
         if self.decode is not None or self.tolerance is not None:
             tolerance_of(self.decode or "fast", self.tolerance)
+
+    def _check_types(self) -> None:
+        for name in ("n", "seed", "first_sample"):
+            check_field(name, getattr(self, name), "an integer")
+        for name in ("certify", "redraw_nonfinite", "reproducible"):
+            check_field(name, getattr(self, name), "True or False")
+        check_field("batch_size", self.batch_size, "an integer", optional=True)
+        check_field("decode", self.decode, "a string", optional=True)
+        check_field("tolerance", self.tolerance, "a number", optional=True)
+        if not is_flag(self.denoise):
+            check_field("denoise", self.denoise, "a number", optional=True)
+        if self.labels is not None and not isinstance(self.labels, (tuple, list)):
+            raise InputError.of("labels", told(self.labels), "a tuple of integers, or None")
+        if not isinstance(self.guidance, Guidance):
+            raise InputError.of("guidance", told(self.guidance), "a Guidance")
 
     def resolved(self, config: ModelShape) -> Resolved:
         """The request as this model draws it. Raises InputError for labels it does not have, guidance that does nothing
@@ -76,18 +96,33 @@ class Request:
 
 
 class RequestKeywords(TypedDict, total=False):
-    """Fields of :class:`Request` but ``n`` and ``labels``, as keywords of ``Flow.sample``; None is the default."""
+    """Fields of :class:`Request` but ``n``, ``labels`` and ``certify``, as keywords of ``Flow.sample``, where a number
+    is a guidance too; None is the default.
+    """
 
-    guidance: Guidance | None
+    guidance: Guidance | float | None
     seed: int
     first_sample: int
     denoise: bool | float | None
-    certify: bool
     redraw_nonfinite: bool
     decode: str | None
     tolerance: float | None
     reproducible: bool
     batch_size: int | None
+
+
+class DrawingKeywords(RequestKeywords, total=False):
+    """The same, and who is told."""
+
+    progress: Callable[[Progress], None] | None
+    preview: Callable[[Preview], None] | None
+
+
+class SampleKeywords(DrawingKeywords, total=False):
+    """All keywords of ``Flow.sample`` but ``certify``."""
+
+    labels: ArrayLike | None
+    noise: ArrayLike | None
 
 
 @dataclass(frozen=True, slots=True)

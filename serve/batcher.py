@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.backend import REPRODUCIBLE_TILE, Array
+from ..runtime.backend import REPRODUCIBLE_TILE, Array, Doubles
 from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.request import UNGUIDED, Request, Resolved
@@ -34,8 +34,9 @@ OnProgress = Callable[[Progress], None]  # raises Abandoned when nobody waits an
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a request drew: images (n, channels, size, size), sample indices that are not finite, and certificate (n,)
-    if it asked for one, with the sample indices for which that is suspect.
+    """What a request drew: images (n, channels, size, size), sample indices that are not finite, and, if it asked for
+    a certificate, that and the log-density of each raw sample in nats, (n,) both, with the sample indices for which the
+    certificate is suspect.
     """
 
     request: Resolved
@@ -43,6 +44,7 @@ class Drawn:
     nonfinite: tuple[int, ...]
     certificate: Array | None
     suspects: tuple[int, ...]
+    log_prob: Doubles | None
 
 
 class Full(Exception):
@@ -223,17 +225,15 @@ class Batcher:
             noise = self._noise(requests)
         watch = Watch(progress, lambda seen: self.metrics.inverted(seen.block, seen.seconds))
         samples = self.flow.draw(whole, noise, watch)
-        assert samples.report is not None
         self.metrics.drawn(samples.report, counts, time.perf_counter() - started)
         parts, ends = [], np.cumsum(counts)
         for request, end in zip(requests, ends, strict=True):
             rows = slice(end - request.n, end)
-            images = np.asarray(samples)[rows]
-            certificate = samples.report.certificate
-            mine = certificate[rows] if certificate is not None and request.certify else None
+            images, checked = np.asarray(samples)[rows], samples[rows] if request.certify else None
             broken = tuple(request.first_sample + row for row in nonfinite(images))
+            mine, log_prob = (None, None) if checked is None else (checked.certificate, checked.log_prob)
             doubtful = suspects(mine, samples.report.suspect_above, request.first_sample)
-            parts.append(Drawn(request, images, broken, mine, doubtful))
+            parts.append(Drawn(request, images, broken, mine, doubtful, log_prob))
         return parts
 
     def _noise(self, requests: list[Resolved]) -> Array:

@@ -23,6 +23,7 @@ from .service import Refusal, Service, validation_message
 
 VERSION = "1"
 _ROWS = 16  # images encoded at once, and between two looks at whether anybody still waits
+CERTIFIED = {"certificate", "log_prob"}  # outputs that are there for whoever names one of them
 OPTIONAL = {"optional": True}
 _SAID = tuple(name for name in Drawing.model_fields if name not in ("labels", "certify", "format", "zoom"))
 _NUMBERS = {
@@ -77,10 +78,10 @@ class Model:
                 raise Refusal(400, f"model {self.name} has no output '{name}'; expected {', '.join(have)}")
 
     def wanted(self, asked: Asked) -> dict[str, bool]:
-        """Outputs to return, and whether each goes binary. Unasked: all but the certificate, which costs a pass."""
+        """Outputs to return, and whether each goes binary. Unasked: all but CERTIFIED, which cost a pass."""
         if asked.outputs is not None:
             return dict(asked.outputs)
-        return {tensor.name: asked.binary for tensor in self.outputs if tensor.name != "certificate"}
+        return {tensor.name: asked.binary for tensor in self.outputs if tensor.name not in CERTIFIED}
 
 
 def models_of(service: Service) -> dict[str, Model]:
@@ -93,7 +94,12 @@ def models_of(service: Service) -> dict[str, Model]:
     sample = Model(
         "sample",
         (labels, *numbers.values()),
-        (Tensor("images", "FP32", images), Tensor("finite", "BOOL", (-1,)), Tensor("certificate", "FP32", (-1,))),
+        (
+            Tensor("images", "FP32", images),
+            Tensor("finite", "BOOL", (-1,)),
+            Tensor("certificate", "FP32", (-1,)),
+            Tensor("log_prob", "FP64", (-1,)),
+        ),
         _SAID,
     )
     encode = Model(
@@ -124,7 +130,7 @@ def wanted_of(service: Service, model: Model, asked: Asked) -> Resolved:
     if isinstance(said.get("labels"), list) and len(said["labels"]) == 1 and "n" in said:
         said["labels"] = said["labels"][0]
     try:
-        drawing = Drawing(certify="certificate" in model.wanted(asked), **said)
+        drawing = Drawing(certify=not CERTIFIED.isdisjoint(model.wanted(asked)), **said)
     except ValidationError as error:
         raise Refusal(400, validation_message(error.errors())) from None
     return request_of(service, drawing)
@@ -133,8 +139,8 @@ def wanted_of(service: Service, model: Model, asked: Asked) -> Resolved:
 def drawn_tensors(drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
     """Output tensors of ``sample``, and parameters of the answer."""
     tensors: Tensors = {"images": drawn.images, "finite": _finite(drawn.images)}
-    if drawn.certificate is not None:
-        tensors["certificate"] = drawn.certificate
+    if drawn.certificate is not None and drawn.log_prob is not None:
+        tensors |= {"certificate": drawn.certificate, "log_prob": drawn.log_prob}
     request = drawn.request
     said = {"nonfinite": ranges(drawn.nonfinite), "seed": request.seed, "first_sample": request.first_sample}
     return tensors, said | ({"suspects": ranges(drawn.suspects)} if drawn.certificate is not None else {})

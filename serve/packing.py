@@ -15,6 +15,7 @@ from .protocol import json_numbers
 from .service import Refusal, Service
 
 MEDIA: dict[Format, str] = {"png": "image/png", "zip": "application/zip", "npy": "application/x-npy"}
+_MOST_NUMBERS = 64  # in a header
 _MOST_PIXELS = 1 << 25  # of all pictures in an answer
 
 
@@ -28,6 +29,9 @@ def headers_of(drawn: Drawn) -> dict[str, str]:
         if drawn.suspects:
             headers["X-Tarflow-Suspects"] = ranges(drawn.suspects)
         headers["X-Tarflow-Certificate"] = f"{known.max(initial=0):.3g}" if len(known) else "nan"
+    if drawn.log_prob is not None:  # proxies refuse headers of many kilobytes
+        more = ["..."] if len(drawn.log_prob) > _MOST_NUMBERS else []
+        headers["X-Tarflow-Log-Prob"] = ",".join([*map(repr, drawn.log_prob[:_MOST_NUMBERS].tolist()), *more])
     return headers
 
 
@@ -71,9 +75,9 @@ class Packing:
     def as_zip(self, drawn: Drawn) -> bytes:
         """Pictures named by seed and index, and samples.json; the same samples give the same bytes."""
         file, samples, request = io.BytesIO(), [], drawn.request
-        labels, errors = request.classes().tolist(), [None] * request.n
-        if drawn.certificate is not None:
-            errors = json_numbers(drawn.certificate)
+        labels = request.classes().tolist()
+        checked = (drawn.certificate, drawn.log_prob)
+        errors, log_prob = ([None] * request.n if found is None else json_numbers(found) for found in checked)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for i, image in enumerate(drawn.images):
                 index = request.first_sample + i
@@ -81,7 +85,7 @@ class Packing:
                 archive.writestr(zipfile.ZipInfo(name), png(grid(image[None], gap=0), {}, self.zoom))
                 samples.append({
                     "file": name, "index": index, "label": labels[i], "finite": index not in drawn.nonfinite,
-                    "certificate": errors[i], "suspect": index in drawn.suspects,
+                    "certificate": errors[i], "suspect": index in drawn.suspects, "log_prob": log_prob[i],
                 })  # fmt: skip
             said = {"bundle_hash": self.bundle_hash, "seed": request.seed, "style": style_of(request)}
             archive.writestr(zipfile.ZipInfo("samples.json"), json.dumps(said | {"samples": samples}, indent=1))

@@ -166,7 +166,8 @@ def _tensors(task: str, config: ModelShape) -> tuple[list[str], list[str]]:
     images = _tensor("images", "FP32", image)
     if task == "sample":
         wanted = [_tensor("seed", "INT64", one), _tensor("index", "INT64", one), label]
-        return [*wanted, _tensor("guidance", "FP32", one, optional=True)], [images, _tensor("certificate", "FP32", one)]
+        checked = [_tensor("certificate", "FP32", one), _tensor("log_prob", "FP64", one)]
+        return [*wanted, _tensor("guidance", "FP32", one, optional=True)], [images, *checked]
     if task == "denoise":
         return [images, label, _tensor("strength", "FP32", one, optional=True)], [images]
     numbers = [_tensor(name, "FP32", one) for name in ("log_det", "bits_per_dim")]

@@ -32,6 +32,7 @@ from ..runtime.samples import nonfinite
 from .words import http_words
 
 Rows = dict[str, NDArray[Any]]  # tensors by name, first dimension samples
+_CHECKED = {"certificate", "log_prob"}  # outputs that cost an encoding, and of which some may not be finite
 _MOST_ROWS = 20  # named in an error
 
 
@@ -66,7 +67,7 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request, in order; an error of one is its own."""
-        certified = any("certificate" in request.requested_output_names() for request in requests)
+        certified = any(not _CHECKED.isdisjoint(request.requested_output_names()) for request in requests)
         read = [self._read(request) for request in requests]
         good = [rows for rows in read if not isinstance(rows, TarflowError)]
         found = iter(self._answers(good, certified) if good else ())
@@ -91,7 +92,7 @@ class TritonPythonModel:
     def _sample(self, rows: Rows, certified: bool) -> Rows:
         z = self.flow.noise(rows["seed"].tolist(), rows["index"].tolist())
         images = np.empty((len(z), *self.flow.config.image), np.float32)
-        certificate = np.zeros((len(z), 1), np.float32)
+        certificate, log_prob = np.zeros((len(z), 1), np.float32), np.zeros((len(z), 1), np.float64)
         for where in self._batches(rows["guidance"]):
             drawn = self.flow.sample(
                 noise=z[where],
@@ -101,9 +102,9 @@ class TritonPythonModel:
                 certify=certified,
             )
             images[where] = drawn
-            if drawn.report is not None and drawn.report.certificate is not None:
-                certificate[where, 0] = drawn.report.certificate
-        return {"images": images, "certificate": certificate}
+            if drawn.certificate is not None and drawn.log_prob is not None:
+                certificate[where, 0], log_prob[where, 0] = drawn.certificate, drawn.log_prob
+        return {"images": images, "certificate": certificate, "log_prob": log_prob}
 
     def _encode(self, rows: Rows, _: bool) -> Rows:
         count, config = len(rows["label"]), self.flow.config
@@ -207,7 +208,7 @@ def _check_tensors() -> None:
 
 def _finite(found: Rows) -> Rows | TarflowError:
     """Results, or the error that they are where some are not finite: no output says which."""
-    broken = nonfinite(*(array for name, array in found.items() if name != "certificate"))
+    broken = nonfinite(*(array for name, array in found.items() if name not in _CHECKED))
     if not broken:
         return found
     rows = ", ".join(map(str, broken[:_MOST_ROWS])) + (", ..." if len(broken) > _MOST_ROWS else "")

@@ -28,7 +28,6 @@ def draw(flow: Flow, request: Resolved, edition: str, tell: Tell, progress: Call
     done = count(1)
     tell("start", _start(flow, request, of))
     samples = flow.draw(request, watch=Watch(progress, lambda seen: tell("block", _block(seen, next(done), of))))
-    assert samples.report is not None
     links = {"links": [address(request, i, edition) for i in range(request.n)]}
     tell("done", _done(samples.report) | links | {"picture": sheet(samples)})
     return samples.report
@@ -79,6 +78,7 @@ def _block(preview: Preview, done: int, of: int) -> dict[str, Any]:
 
 def _done(report: Report) -> dict[str, Any]:
     assert report.certificate is not None
+    assert report.log_prob is not None
     names = (
         "nonfinite",
         "suspects",
@@ -89,4 +89,5 @@ def _done(report: Report) -> dict[str, Any]:
         "backend",
         "level",
     )
-    return {"certificate": json_numbers(report.certificate)} | {name: getattr(report, name) for name in names}
+    checked = {"certificate": json_numbers(report.certificate), "log_prob": json_numbers(report.log_prob)}
+    return checked | {name: getattr(report, name) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -32,7 +33,6 @@ def draw(
     """
     part = job.part(shard)
     samples = flow.draw(part, watch=Watch(progress))
-    assert samples.report is not None
     check_claim(folder, job)  # the driver may be gone, and the folder another's, while this worker lived on
     path = folder / job.name(shard)
     _write(path, job, part, samples)
@@ -56,10 +56,16 @@ def _record(job: Job, shard: Shard, report: Report, digest: str, size: int) -> R
         uncertified=report.uncertified,
         suspects=report.suspects,
         suspect_above=report.suspect_above,
+        log_prob=None if report.log_prob is None else tuple(map(_number, report.log_prob)),
         redrawn=report.redrawn,
         engine=f"{report.backend}, {processor()}",
         level=report.level,
     )
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it: None where it is not finite."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _write(path: Path, job: Job, part: Resolved, samples: Samples) -> None:
@@ -89,20 +95,23 @@ def _write_safetensors(file: BinaryIO, job: Job, part: Resolved, samples: Sample
         "labels": part.classes(),
         "samples": np.arange(part.first_sample, part.first_sample + part.n, dtype=np.int64),
     }
-    assert samples.report is not None
-    if samples.report.certificate is not None:
-        tensors["certificate"] = samples.report.certificate
+    if samples.certificate is not None and samples.log_prob is not None:
+        tensors |= {"certificate": samples.certificate, "log_prob": samples.log_prob}
     file.write(save(tensors, {"tarflow.job": job.hash}))  # one key: several have no fixed order
 
 
 def _write_tar(file: BinaryIO, part: Resolved, samples: Samples) -> None:
     """Members NAME.png, NAME.cls (the label) and NAME.json a sample, of no owner and no time, as webdataset reads."""
-    certificate = samples.report.certificate if samples.report is not None else None
-    labels = part.classes().tolist()
+    certificate, log_prob, labels = samples.certificate, samples.log_prob, part.classes().tolist()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for i, (name, picture) in enumerate(_pictures(part, samples)):
-            error = None if certificate is None or not np.isfinite(certificate[i]) else float(certificate[i])
-            about = {"seed": part.seed, "sample": part.first_sample + i, "label": labels[i], "certificate": error}
+            about = {
+                "seed": part.seed,
+                "sample": part.first_sample + i,
+                "label": labels[i],
+                "certificate": None if certificate is None else _number(certificate[i]),
+                "log_prob": None if log_prob is None else _number(log_prob[i]),
+            }
             stem = name.removesuffix(".png")
             for member, content in (
                 (name, picture),

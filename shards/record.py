@@ -20,7 +20,8 @@ LARGEST = 64 << 20  # bytes of a record, or a job
 class Record:
     """A finished shard. ``certificate`` is the largest of its samples, None if none was asked for; ``uncertified``
     are finite samples that overflow when they are encoded again, ``suspects`` those whose certificate is above
-    ``suspect_above`` or not finite; records written earlier say nothing of these, () and None.
+    ``suspect_above`` or not finite, ``log_prob`` holds the log-density of each raw sample in nats, None where it is not
+    finite, or is None where no certificate was asked for. Records written earlier say nothing of the three: (), None.
 
     ``sha256`` and ``size`` are the file's. Of a folder of pictures: the SHA-256 of what ``sha256sum *`` prints in it,
     and the sum of the sizes.
@@ -40,6 +41,7 @@ class Record:
     redrawn: tuple[int, ...]
     engine: str
     level: str
+    log_prob: tuple[float | None, ...] | None = None
 
 
 def write_record(folder: Path, shard: Shard, record: Record) -> None:
@@ -80,12 +82,20 @@ def _read(path: Path) -> Record:
     read: dict[str, Any] = {name: reader.get(found, name, str) for name in ("job", "name", "sha256", "engine", "level")}
     read |= {name: reader.integers(found, name, 0) for name in ("nonfinite", "uncertified", "redrawn")}
     limit = reader.number(found, "suspect_above", 0) if found.get("suspect_above") is not None else None
+    samples = reader.natural(found, "samples", 1)
+    log_prob = found.get("log_prob")
+    if log_prob is not None:
+        listed = reader.typed(log_prob, list, "'log_prob'")
+        log_prob = tuple(x if x is None else reader.number({"log_prob": x}, "log_prob") for x in listed)
+        if len(log_prob) != samples:
+            raise reader.wrong(f"'log_prob' has {len(log_prob)} numbers for {samples} samples")
     return Record(
         **read,
         suspects=reader.integers(found, "suspects", 0) if "suspects" in found else (),
         suspect_above=limit,
         first_sample=reader.natural(found, "first_sample", 0),
-        samples=reader.natural(found, "samples", 1),
+        samples=samples,
+        log_prob=log_prob,
         size=reader.natural(found, "size", 0),
         certificate=None if found.get("certificate", 0) is None else reader.number(found, "certificate", 0),
     )

@@ -15,7 +15,7 @@ import pytest
 
 from tarflow.checkpoint import load
 from tarflow.export.comparison import oracle_flow
-from tarflow.runtime.backend import Array
+from tarflow.runtime.backend import Array, Doubles
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.native.backend import NativeBackend
@@ -39,10 +39,11 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Images (N, channels, size, size), and the round-trip error of each, if it was asked for."""
+    """Images (N, channels, size, size), and the round-trip error and log-density of each, if they were asked for."""
 
     images: Array
     certificate: Array | None
+    log_prob: Doubles | None
 
 
 class OfPython:
@@ -52,8 +53,7 @@ class OfPython:
     def sample(self, n: int | None = None, *, guidance: Guidance = UNGUIDED, **how: Any) -> Drawn:
         with np.errstate(all="ignore"):
             found = self.flow.sample(n, guidance=guidance, **how)
-        assert found.report is not None
-        return Drawn(np.asarray(found), found.report.certificate)
+        return Drawn(np.asarray(found), found.certificate, found.log_prob)
 
 
 class OfC:
@@ -75,7 +75,8 @@ class OfC:
             if error.status != CANCELLED:
                 raise
             raise Cancelled from None
-        return Drawn(images, self.flow.certificate(len(images)) if certify else None)
+        checked = (self.flow.certificate(len(images)), self.flow.log_prob(len(images))) if certify else (None, None)
+        return Drawn(images, *checked)
 
 
 Drawer = OfPython | OfC

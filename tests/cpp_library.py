@@ -86,6 +86,7 @@ def load() -> ctypes.CDLL:
     library.tarflow_sample.argtypes = [c_void_p, c_int64, c_void_p, POINTER(SampleOptions), c_void_p]
     library.tarflow_decode.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, POINTER(SampleOptions), c_void_p]
     library.tarflow_certificate.argtypes = [c_void_p, c_int64, c_void_p]
+    library.tarflow_log_prob.argtypes = [c_void_p, c_int64, c_void_p]
     library.tarflow_encode.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p]
     library.tarflow_log_likelihood.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
     library.tarflow_denoise.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_double, c_void_p]
@@ -126,6 +127,11 @@ class CppFlow:
         errors = np.empty(n, np.float32)
         self._check(self.library.tarflow_certificate(self.handle, n, pointer(errors)))
         return errors
+
+    def log_prob(self, n: int) -> NDArray[np.float64]:
+        nats = np.empty(n, np.float64)
+        self._check(self.library.tarflow_log_prob(self.handle, n, pointer(nats)))
+        return nats
 
     def encode(self, images: Array, labels: ArrayLike | None = None) -> tuple[Array, Array]:
         latents = np.empty((len(images), self.shape.tokens, self.shape.patch_dim), np.float32)

@@ -66,6 +66,10 @@ def test_samples_denoised_and_certificates_are_the_references(
     assert largest(raw.images, case.raw(run)) < SAMPLES
     assert raw.certificate is not None
     assert raw.certificate.max() < 1e-4  # guided runs too: the forward graph guides the same way
+    assert raw.log_prob is not None
+    oracle = open_drawer("twin", folder(name)).sample(**how, certify=True).log_prob
+    assert oracle is not None
+    assert largest(raw.log_prob, oracle) < 1e-6 * raw.images[0].size  # nats, of the guided map where it is guided
     assert largest(drawer.sample(**how).images, case.vectors[f"sample{run}.denoised"]) < SAMPLES
     assert largest(drawer.denoise(case.raw(run), case.labels), case.vectors[f"sample{run}.denoised"]) < SAMPLES
 

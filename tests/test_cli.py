@@ -44,6 +44,9 @@ def test_generate_writes_what_the_library_draws_and_says_where_from(cli: Cli, tm
     assert largest(np.load(tmp_path / "s.npy"), expected) < 1e-5
     assert (report["bundle_hash"], len(report["certificate"]["per_sample"])) == (flow.bundle.hash, 12)
     assert report["certificate"]["max"] < 1e-4
+    checked = flow.sample(12, labels=labels, guidance=1.0, seed=3, first_sample=5, certify=True)
+    assert largest(np.array(report["log_prob"]), checked.log_prob) < 1e-3
+    assert (report["first_sample"], report["density"]) == (5, checked.report.density)
     with Image.open(tmp_path / "grid.png") as picture:
         text = picture.text  # type: ignore[attr-defined]  # of PNG images only
     assert (text["seed"], text["sample_indices"], text["bundle_hash"]) == ("3", "5-16", flow.bundle.hash)

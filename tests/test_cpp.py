@@ -232,8 +232,8 @@ def test_only_the_c_api_is_exported() -> None:
 
 def test_the_headers_stay_small() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (SOURCE / "include").iterdir()}
-    assert lines["tarflow.h"] <= 200
-    assert lines["tarflow.hpp"] <= 150
+    assert lines["tarflow.h"] <= 220
+    assert lines["tarflow.hpp"] <= 170
 
 
 def test_the_readmes_five_minutes_are_true(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import pickle
+import weakref
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import pytest
 
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.errors import InputError, MachineError
+from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import patchify
 from tarflow.runtime.opening import Opening
@@ -90,8 +95,9 @@ def test_given_noise_gives_the_sample_its_seed_gives(flow: Flow) -> None:
 
 
 def test_a_report_names_samples_that_overflow_and_those_that_were_redrawn(demo: Path) -> None:
-    flow, how = Flow.open(demo), {"labels": np.arange(24) % 10, "guidance": Guidance(40.0), "denoise": False}
-    plain, again = (flow.sample(24, **how, redraw_nonfinite=on) for on in (False, True))  # type: ignore[arg-type]
+    flow = Flow.open(demo)
+    how: dict[str, Any] = {"labels": np.arange(24) % 10, "guidance": Guidance(40.0), "denoise": False}
+    plain, again = (flow.sample(24, **how, redraw_nonfinite=on) for on in (False, True))
     broken, left = (np.flatnonzero(~np.isfinite(drawn).all((1, 2, 3))) for drawn in (plain, again))
     assert len(broken) > len(left), "guidance of 40 must overflow somewhere, or this test shows nothing"
     assert report_of(plain).nonfinite == tuple(broken)
@@ -174,9 +180,118 @@ def test_eight_bit_images_get_the_noise_of_training(flow: Flow) -> None:
         ({"n": 1, "decode": "serial", "tolerance": 1e-3}, "`tolerance` is 0.001; expected none with `decode` serial"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, object], message: str) -> None:
+def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        flow.sample(**arguments)  # type: ignore[arg-type]
+        flow.sample(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("n", ["3", 2.0, True, [2]]),
+        ("noise", ["noise", [[1], [2, 3]]]),
+        ("labels", ["three", 1.5, [1, [2]], True]),
+        ("guidance", ["strong", True, (1, "ab")]),
+        ("seed", ["7", 7.0, True, [7]]),
+        ("first_sample", ["7", 0.5, True]),
+        ("denoise", ["yes", [1.0]]),
+        ("certify", ["yes", 1, None]),
+        ("redraw_nonfinite", ["yes", 1]),
+        ("reproducible", ["yes", 1]),
+        ("decode", [5, True]),
+        ("tolerance", ["1e-3", True]),
+        ("batch_size", ["8", 8.0, True]),
+        ("progress", [5, "bar"]),
+        ("preview", [5]),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_an_input_error_with_its_field(flow: Flow, field: str, values: list[Any]) -> None:
+    for value in values:
+        given: dict[str, Any] = {"n": 2, field: value}
+        if field == "noise":
+            del given["n"]
+        with pytest.raises(InputError, match=f"`{field}` is ") as refused:
+            flow.sample(**given)
+        assert refused.value.field == field
+        assert isinstance(refused.value, ValueError)
+
+
+def test_wrong_types_are_refused_by_every_other_method_too(flow: Flow, bundle: Exported) -> None:
+    images: Any = np.full((2, 3, 8, 8), -0.5, np.float32)
+    wrong: list[tuple[str, Callable[[], object]]] = [
+        ("bundle", lambda: Flow.open(5)),  # type: ignore[arg-type]
+        ("provider", lambda: Flow.open(bundle("cond"), 5)),  # type: ignore[arg-type]
+        ("threads", lambda: Flow.open(bundle("cond"), threads=1.5)),  # type: ignore[arg-type]
+        ("memory", lambda: Flow.open(bundle("cond"), memory=1.5)),  # type: ignore[arg-type]
+        ("spinning", lambda: Flow.open(bundle("cond"), spinning="no")),  # type: ignore[arg-type]
+        ("cuda_graph", lambda: Flow.open(bundle("cond"), cuda_graph=0)),  # type: ignore[arg-type]
+        ("precision", lambda: Flow.open(bundle("cond"), "native", precision=8)),  # type: ignore[arg-type]
+        ("images", lambda: flow.encode("picture.png")),
+        ("images", lambda: flow.encode([[1], [2, 3]])),
+        ("labels", lambda: flow.encode(images, "three")),
+        ("range", lambda: flow.encode(images, range=[0, 1])),  # type: ignore[arg-type]
+        ("strength", lambda: flow.denoise(images, strength="full")),  # type: ignore[arg-type]
+        ("guidance", lambda: flow.certify(images, flow.noise(0, range(2)), guidance="strong")),  # type: ignore[arg-type]
+        ("images", lambda: flow.dequantise(images)),
+        ("seed", lambda: flow.dequantise(images.astype(np.uint8), seed="7")),  # type: ignore[arg-type]
+        ("first_sample", lambda: flow.dequantise(images.astype(np.uint8), first_sample=0.5)),  # type: ignore[arg-type]
+        ("samples", lambda: flow.noise(0, 5)),  # type: ignore[arg-type]
+        ("seed", lambda: flow.noise("7", [5])),  # type: ignore[arg-type]
+        ("scale", lambda: Guidance("1")),  # type: ignore[arg-type]
+        ("what", lambda: Guidance(1.0, 5)),  # type: ignore[arg-type]
+        ("annealed", lambda: Guidance(1.0, annealed="yes")),  # type: ignore[arg-type]
+        ("attention_temperature", lambda: Guidance(1.0, attention_temperature=None)),  # type: ignore[arg-type]
+    ]
+    for field, call in wrong:
+        with pytest.raises(InputError, match=f"`{field}` is ") as refused:
+            call()
+        assert refused.value.field == field
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
+        flow.sample(2, sede=None)  # type: ignore[call-overload]
+
+
+def test_a_number_is_a_guidance_and_numpy_s_numbers_are_numbers(flow: Flow) -> None:
+    expected = flow.sample(2, labels=1, guidance=Guidance(1.5), seed=3)
+    assert np.array_equal(flow.sample(2, labels=1, guidance=1.5, seed=3), expected)
+    how: dict[str, Any] = {"guidance": np.float32(1.5), "seed": np.uint64(3), "certify": np.True_}
+    assert np.array_equal(flow.sample(np.int64(2), labels=np.int8(1), **how), expected)  # type: ignore[call-overload]
+    raw, noise = flow.sample(2, labels=1, guidance=1.5, denoise=False), flow.noise(0, range(2))
+    assert flow.certify(raw, noise, 1, 1.5).max() < 1e-4
+
+
+def test_a_flow_says_what_it_is_and_closes(bundle: Exported) -> None:
+    with Flow.open(bundle("cond")) as flow:
+        assert "fp32, on ONNX Runtime" in repr(flow)
+        engine = weakref.ref(flow.backend)
+        assert flow.sample(1).shape == (1, 3, 8, 8)
+    gc.collect()
+    assert engine() is None, "it is let go of"
+    assert repr(flow).endswith("closed>")
+    images = np.full((1, 3, 8, 8), -0.5)
+    for use in (lambda: flow.sample(1), lambda: flow.encode(images), lambda: flow.denoise(images)):
+        with pytest.raises(InputError, match="this flow was closed; open the bundle again"):
+            use()
+    flow.close()
+    assert flow.noise(0, [1]).shape == (1, 16, 12), "which needs no engine"
+
+
+def test_a_flow_pickles_as_what_opens_the_same_bundle_again(
+    copy: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy("cond").parent)
+    flow = Flow.open(Path("cond-fp32"), threads=1)
+    kept, expected = pickle.dumps(flow), flow.sample(2, labels=1)
+    assert len(kept) < 2000, "no weights"
+    monkeypatch.chdir("/")
+    again = pickle.loads(kept)
+    assert (again.opening, again.bundle.hash) == (Opening(threads=1), flow.bundle.hash)
+    assert np.array_equal(again.sample(2, labels=1), expected)
+    manifest = json.loads((tmp_path / "cond-fp32" / "manifest.json").read_text())
+    (tmp_path / "cond-fp32" / "manifest.json").write_text(json.dumps(manifest, indent=3))
+    with pytest.raises(BundleError, match="is another bundle than it was"):
+        pickle.loads(kept)
+    with pytest.raises(TypeError, match="nothing says how to open it again"):
+        pickle.dumps(Flow(flow.bundle, flow.backend))
 
 
 @pytest.mark.parametrize("wrong", [{"scale": -1}, {"scale": float("nan")}, {"what": "c"}, {"attention_temperature": 0}])

@@ -40,7 +40,7 @@ ROOMS = {
     "tarflow": Room(
         "numpy torch safetensors",
         "runtime.claims runtime.files runtime.errors runtime.manifest",
-        {"data": "tarflow.train.data"},
+        {"data": "tarflow.train.data", "tarflow": "runtime.flow", "__main__": "cli.main"},
     ),
     "tarflow.train": Room(
         "numpy torch sklearn",
@@ -189,13 +189,32 @@ def test_only_the_command_line_prints() -> None:
 
 def test_every_package_file_is_a_docstring_and_the_links_lead_home() -> None:
     for name, path in modules().items():
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and name != "tarflow":  # which is a door, lazy
             tree = ast.parse(path.read_text())
             assert len(tree.body) == 1, name
             assert ast.get_docstring(tree), name
     for link in PACKAGE.iterdir():
         if link.is_symlink():
             assert link.resolve() == ROOT / link.name
+
+
+def test_the_door_is_lazy_typed_and_a_command_too() -> None:
+    done = python(
+        "-c",
+        "import sys, tarflow\n"
+        "heavy = {'numpy', 'onnxruntime', 'PIL', 'typer', 'tarflow.runtime', 'tarflow.cli'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert set(tarflow.__all__) <= set(dir(tarflow))\n"
+        "from tarflow import Flow, Guidance, __version__\n"
+        "from importlib.metadata import version\n"
+        "from tarflow.runtime import flow\n"
+        "assert (Flow, Guidance, __version__) == (flow.Flow, flow.Guidance, version('tarflow'))\n"
+        "assert not hasattr(tarflow, 'Flows')",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (PACKAGE / "py.typed").exists()
+    said = python("-m", "tarflow", "--version")
+    assert (said.returncode, said.stdout.split()[0]) == (0, "tarflow"), said.stderr
 
 
 def test_sampling_works_with_pytorch_and_onnx_absent() -> None:

@@ -18,7 +18,7 @@ from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.opening import Opening
 from tarflow.serve.repository import TASKS, Models, Serving, config_text, write_repository
 
-from .conftest import DEMO, GOLDEN, Cli, refused, report_of, said
+from .conftest import DEMO, GOLDEN, Cli, refused, said
 from .triton_double import Model, parsed
 
 
@@ -95,7 +95,9 @@ def test_a_sample_is_the_flows_own_bit_for_bit_in_any_company(model: Model, flow
         answers = answered(model(*company))
         found = answers[[r is wanted for r in company].index(True)]
         np.testing.assert_array_equal(found["images"], expected)
-        np.testing.assert_array_equal(found["certificate"][:, 0], report_of(expected).certificate)
+        np.testing.assert_array_equal(found["certificate"][:, 0], expected.certificate)
+        np.testing.assert_array_equal(found["log_prob"][:, 0], expected.log_prob)
+        assert found["log_prob"].dtype == np.float64
 
 
 def test_a_repository_that_was_written_before_still_runs(repository: Path, flow: Flow, tmp_path: Path) -> None:
@@ -122,6 +124,8 @@ def test_where_rows_of_a_tile_are_not_independent_each_has_a_tile_of_its_own(rep
 def test_a_sample_without_label_and_guidance_is_drawn_from_the_null_class(model: Model, flow: Flow) -> None:
     (found,) = answered(model(request(0, range(2)), wanted=("images",)))
     assert found.keys() == {"images"}, "the certificate costs an encoding, so it is computed when asked for"
+    (checked,) = answered(model(request(0, range(2)), wanted=("log_prob",)))
+    assert (checked["log_prob"] != 0).all(), "for whoever asks for the log-density alone too"
     np.testing.assert_array_equal(found["images"], flow.sample(2, reproducible=True))
 
 

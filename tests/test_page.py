@@ -525,7 +525,7 @@ def test_events_name_overflowing_samples_and_are_valid_json(server: Server) -> N
     assert [name for name, _ in told] == ["start", *["block"] * 8, "done"]
     done = [json.loads(data, parse_constant=pytest.fail) for _, data in told][-1]
     assert done["nonfinite"], "guidance of 40 must overflow somewhere, or this test shows nothing"
-    assert len(done["certificate"]) == 24
+    assert len(done["certificate"]) == len(done["log_prob"]) == 24
     assert all(error is None or error >= 0 for error in done["certificate"])
 
 

@@ -75,6 +75,7 @@ def test_triton_s_client_finds_the_service_alive_ready_and_described(client: tri
         ("images", "FP32", [-1, 1, 8, 8]),
         ("finite", "BOOL", [-1]),
         ("certificate", "FP32", [-1]),
+        ("log_prob", "FP64", [-1]),
     ]
     with pytest.raises(triton.InferenceServerException, match="no such model"):
         client.get_model_metadata("unet")
@@ -91,7 +92,7 @@ def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_par
     if binary:
         inputs += [tensor(name, one, "UINT64" if one.dtype == np.uint64 else "FP32") for name, one in numbers.items()]
     said = {} if binary else {name: one.item() for name, one in numbers.items()}
-    outputs = [triton.InferRequestedOutput(name, binary) for name in ("images", "finite", "certificate")]
+    outputs = [triton.InferRequestedOutput(name, binary) for name in ("images", "finite", "certificate", "log_prob")]
     answer = client.infer("sample", inputs, "1", outputs, "r1", parameters=said)
     expected = flow.sample(
         3, labels=labels, seed=2**64 - 1, first_sample=14, guidance=Guidance(1.5), certify=True, reproducible=True
@@ -99,9 +100,8 @@ def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_par
     assert answer.get_response()["id"] == "r1"
     assert np.array_equal(answer.as_numpy("images"), np.asarray(expected))
     assert answer.as_numpy("finite").all()
-    certificate = report_of(expected).certificate
-    assert certificate is not None
-    assert np.array_equal(answer.as_numpy("certificate"), certificate)
+    assert np.array_equal(answer.as_numpy("certificate"), expected.certificate)
+    assert np.array_equal(answer.as_numpy("log_prob"), expected.log_prob)
     one_label = [tensor("labels", np.array([4]), "INT64", binary), tensor("n", np.array([2]), "INT64", binary)]
     unasked = client.infer("sample", one_label)
     assert [output["name"] for output in unasked.get_response()["outputs"]] == ["images", "finite"]
@@ -197,7 +197,11 @@ async def test_where_rows_are_not_independent_requests_are_drawn_alone_and_right
 def test_samples_come_as_a_grid_as_pictures_in_a_zip_and_as_an_array(service: Running, flow: Flow) -> None:
     body = {"labels": [1, 2, 3], "seed": 5, "first_sample": 7, "certify": True, "zoom": 1}
     expected = alone(flow, body)
+    log_prob = flow.sample(
+        3, labels=[1, 2, 3], seed=5, first_sample=7, certify=True, reproducible=True
+    ).log_prob.tolist()
     status, headers, grid = service.ask("POST", "/v1/samples", body)
+    assert [float(word) for word in headers["x-tarflow-log-prob"].split(",")] == log_prob
     assert (status, headers["content-type"]) == (200, "image/png")
     assert headers["x-tarflow-shape"] == "3,1,8,8"
     assert float(headers["x-tarflow-certificate"]) < 1e-4
@@ -211,6 +215,7 @@ def test_samples_come_as_a_grid_as_pictures_in_a_zip_and_as_an_array(service: Ru
         assert archive.namelist() == ["5-7.png", "5-8.png", "5-9.png", "samples.json"]
         said = json.loads(archive.read("samples.json"))["samples"]
         assert [(s["index"], s["label"], s["finite"]) for s in said] == [(7, 1, True), (8, 2, True), (9, 3, True)]
+        assert [s["log_prob"] for s in said] == log_prob
         with Image.open(archive.open("5-9.png")) as picture:
             assert np.array_equal(np.asarray(picture), to_uint8(expected)[2, 0])
     assert first[2] == service.ask("POST", "/v1/samples", body | {"format": "zip"})[2], "the same bytes again"

@@ -151,8 +151,9 @@ def test_every_format_reads_back_as_what_the_library_draws(
 ) -> None:
     shard = job.shards()[1]
     expected, labels = np.asarray(images)[12:44], [*(np.arange(12, 44) % 3)]
-    pixels, certificate = to_uint8(expected)[:, 0], report_of(images).certificate
+    pixels, certificate, log_prob = to_uint8(expected)[:, 0], images.certificate, images.log_prob
     assert certificate is not None
+    assert log_prob is not None
     for name in ("npy", "safetensors", "png", "tar"):
         this = replace(job, format=name)
         with claimed(tmp_path / name, this):
@@ -161,6 +162,11 @@ def test_every_format_reads_back_as_what_the_library_draws(
     tensors = load_file(tmp_path / "safetensors" / "shard-000001.safetensors")
     assert np.array_equal(tensors["images"], expected)
     assert np.array_equal(tensors["certificate"], certificate[12:44])
+    assert np.array_equal(tensors["log_prob"], log_prob[12:44])
+    assert tensors["log_prob"].dtype == np.float64
+    record = finished(tmp_path / "npy", replace(job, format="npy"), shard)
+    assert record is not None
+    assert record.log_prob == tuple(log_prob[12:44].tolist())
     assert [*tensors["labels"]] == labels
     assert [*tensors["samples"]] == [*range(32, 64)]
     pictures = sorted((tmp_path / "png" / "shard-000001").iterdir())
@@ -176,6 +182,7 @@ def test_every_format_reads_back_as_what_the_library_draws(
     assert [int(text) for text in texts[1::3]] == labels
     about = json.loads(texts[5])
     assert (about["seed"], about["sample"], about["label"]) == (5, 33, labels[1])
+    assert about["log_prob"] == log_prob[13]
 
 
 def test_another_order_gives_the_same_files_and_the_index_tells_what_is_in_them(

@@ -101,9 +101,11 @@ def test_every_output_of_every_model_is_the_flows(
 ) -> None:
     infer, flow = client_of(protocol, server), Flow.open(DEMO)
     found = infer("sample", guided(range(3, 8)))
-    assert found.keys() == {"images", "certificate"}
+    assert found.keys() == {"images", "certificate", "log_prob"}
     np.testing.assert_array_equal(found["images"], drawn[3:8])
     assert 0 < found["certificate"].max() < 1e-4
+    assert found["log_prob"].dtype == np.float64
+    assert found["log_prob"].shape == (5, 1)
     assert infer("sample", guided(range(2)), "certificate").keys() == {"certificate"}
     unguided = infer("sample", {"seed": column(1, 1), "index": column(0, 1)}, "images")
     assert unguided.keys() == {"images"}

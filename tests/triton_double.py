@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 # By its file: the package around it wants grpc, which nothing here needs.
 SCHEMA = runpy.run_path(str(Path(tritonclient.__path__[0], "grpc", "model_config_pb2.py")))
-KINDS = {"TYPE_FP32": np.dtype(np.float32), "TYPE_INT64": np.dtype(np.int64)}
+KINDS = {"TYPE_FP32": np.dtype(np.float32), "TYPE_FP64": np.dtype(np.float64), "TYPE_INT64": np.dtype(np.int64)}
 
 
 def parsed(config: str) -> Any:

@@ -30,7 +30,6 @@ def start(case: Case) -> Outcome:
     drawn = time.perf_counter()
     draw(flow, 4)
     report = images.report
-    assert report is not None
     assert report.certificate is not None
     certificate = float(report.certificate.max())
     most = PRECISIONS[case.precision].tolerance.certificate

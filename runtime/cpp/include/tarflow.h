@@ -111,7 +111,7 @@ typedef struct tarflow_sample_options {
   double guidance;              /* (1 + s) * conditional - s * unconditional; 0: none */
   const char *guided;           /* "ab", "a" (log_scale) or "b" (shift) */
   int32_t annealed;             /* the scale grows linearly along the sequence */
-  int32_t certify;              /* encode every raw sample again: tarflow_certificate */
+  int32_t certify;              /* encode every raw sample again: tarflow_certificate, _log_prob */
   double attention_temperature; /* divides the attention logits of the unconditional branch */
   double denoise;               /* factor on sigma^2; 0: none; TARFLOW_DENOISE_AS_TRAINED: 1 if there is noise */
   int64_t batch_size;           /* 0: chosen */
@@ -160,6 +160,11 @@ TARFLOW_API int tarflow_decode(tarflow_flow *flow, int64_t n, const float *noise
 /* Of the last tarflow_sample or tarflow_decode, made with `certify`: for each of its n samples the largest difference
    between the noise it came from and the raw sample, before denoising, encoded again. */
 TARFLOW_API int tarflow_certificate(tarflow_flow *flow, int64_t n, float *errors);
+
+/* Of the same call: for each of its n samples the log-density in nats, over [-1, 1] pixels, of the raw sample, before
+   denoising, under the flow it was drawn from, guidance and a learned prior included. Exact under the bundle's graphs;
+   what was decoded in a lower precision follows it as nearly as its certificate says. Not finite where a sample is not. */
+TARFLOW_API int tarflow_log_prob(tarflow_flow *flow, int64_t n, double *nats);
 
 /* Of the last call that drew, encoded, denoised, or computed likelihoods or noise: which of its n results hold a number
    that is not finite. Such a call returns TARFLOW_OK, and its buffers hold what was computed. The first `room` rows go into

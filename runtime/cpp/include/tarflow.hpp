@@ -80,6 +80,13 @@ class Flow {
     return errors;
   }
 
+  // Log-densities in nats of the last n raw samples, which must have been drawn with certify = 1.
+  std::vector<double> log_prob(std::size_t n) {
+    std::vector<double> nats(n);
+    check(tarflow_log_prob(handle_.get(), count(n), nats.data()));
+    return nats;
+  }
+
   // Rows of the last call's results that are not finite.
   std::vector<std::int64_t> nonfinite() {
     std::int64_t found = 0;

@@ -20,9 +20,10 @@ Patches Chain::decode(const Patches& z, const Branches& branches, const Watch& w
   return x;
 }
 
-std::vector<float> Chain::encode(Patches& x, const Branches& branches) const {
+std::vector<double> Chain::encode(Patches& x, const Branches& branches) const {
   Patches z(x.size());
-  std::vector<float> log_det(size(branches.batch), 0.0F), of_block(log_det.size());
+  std::vector<double> log_det(size(branches.batch), 0.0);
+  std::vector<float> of_block(log_det.size());
   for (std::size_t block = 0; block < size(shape.blocks); ++block) {
     opened_.backend->forward({call, block, branches}, x.data(), z.data(), of_block.data());
     x.swap(z);
@@ -31,19 +32,20 @@ std::vector<float> Chain::encode(Patches& x, const Branches& branches) const {
   return log_det;
 }
 
-std::vector<Patches> Chain::states(const Patches& x, const Branches& branches) const {
-  std::vector<Patches> states{x};
-  std::vector<float> log_det(size(branches.batch));
+Chain::Encoded Chain::states(const Patches& x, const Branches& branches) const {
+  Encoded found{{x}, std::vector<double>(size(branches.batch), 0.0)};
+  std::vector<float> of_block(found.log_det.size());
   for (std::size_t block = 0; block < size(shape.blocks); ++block) {
     Patches z(x.size());
-    opened_.backend->forward({call, block, branches}, states.back().data(), z.data(), log_det.data());
-    states.push_back(std::move(z));
+    opened_.backend->forward({call, block, branches}, found.states.back().data(), z.data(), of_block.data());
+    found.states.push_back(std::move(z));
+    for (std::size_t i = 0; i < of_block.size(); ++i) found.log_det[i] += of_block[i];
   }
-  return states;
+  return found;
 }
 
 void Chain::denoise(Patches& x, const Branches& plain, double strength, std::vector<Patches> states) const {
-  if (states.empty()) states = this->states(x, plain);
+  if (states.empty()) states = this->states(x, plain).states;
   Patches grad = std::move(states.back());
   states.pop_back();
   for (float& value : grad) value = -value;
@@ -66,6 +68,20 @@ std::vector<float> Chain::round_trip(const Patches& found, const Patches& z) con
     }
   }
   return errors;
+}
+
+std::vector<double> Chain::log_prob(const Patches& latents, const std::vector<double>& log_det) const {
+  const std::size_t numbers = deviation_.size();
+  std::vector<double> nats(log_det);
+  for (std::size_t row = 0; row < nats.size(); ++row) {
+    double energy = 0;
+    for (std::size_t k = 0; k < numbers; ++k) {
+      const double deviation = deviation_[k], z = latents[row * numbers + k] / deviation;
+      energy += 0.5 * z * z + std::log(deviation) + kHalfLogTwoPi;
+    }
+    nats[row] -= energy;
+  }
+  return nats;
 }
 
 }  // namespace tarflow::internal

@@ -21,6 +21,7 @@ struct Drawing::Tile {
 
 Drawing::Drawing(const Chain& chain, const Request& request, float* images)
     : certificate(request.certify ? size(request.n) : 0),
+      log_prob(certificate.size()),
       chain_(chain),
       request_(request),
       shape_(chain.shape),
@@ -53,9 +54,12 @@ void Drawing::draw(const Tile& tile) {
   if (request_.redraw_nonfinite) redraw(tile, z, branches, x);
   std::vector<Patches> states;
   if (request_.certify) {
-    states = chain_.states(x, branches);
-    const std::vector<float> errors = chain_.round_trip(states.back(), z);
+    Chain::Encoded found = chain_.states(x, branches);
+    const std::vector<float> errors = chain_.round_trip(found.states.back(), z);
+    const std::vector<double> nats = chain_.log_prob(found.states.back(), found.log_det);
     std::copy_n(errors.begin() + tile.before, tile.inside, certificate.begin() + tile.output);
+    std::copy_n(nats.begin() + tile.before, tile.inside, log_prob.begin() + tile.output);
+    states = std::move(found.states);
   }
   if (request_.strength) {  // an unguided certificate has encoded what the gradient starts from
     if (!request_.guidance.none()) states.clear();

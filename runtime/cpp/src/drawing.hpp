@@ -15,8 +15,10 @@ class Drawing {
 
   void draw();
 
-  // Of each sample the round-trip error; empty if the request asks for none.
+  // Of each sample the round-trip error, and the log-density in nats of the raw sample; empty unless the request asks for
+  // a certificate.
   std::vector<float> certificate;
+  std::vector<double> log_prob;
 
  private:
   struct Tile;

@@ -20,6 +20,7 @@ void Flow::sample(const Request& request, float* images) {
   for (std::int64_t row = 0; row < request.n; ++row) note(row, images + row * shape_.numbers(), shape_.numbers());
   warn_of_nonfinite(request);
   certificate = std::move(drawing.certificate);  // of a call that ended well
+  log_prob = std::move(drawing.log_prob);
 }
 
 void Flow::note(std::int64_t row, const float* numbers, std::int64_t count) {
@@ -40,12 +41,13 @@ void Flow::warn_of_nonfinite(const Request& request) const {
 
 void Flow::encode(const Images& images, float* latents, float* log_det) {
   in_batches(images, [&](std::int64_t start, Patches& x, const Branches& plain) {
-    const std::vector<float> nats = chain_.encode(x, plain);
+    const std::vector<double> nats = chain_.encode(x, plain);
     if (latents != nullptr) std::copy(x.begin(), x.end(), latents + start * shape_.numbers());
     for (std::int64_t i = 0; i < plain.batch; ++i) {
       note(start + i, x.data() + i * shape_.numbers(), shape_.numbers());
-      note(start + i, &nats[size(i)], 1);
-      if (log_det != nullptr) log_det[start + i] = nats[size(i)] / static_cast<float>(shape_.numbers());
+      const float rounded = static_cast<float>(nats[size(i)]);
+      note(start + i, &rounded, 1);
+      if (log_det != nullptr) log_det[start + i] = rounded / static_cast<float>(shape_.numbers());
     }
   });
 }
@@ -53,13 +55,12 @@ void Flow::encode(const Images& images, float* latents, float* log_det) {
 void Flow::log_likelihood(const Images& images, float* nats) {
   const std::int64_t numbers = shape_.numbers();
   in_batches(images, [&](std::int64_t start, Patches& x, const Branches& plain) {
-    const std::vector<float> log_det = chain_.encode(x, plain);
-    const double half_log_two_pi = 0.91893853320467274178;
+    const std::vector<double> log_det = chain_.encode(x, plain);
     for (std::int64_t i = 0; i < plain.batch; ++i) {
       double energy = 0;
       for (std::int64_t k = 0; k < numbers; ++k) {
         const double latent = x[size(i * numbers + k)];
-        energy += 0.5 * latent * latent + half_log_two_pi;
+        energy += 0.5 * latent * latent + kHalfLogTwoPi;
       }
       nats[start + i] = static_cast<float>(log_det[size(i)] - energy);
       note(start + i, nats + start + i, 1);

@@ -31,6 +31,7 @@ class Flow {
   const std::shared_ptr<const Opened> opened;
   Call call;
   std::vector<float> certificate;       // of the last sample(), if asked for
+  std::vector<double> log_prob;         // likewise
   std::vector<std::int64_t> nonfinite;  // rows of the last call's results that are not finite
 
  private:

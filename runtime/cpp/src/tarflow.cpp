@@ -140,8 +140,19 @@ void require(const T* pointer, const char* name, int64_t n = 1) {
   if (pointer == nullptr) throw field_error(name, std::string("NULL"), "a pointer");
 }
 
+// What the last drawing found out of each of its samples.
+template <class T>
+void tell(const std::vector<T>& found, int64_t n, T* numbers) {
+  if (found.empty()) throw input_error("the last samples were drawn without `certify`; set it to 1");
+  if (static_cast<std::uint64_t>(n) != found.size()) {
+    throw field_error("n", n, text_of(found.size()) + ", as many samples as were drawn last");
+  }
+  std::copy(found.begin(), found.end(), numbers);
+}
+
 Request request(Flow& of, int64_t n, const float* noise, const int64_t* labels, const tarflow_sample_options* options) {
   of.certificate.clear();  // one of a call before would pass for this one's
+  of.log_prob.clear();
   return {of.model(), n, noise, labels, understood(options, tarflow_sample_defaults(), "tarflow_sample")};
 }
 
@@ -233,11 +244,14 @@ int tarflow_decode(tarflow_flow* flow, int64_t n, const float* noise, const int6
 int tarflow_certificate(tarflow_flow* flow, int64_t n, float* errors) {
   return run(flow, [&](Flow& of) {
     require(errors, "errors", n);
-    if (of.certificate.empty()) throw input_error("the last samples were drawn without `certify`; set it to 1");
-    if (static_cast<std::uint64_t>(n) != of.certificate.size()) {
-      throw field_error("n", n, text_of(of.certificate.size()) + ", as many samples as were drawn last");
-    }
-    std::copy(of.certificate.begin(), of.certificate.end(), errors);
+    tell(of.certificate, n, errors);
+  });
+}
+
+int tarflow_log_prob(tarflow_flow* flow, int64_t n, double* nats) {
+  return run(flow, [&](Flow& of) {
+    require(nats, "nats", n);
+    tell(of.log_prob, n, nats);
   });
 }
 

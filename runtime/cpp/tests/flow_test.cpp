@@ -33,6 +33,9 @@ TEST_CASE("the golden pairs of PyTorch come out, with a certificate") {
   const Labels labels = golden_labels();
   CHECK(largest(flow.decode(golden("noise"), labels, how), golden("images")) < 1e-5F);
   for (const float error : flow.certificate(labels.size())) CHECK(error < 1e-4F);
+  const std::vector<float> nats = flow.log_likelihood(golden("images"), labels);
+  const std::vector<double> found = flow.log_prob(labels.size());
+  for (std::size_t i = 0; i < nats.size(); ++i) CHECK(std::abs(found[i] - nats[i]) < 1e-4);
   how.denoise = TARFLOW_DENOISE_AS_TRAINED;
   CHECK(largest(flow.decode(golden("noise"), labels, how), golden("denoised")) < 1e-5F);
   CHECK(largest(flow.denoise(golden("images"), labels), golden("denoised")) < 1e-5F);
@@ -139,6 +142,7 @@ TEST_CASE("what cannot be meant is refused in one sentence") {
   CHECK(failure([&] { flow.denoise(std::vector<float>(64, INFINITY), {1}); }).says("`images` is not finite"));
   CHECK(failure([&] { flow.denoise(std::vector<float>(64), {1}, -1); }).says("`strength` is -1"));
   CHECK(failure([&] { flow.certificate(1); }).says("without `certify`"));
+  CHECK(failure([&] { flow.log_prob(1); }).says("without `certify`"));
   tarflow_flow* handle = nullptr;
   CHECK(tarflow_open(TARFLOW_DEMO, nullptr, &handle) == TARFLOW_OK);
   float image[64];
