@@ -13,6 +13,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, Remedy, briefly
 from ..runtime.files import size_text
 from .console import DEFAULT_BUNDLE, DEMO, emit, identity, say, show
+from .inspect import model_rows
 from .messages import command
 from .options import Json, hinted
 from .progress import stages
@@ -59,9 +60,11 @@ def export(
     total = sum(files.values())
     if json:
         built = {"engines": engines, "engines_missing": why_not, "engines_unverified": unverified}
-        emit(**identity(bundle), precision=engine, bytes=total, files=files, parity=parity, **built)
+        about = {"config": asdict(bundle.manifest.config), "noise_from": bundle.manifest.noise_from}
+        emit(**identity(bundle), precision=engine, **about, bytes=total, files=files, parity=parity, **built)
         return
     print(f"{output}: {len(files) + 1} files, {size_text(total)}, {engine}")
+    show(model_rows(bundle.manifest.config, bundle.manifest.noise_from))
     if parity:
         card = Card.from_json(parity, str(output))
         worst = max(difference.rms for difference in card.blocks.values())
@@ -100,10 +103,10 @@ def _print_estimate(estimate: Estimate, output: Path, json: bool) -> None:
     if json:
         emit(bundle=output, **asdict(estimate), bytes=total)
         return
-    c = estimate.config
     show(
         [
-            ("model", f"{estimate.name}: {c.blocks} blocks x {c.layers} layers, width {c.width}, {c.tokens} patches"),
+            ("name", estimate.name),
+            *model_rows(estimate.config, estimate.noise_from),
             ("precision", estimate.precision),
             ("memory", f"about {size_text(estimate.peak_memory)} at peak"),
             ("time", f"about {estimate.seconds:.0f} s, verification included"),

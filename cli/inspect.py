@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ..runtime.bundle import MANIFEST, Bundle, Manifest
+from ..runtime.bundle import MANIFEST, Bundle, ModelShape
 from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
 from .console import emit, identity, show
@@ -28,18 +28,12 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
         emit(**identity(bundle), hashes="ok", **asdict(m))
         return
     c = m.config
-    patches = f"patches of {c.patch_size}: {c.tokens} x {c.patch_dim}"
-    noise = f"Gaussian, {c.noise_std:g}" if c.noise_std is not None else "uniform dequantisation"
     show(
         [
             ("name", m.name),
             ("hash", bundle.hash),
             ("precision", m.precision),
-            ("images", f"{c.channels} x {c.image_size} x {c.image_size}, {patches}"),
-            ("model", f"{c.blocks} blocks x {c.layers} layers, width {c.width}, {c.heads} heads"),
-            ("classes", _classes(m) if c.classes else "none"),
-            ("kind", "affine (nvp)" if c.nvp else "volume-preserving, learned prior"),
-            ("noise", noise),
+            *model_rows(c, m.noise_from, m.class_names),
             ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
             ("made with", ", ".join(f"{k} {v}" for k, v in m.exporter.items())),
         ],
@@ -59,10 +53,19 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
         print(f"parity: {briefly(error)}; see it with --json")
 
 
-def _classes(manifest: Manifest) -> str:
-    names = manifest.class_names
+def model_rows(c: ModelShape, noise_from: str, names: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """What a model is, for people: a name and what there is to say, each. ``names`` are its classes'."""
+    patches = f"patches of {c.patch_size}: {c.tokens} x {c.patch_dim}"
+    noise = f"Gaussian, {c.noise_std:g}" if c.noise_std is not None else "uniform dequantisation"
     more = ", ..." if len(names) > _NAMED else ""
-    return str(manifest.config.classes) + (f": {', '.join(names[:_NAMED])}{more}" if names else "")
+    called = f": {', '.join(names[:_NAMED])}{more}" if names else ""
+    return [
+        ("images", f"{c.channels} x {c.image_size} x {c.image_size}, {patches}"),
+        ("model", f"{c.blocks} blocks x {c.layers} layers, width {c.width}, {c.heads} heads"),
+        ("classes", f"{c.classes}{called}" if c.classes else "none"),
+        ("kind", "affine (nvp)" if c.nvp else "volume-preserving, learned prior"),
+        ("noise", f"{noise}; read off {noise_from}" if noise_from else noise),
+    ]
 
 
 def _tell_of_engines(bundle: Bundle) -> None:

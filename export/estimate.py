@@ -23,7 +23,9 @@ _FUSED = {FUSED[1]: (2, 4), FUSED[2]: (4, 4)}
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an export will write and take. Sizes in bytes; the time is for a two-core machine."""
+    """What an export will write and take. Sizes in bytes; the time is for a two-core machine.
+    ``noise_from`` says where the training noise was read.
+    """
 
     name: str
     config: Config
@@ -31,6 +33,7 @@ class Estimate:
     files: dict[str, int]
     peak_memory: int
     seconds: float
+    noise_from: str
 
 
 def estimate(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hints | None = None) -> Estimate:
@@ -59,4 +62,5 @@ def estimate(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hi
         files=files,
         peak_memory=int(full * (1 + 3 / config.blocks) + (700 << 20)),
         seconds=10 + (1 + min(config.blocks, 2)) * (3 + 2 * config.layers) + 5e-8 * full,
+        noise_from=model.noise_from,
     )

@@ -147,6 +147,7 @@ def _manifest(
         opset=OPSET,
         exporter={package: _version(package) for package in ("tarflow", "torch", "onnx", "onnxruntime")},
         class_names=names,
+        noise_from=model.noise_from,
     )
 
 

@@ -91,6 +91,7 @@ class Manifest:
     exporter: Mapping[str, str]
     parity: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()  # one a class, or none at all
+    noise_from: str = ""  # where the training noise was read, in words; "" of bundles that do not say
 
     def class_name(self, label: int) -> str:
         """What to call a class: its name, else its number."""
@@ -108,8 +109,9 @@ class Manifest:
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
-        if not self.class_names:
-            del document["class_names"]
+        for name in ("class_names", "noise_from"):  # which bundles need not have
+            if not document[name]:
+                del document[name]
         return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
 
 
@@ -154,6 +156,7 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
         exporter={k: reader.typed(v, str, f"exporter.{k}") for k, v in exporter.items()},
         parity=reader.get(top, "parity", dict),
         class_names=_read_class_names(reader, top, config.classes),
+        noise_from=reader.get(top, "noise_from", str) if "noise_from" in top else "",
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import Config, ConfigError, Hints, infer, parse_noise
+from .config import CARRIED, SAID, Config, ConfigError, Hints, infer, parse_noise
 from .model import TarFlow
 from .runtime.claims import check_archive, check_size
 from .runtime.errors import BundleError
@@ -84,10 +84,12 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
         _must_hold(path, state)
     if config is None:
         _require_core(path, state)
-        config = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints)
+        config, noise_from = infer({name: tuple(tensor.shape) for name, tensor in state.items()}, path.name, hints)
     else:
-        config = _heed(config, hints, path)
-    return build(config, state, str(path))
+        config, noise_from = _heed(config, hints, path), CARRIED if hints.noise_std is None else SAID
+    model = build(config, state, str(path))
+    model.noise_from = noise_from
+    return model
 
 
 def _file_at(path: Path) -> Path:

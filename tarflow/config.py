@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,6 +13,9 @@ from typing import Any
 from .runtime.errors import InputError
 from .runtime.manifest import LARGEST_NOISE, ModelShape
 
+_log = logging.getLogger(__name__)
+PICTURE_CHANNELS = (1, 3, 4)  # that a file's name is believed to mean
+SAID, CARRIED = "what was said at export", "the checkpoint itself"  # where a training noise was read
 HEAD_DIM = 64  # every published model; shapes cannot tell it
 _FILE_NAME = re.compile(
     r"^(?P<dataset>.+)_model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)"
@@ -76,11 +80,13 @@ class Hints:
     class_names: str | os.PathLike[str] | None = None
 
 
-def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> Config:
-    """Read a model's numbers off the shapes of its (reference-named) state dict and its file name.
+def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -> tuple[Config, str]:
+    """Read a model's numbers off the shapes of its (reference-named) state dict and its file name; and where the noise
+    was read, in words.
 
-    What is said in ``hints`` wins over the file name. Raises :class:`ConfigError` that names exactly the
-    hints still needed. The names in ``shapes`` must be complete: see ``checkpoint``.
+    What is said in ``hints`` wins over the file name. A patch size of the name's is taken where it gives pictures, of
+    1, 3 or 4 channels; one of the hints where it fits. Raises :class:`ConfigError` that names exactly the hints still
+    needed. The names in ``shapes`` must be complete: see ``checkpoint``.
     """
     tokens, width = shapes["blocks.0.pos_embed"]
     patch_dim = shapes["blocks.0.proj_in.weight"][1]
@@ -93,34 +99,55 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
     if grid * grid != tokens:
         raise ConfigError(f"the position embedding has {tokens} tokens; expected a square number of patches")
 
-    named = _FILE_NAME.match(file_name)
-    if named and (int(named["width"]), int(named["blocks"]), int(named["layers"])) != (width, blocks, layers):
-        named = None  # the name speaks of another model: none of it can be trusted
-    patch_size = hints.patch_size
-    if patch_size is None and named:
-        patch_size = int(named["patch"])
-    noise = hints.noise_std if hints.noise_std is not None else (named["noise"] if named else None)
-
+    named, wrong = _read_name(file_name, (width, blocks, layers), patch_dim)
+    patch_size = hints.patch_size if hints.patch_size is not None else named.get("patch")
+    noise = hints.noise_std if hints.noise_std is not None else named.get("noise")
     missing = {}
     if patch_size is None:
         missing["patch_size"] = _patch_choices(patch_dim)
     if noise is None:
         missing["noise_std"] = "the training noise, or 'uniform' for uniform dequantisation"
     if missing:
+        found = wrong or "does not say everything about its model"
         raise ConfigError(
-            f"'{file_name}' does not say everything about its model; expected a name like "
-            f"imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  "
+            f"'{file_name}' {found}; expected a name like imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  "
             + "\n  ".join(f"`{field}`: {meaning}" for field, meaning in missing.items()),
             field=next(iter(missing)),
         )
     assert patch_size is not None
     assert noise is not None
-    channels = patch_dim // max(patch_size**2, 1)
-    if patch_size < 1 or channels < 1 or channels * patch_size**2 != patch_dim:
+    if wrong:
+        _log.warning("'%s' %s: what was said is taken", file_name, wrong)
+    size = int(patch_size)
+    channels = patch_dim // max(size**2, 1)
+    if size < 1 or channels < 1 or channels * size**2 != patch_dim:
         advice = f"these weights have patches of {patch_dim} numbers"
-        raise ConfigError.of("patch_size", patch_size, _patch_choices(patch_dim), advice)
-    shape = (grid * patch_size, channels, patch_size, width, blocks, layers)
-    return Config(*shape, classes, nvp, parse_noise(noise))
+        raise ConfigError.of("patch_size", size, _patch_choices(patch_dim), advice)
+    config = Config(grid * size, channels, size, width, blocks, layers, classes, nvp, parse_noise(noise))
+    return config, SAID if hints.noise_std is not None else _noise_of_name(str(noise))
+
+
+def _read_name(file_name: str, shape: tuple[int, int, int], patch_dim: int) -> tuple[dict[str, str], str]:
+    """The "patch" and "noise" that a name says, without what the shapes contradict; and what that is, in words."""
+    match = _FILE_NAME.match(file_name)
+    if match is None:
+        return {}, ""
+    said = tuple(int(match[name]) for name in ("width", "blocks", "layers"))
+    if said != shape:  # it speaks of another model: none of it can be trusted
+        told = "is the name of a model of width {}, {} blocks and {} layers".format(*said)
+        return {}, f"{told}, and the weights are of one of {', '.join(map(str, shape))}"
+    size = int(match["patch"])
+    if size and patch_dim % size**2 == 0 and patch_dim // size**2 in PICTURE_CHANNELS:
+        return {"patch": match["patch"], "noise": match["noise"]}, ""
+    found = f"{patch_dim // size**2} channels" if size and patch_dim % size**2 == 0 else "no whole number of channels"
+    told = f"names patches of {size}, and the weights, whose patches have {patch_dim} numbers, would have {found} then"
+    return {"noise": match["noise"]}, told
+
+
+def _noise_of_name(noise: str) -> str:
+    decimals = len(noise.partition(".")[2])
+    count = {0: "no decimals", 1: "one decimal", 2: "two decimals"}.get(decimals, f"{decimals} decimals")
+    return "the checkpoint's name" + (f", which has {count}" if noise != "uniform" else "")
 
 
 def parse_noise(noise: float | str) -> float | None:

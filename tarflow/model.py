@@ -183,6 +183,7 @@ class TarFlow(nn.Module):
     """The whole flow. ``encode`` maps images to latents, ``decode`` maps noise to images."""
 
     prior: Tensor
+    noise_from: str = ""  # where the training noise was read, in words; "" of a model that was trained here
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -97,9 +97,46 @@ def test_what_the_name_does_not_say_is_asked_for_and_nothing_else(tmp_path: Path
     )
 
 
-def test_a_name_that_speaks_of_another_model_is_not_trusted(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="`patch_size`"):
-        load(write(tmp_path, state_of(), "toy_model_1_128_3_2_0.05.pth"))
+def test_a_name_that_speaks_of_another_model_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, state_of(), "toy_model_1_128_3_2_0.05.pth")
+    contradiction = "is the name of a model of width 128, 3 blocks and 2 layers, and the weights are of one of 64, 3, 2"
+    with pytest.raises(ConfigError, match=contradiction) as asked:
+        load(path)
+    assert asked.value.field == "patch_size"
+    assert load(path, Hints(2, 0.05)).config == CONFIG
+    assert contradiction in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patch", "found"),
+    [(2, "12 channels"), (1, "48 channels"), (3, "no whole number of channels"), (0, "no whole number of channels")],
+)
+def test_a_name_whose_patches_make_no_picture_is_not_believed_and_the_hint_is(
+    patch: int, found: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(CONFIG, image_size=32, patch_size=4)
+    path = write(tmp_path, state_of(config), f"toy_model_{patch}_64_3_2_0.05.pth")
+    with pytest.raises(ConfigError) as asked:
+        load(path)
+    assert (asked.value.field, asked.value.exit_code) == ("patch_size", 2)
+    for words in (f"names patches of {patch}", found, "1 (48 channels), 2 (12 channels), 4 (3 channels)"):
+        assert words in str(asked.value)
+    assert "noise_std" not in str(asked.value)
+    assert load(path, Hints(patch_size=4)).config == config
+    assert load(path, Hints(patch_size=2)).config == replace(config, image_size=16, patch_size=2, channels=12)
+    assert f"names patches of {patch}" in caplog.text
+
+
+def test_a_model_says_where_its_noise_was_read(tmp_path: Path) -> None:
+    for noise, hints, expected in (
+        ("0.05", None, "the checkpoint's name, which has two decimals"),
+        ("0.125", None, "the checkpoint's name, which has 3 decimals"),
+        ("uniform", None, "the checkpoint's name"),
+        ("0.05", Hints(noise_std=0.051), "what was said at export"),
+    ):
+        assert load(write(tmp_path, state_of(), f"toy_model_2_64_3_2_{noise}.pth"), hints).noise_from == expected
+    save(TarFlow(CONFIG), tmp_path / "own.safetensors")
+    assert load(tmp_path / "own.safetensors").noise_from == "the checkpoint itself"
 
 
 State = dict[str, torch.Tensor]

@@ -376,6 +376,22 @@ def test_weights_of_a_file_that_has_both_are_chosen_by_a_flag(tarflow: Cli, gold
     refused(tarflow(*plan, "--weights", "best"), USAGE, "--weights is 'best'; expected ema or raw or net or ema_net")
 
 
+def test_a_wrong_patch_size_in_a_name_is_not_believed(tarflow: Cli, golden: Goldens, bundle: Exported) -> None:
+    """Of 3 channels in patches of 2; as patches of 1 the same weights make images of 12 channels."""
+    checkpoint = golden("cond").checkpoint
+    wrong = Path(checkpoint.name.replace("_model_2_", "_model_1_"))
+    shutil.copy(checkpoint, wrong)
+    choices = "--patch-size: one of 1 (12 channels), 2 (3 channels)"
+    refused(tarflow("export", wrong, "--dry-run"), USAGE, "would have 12 channels then", choices)
+    asked = tarflow("export", wrong, "--dry-run", "--patch-size", 1)
+    assert asked.returncode == 0
+    assert "12 x 4 x 4" in asked.stdout
+    for command in (("export", checkpoint, "--dry-run"), ("inspect", bundle("cond"))):
+        told = tarflow(*command).stdout
+        for words in ("3 x 8 x 8", "classes", "5", "read off the checkpoint's name, which has two decimals"):
+            assert words in told
+
+
 def test_a_limit_on_the_size_of_files_ends_training_in_one_sentence(tmp_path: Path) -> None:
     args = "train --steps 1 --batch-size 8 --width 64 --blocks 1 --layers 1 --sample-every 0 --threads 1 --out run"
     limited = f"ulimit -f 100; exec {shlex.join(TARFLOW)} {args}"
