@@ -47,17 +47,19 @@ def bench(
     """
     from ..runtime.flow import Flow, Guidance
     from ..runtime.measure import of_flow, race, read_bandwidth, step_floor
+    from ..runtime.ways import settles
 
     sizes = parse_sizes(batch)
     if repeats < 1:
         raise InputError.of("repeats", repeats, "1 or more")
     flow = Flow.open(bundle, opening)
-    field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast")]
+    field = [of_flow(flow, mode, mode) for mode in ("serial", "exact", "fast") if mode == "serial" or settles(flow)]
     for folder in against or ():
         other = Flow.open(folder, opening)
         if other.config != flow.config:
             raise InputError(f"'{folder}' holds another model than '{flow.bundle.folder}'; expected the same")
-        field += [of_flow(other, f"{folder.name} {mode}", mode) for mode in ("serial", "fast")]
+        modes = ("serial", "fast") if settles(other) else ("serial",)
+        field += [of_flow(other, f"{folder.name} {mode}", mode) for mode in modes]
     if rivals:
         field += _rivals(flow.bundle, opening.threads)
         guidance = guidance if flow.config.classes else 0.0  # by temperature alone they cannot

@@ -18,6 +18,7 @@ from .decode import TOLERANCES, Parallel, solve
 from .errors import InputError
 from .flow import Flow, Guidance
 from .plan import Plan, Row
+from .ways import settles
 
 SAMPLES = 24  # at least so many samples are looked at, in batches of the size in question
 BATCHES = (1, 8, 32)
@@ -149,7 +150,7 @@ def _measure(flow: Flow, batch: int, guidance: Guidance, samples: int, watch: Wa
         work = _Work(flow, block, states, branches, [])
         work.solutions.extend(work.time(i, None)[2] for i in range(len(states)))
         serial = work.serial()  # after what warmed the session up
-        hopeful = work.windows(serial.seconds)
+        hopeful = work.windows(serial.seconds) if settles(flow) else {}
         for mode, tolerance in TOLERANCES.items():
             watch(f"{what}, block {block}, {mode}")
             chosen[mode].append(_choose(work, mode, tolerance, hopeful) or serial)

@@ -23,9 +23,18 @@ def ways_of(flow: Flow, request: Request, images: int) -> Ways:
         return Ways(f"serially in {flow.lanes.count} lanes, as calibrated", serially, flow.lanes)
     if mode == "serial":
         return Ways("serial", serially)
+    if not settles(flow):
+        return Ways(f"serially, not {mode}: in int8 on ONNX Runtime, parallel decoding does not settle", serially)
     words = f"parallel to {limit:g}"
     if plan is None:
         how = Parallel(flow.backend.window, limit, flow.config.tokens - 1, steady=request.reproducible)
         return Ways(words, (how,) * flow.config.blocks)
     blocks = plan.ways(mode, images, branches, limit) or serially
     return Ways(f"{words if any(blocks) else 'serially'}, as calibrated", blocks)
+
+
+def settles(flow: Flow) -> bool:
+    """Whether decoding in parallel comes to an end. ONNX Runtime's int8 products round a row of a window otherwise than
+    the row alone: no patch is ever found a second time.
+    """
+    return flow.backend.precision != "int8" or flow.backend.portable
