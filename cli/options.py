@@ -69,7 +69,7 @@ OPENING: Flags = {
         str | None,
         None,
         "Memory that a process stays below, such as 8GiB: sets batches, and opens one block at a time where all do not "
-        "fit. least: always one block at a time.",
+        "fit, by estimates that are rather too high. least: always one block at a time.",
         metavar="SIZE|least",
     ),
     "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),

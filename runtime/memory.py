@@ -47,7 +47,8 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
     """The budget under a ``limit`` in bytes on the process; None: what suits any machine; "least": one block at a time.
 
     Weights come first: those of all blocks, or of one where all would leave too little. The rest is shared between
-    cache and activations, and the samples themselves come on top. Raises InputError for a limit that one image exceeds.
+    cache and activations, and the samples themselves come on top. Raises InputError for a limit that one image exceeds, by an estimate that is
+    more than is measured rather than less.
     """
     if limit is None or limit == "least":
         return Budget(one_block=limit is not None)
@@ -61,12 +62,14 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
         if rest >= cache + activations:
             spare = int(_SPENT * (rest - cache - activations))
             return Budget(cache + spare // 2, activations + spare // 2, one_block)
+    needed = held + cache + activations
     raise InputError(
-        f"`memory` of {size_text(limit)} is too little for this model: one block's weights, a cache for one image and "
-        f"its gradient take {size_text(held + cache + activations)}",
+        f"`memory` of {size_text(limit)} is too little to promise for this model: one block's weights, a cache for one "
+        f"image and its gradient are estimated, on the safe side, at {size_text(needed)}; give that, or 'least', which "
+        "promises nothing and takes as little as it can",
         field="memory",
         found=limit,
-        expected=f"{held + cache + activations} bytes or more",
+        expected=f"{needed} bytes or more, by an estimate",
     )
 
 

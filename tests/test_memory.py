@@ -46,7 +46,7 @@ def test_a_limit_shrinks_batches_then_keeps_one_block_and_at_last_refuses() -> N
     assert tight.activations < usual.activations
     limits = [spend(opened, size * MIB).one_block for size in (400, 270)]
     assert limits == [False, True]
-    with pytest.raises(InputError, match=r"one image and its gradient take 2\d\d\.\d MiB"):
+    with pytest.raises(InputError, match=r"its gradient are estimated, on the safe side, at 2\d\d\.\d MiB"):
         spend(opened, 200 * MIB)
     assert spend(opened, "least").one_block
 
