@@ -39,6 +39,11 @@ def emit(**document: Any) -> None:
     print(json.dumps(_plain(document), indent=1, allow_nan=False, default=os.fspath))
 
 
+def emit_line(**document: Any) -> None:
+    """The same on one line, at once: for whoever waits for it while the command goes on."""
+    print(json.dumps(_plain(document), allow_nan=False, default=os.fspath), flush=True)
+
+
 def identity(bundle: Bundle) -> dict[str, Any]:
     """How a document says which bundle it is about."""
     return {"bundle": bundle.folder, "bundle_hash": bundle.hash}

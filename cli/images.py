@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Range = Annotated[str | None, Option(help="Of float images: -1,1, 0,1 or 0,255. Default: -1,1, where it is clear.")]
 Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W), unclipped, .npy or .npz.")]
+_MOST_NOTES = 5
 ARRAYS = (".npy", ".npz")
 
 
@@ -56,25 +57,31 @@ class GivenImages:
 
 
 def read_images(path: Path, config: ModelShape, values: str | None) -> GivenImages:
-    """The images of a folder or an array, floats in [-1, 1] units, whose ``values`` are of a range in SPANS.
+    """The images of a folder, a picture or an array, floats in [-1, 1] units, whose ``values`` are of a range in SPANS.
 
-    Raises InputError for what is not of the model's shape, and for floats that may be of several ranges.
+    Pictures of another size or shape become as a server makes them, which is said. Raises InputError for arrays that
+    are not of the model's shape, and for floats that may be of several ranges.
     """
     from ..runtime.inputs import SPANS
+    from ..runtime.picture import PictureReader
+    from ..runtime.picture_folder import SUFFIXES as PICTURE_SUFFIXES
+    from ..runtime.picture_folder import list_pictures
 
     if values is not None and values not in SPANS:
         raise InputError.of("range", f"'{values}'", ", ".join(SPANS))
-    if path.is_dir():
-        from ..runtime.picture import PictureReader
-        from ..runtime.picture_folder import list_pictures
-
+    if path.is_dir() or (path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES):
         found = list_pictures(path)
         for note in found.notes():
             say(note)
-        pixels = found.read(PictureReader(config.channels, config.image_size, fit=False))
+        pixels, done = found.read_noted(PictureReader(config.channels, config.image_size))
+        for note, count in done.most_common(_MOST_NOTES):
+            say(f"{count} of {len(pixels)} pictures in '{path}': {note}")
+        if len(done) > _MOST_NOTES:
+            say(f"and {sum(done.values()) - sum(n for _, n in done.most_common(_MOST_NOTES))} alike, of other sizes")
         return GivenImages(pixels, found)
     if not path.exists():
-        raise InputError(f"no images at '{path}'; expected a folder of pictures, or an array saved with numpy.save")
+        expected = "a picture, a folder of pictures, or an array saved with numpy.save"
+        raise InputError(f"no images at '{path}'; expected {expected}")
     stored = read_array(path, "images")
     known = stored.dtype.kind == "f" or stored.dtype == "uint8"
     if stored.ndim != 4 or stored.shape[1:] != config.image or not len(stored) or not known:

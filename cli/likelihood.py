@@ -14,7 +14,9 @@ from .console import emit, few, identity, say
 from .images import Range, Save, as_trained_on, files_asked, read_images, write_images
 from .options import BundlePath, Json, Labels, opens
 
-Images = Annotated[Path, Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; or a folder.")]
+Images = Annotated[
+    Path, Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; a picture, or a folder.")
+]
 
 
 @opens

@@ -53,7 +53,8 @@ app = typer.Typer(
     "Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment, 4 incompatible artifact, 70 a fault of tarflow's.",
 )
 for _command in _MAKING + _JUDGING + _SERVING:
-    app.command(cls=RayCommand)(_command)
+    _first_sentence = " ".join((_command.__doc__ or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+    app.command(cls=RayCommand, short_help=_first_sentence)(_command)
 
 
 def _version(wanted: bool) -> None:
@@ -91,7 +92,7 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --memory least", 3)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name or "", "export")
+        extra = _extra_of(error.name or "")
         _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -106,6 +107,14 @@ def main() -> None:
             "lines above, the command you typed and what tarflow doctor prints"
         )
         _leave(EXIT_FAULT)
+
+
+def _extra_of(package: str) -> str:
+    """The extra that has all that the command needs which missed a package."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command == "train":
+        return "train"
+    return _EXTRAS.get(package, "export")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

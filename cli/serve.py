@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 from typer import Option
 
+from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
 from ..runtime.opening import Opening
-from .options import DECODING, BundleArgument, Drawing, Ray, draws, opens
+from .console import emit_line, identity
+from .options import DECODING, BundleArgument, Drawing, Json, Ray, draws, opens
 
 TOKEN = "TARFLOW_TOKEN"
 _MULTIPROCESS = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")  # of servers of many processes; this is one
@@ -44,6 +47,7 @@ def serve(
     *,
     drawing: Drawing,
     opening: Opening,
+    json: Json = False,
 ) -> None:
     """Serve a bundle over HTTP: the Open Inference Protocol, /v1/samples, a page, metrics. docs/SERVE.md has it all.
 
@@ -83,14 +87,22 @@ def serve(
         deployment = Deployment(bundle.folder.absolute(), bundle.hash, opening, settings, number)
         where = host, listener.getsockname()[1]
         listener.close()  # it was free; the proxies bind it themselves
-        line = f"listening on {_url(*where)} with"
         stdout = sys.stdout  # Ray's own words go elsewhere
-        serve_on_ray(ray, deployment, where, lambda text: print(line, text, file=stdout, flush=True))
+        serve_on_ray(ray, deployment, where, lambda text: _announce(where, bundle, text, json, stdout))
         return
     flow = Flow.open(bundle, opening)
-    address = listener.getsockname()
-    line = f"listening on {_url(*address[:2])} with {flow.backend.description}"
-    run(create_app(flow, settings), listener, grace, lambda: print(line, flush=True))
+    address = listener.getsockname()[:2]
+    engine = flow.backend.description
+    run(create_app(flow, settings), listener, grace, lambda: _announce(address, bundle, engine, json, sys.stdout))
+
+
+def _announce(where: tuple[str, int], bundle: Bundle, engine: str, json: bool, stdout: TextIO) -> None:
+    """Say that the server is ready: a line, or one document, for whoever waits for it to read at once."""
+    with contextlib.redirect_stdout(stdout):
+        if json:
+            emit_line(url=_url(*where), host=where[0], port=where[1], **identity(bundle), backend=engine)
+        else:
+            print(f"listening on {_url(*where)} with {engine}", flush=True)
 
 
 def _url(host: str, port: int) -> str:

@@ -62,7 +62,7 @@ class Bundle:
         restore(folder)
         if not folder.is_dir():
             raise BundleError(
-                f"no bundle at '{folder}': expected a folder with {MANIFEST}; export one",
+                f"no bundle at '{folder}': expected a folder with {MANIFEST}; check the name, or export a checkpoint",
                 remedy=Remedy("export", {"folder": folder}),
             )
         path = folder / MANIFEST

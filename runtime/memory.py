@@ -47,8 +47,8 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
     """The budget under a ``limit`` in bytes on the process; None: what suits any machine; "least": one block at a time.
 
     Weights come first: those of all blocks, or of one where all would leave too little. The rest is shared between
-    cache and activations, and the samples themselves come on top. Raises InputError for a limit that one image exceeds, by an estimate that is
-    more than is measured rather than less.
+    cache and activations, and the samples themselves come on top. Raises InputError for a limit that one image exceeds,
+    by an estimate that is more than is measured rather than less.
     """
     if limit is None or limit == "least":
         return Budget(one_block=limit is not None)

@@ -46,21 +46,30 @@ class PictureFolder:
 
     def read(self, reader: PictureReader) -> NDArray[np.uint8]:
         """All of them, (N, channels, size, size). Raises InputError for the first that cannot be read."""
+        return self.read_noted(reader)[0]
+
+    def read_noted(self, reader: PictureReader) -> tuple[NDArray[np.uint8], Counter[str]]:
+        """The same; and what was done to pictures, a sentence each, with the number of those it was done to."""
         images = np.empty((len(self.files), reader.channels, reader.size, reader.size), np.uint8)
+        done: Counter[str] = Counter()
         with ThreadPoolExecutor() as pool:
             for image, picture in zip(images, pool.map(reader.read, self.files), strict=True):
                 image[:] = picture.pixels
-        return images
+                done.update(picture.notes)
+        return images, done
 
 
 def list_pictures(folder: str | os.PathLike[str]) -> PictureFolder:
     """Pictures by class: a sub-folder each, its pictures at any depth; or without sub-folders, of no class.
 
-    Links are followed, a folder once in a class. Left out and counted are hidden files and folders, those that tools
-    leave behind, and files of other suffixes. Raises InputError for a class without pictures, for pictures beside the
-    sub-folders, whose class nobody knows, and for a folder that cannot be listed.
+    A picture in place of the folder is that one alone. Links are followed, a folder once in a class. Left out and
+    counted are hidden files and folders, those that tools leave behind, and files of other suffixes. Raises
+    InputError for a class without pictures, for pictures beside the sub-folders, whose class nobody knows, and for
+    a folder that cannot be listed.
     """
     root = Path(folder)
+    if root.is_file() and root.suffix.lower() in SUFFIXES:
+        return PictureFolder(root.parent, (root,), (), None, Counter())
     if not root.is_dir():
         raise InputError(f"no folder at '{root}'; expected a folder of images")
     left_out: Counter[str] = Counter()

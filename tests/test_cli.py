@@ -392,6 +392,40 @@ def test_a_wrong_patch_size_in_a_name_is_not_believed(tarflow: Cli, golden: Gold
             assert words in told
 
 
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("train", "torch", "train"),
+        ("train --data digits", "sklearn", "train"),
+        ("export", "torch", "export"),
+        ("bench --rivals", "torch", "export"),
+        ("serve", "fastapi", "serve"),
+        ("build", "polygraphy", "tensorrt-rtx"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_extra_that_has_all(
+    command: str, missing: str, extra: str, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / missing).mkdir()
+    why = f"raise ModuleNotFoundError(\"No module named '{missing}'\", name='{missing}')"
+    (tmp_path / missing / "__init__.py").write_text(why)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = cli(*command.split(), cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
+    refused(done, MACHINE, "not installed", f"pip install 'tarflow[{extra}]'")
+
+
+def test_the_help_shows_whole_sentences(tarflow: Cli) -> None:
+    listed = tarflow("--help").stdout.split("Commands:")[1]
+    assert "..." not in listed
+    words = " ".join(listed.split())
+    assert "Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array." in words
+    assert words.count(". ") + 1 >= 17
+
+
+def test_a_missing_bundle_is_not_taken_for_one_to_be_made(tarflow: Cli) -> None:
+    refused(tarflow("generate", "mistyped"), ARTIFACT, "no bundle at 'mistyped'", "check the name", "export CHECKPOINT")
+
+
 def test_a_limit_on_the_size_of_files_ends_training_in_one_sentence(tmp_path: Path) -> None:
     args = "train --steps 1 --batch-size 8 --width 64 --blocks 1 --layers 1 --sample-every 0 --threads 1 --out run"
     limited = f"ulimit -f 100; exec {shlex.join(TARFLOW)} {args}"

@@ -16,6 +16,7 @@ from tarflow.cli.images import read_images
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow
+from tarflow.serve.picture import open_picture
 
 from .conftest import DEMO, Cli, refused
 
@@ -36,10 +37,29 @@ def test_an_array_that_is_no_images_of_this_model_is_refused(shape: tuple[int, .
         read_images(tmp_path / "x.npy", CONFIG, None)
 
 
-def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
-    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png' is 9x8 pixels; this model takes 8x8"):
-        read_images(tmp_path, CONFIG, None)
+def test_pictures_of_another_size_are_resized_as_a_server_does_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 18, 3)).astype(np.uint8)
+    for name, picture in {"a": noise, "b": noise[::-1], "c": noise[:8, :8]}.items():
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    found = read_images(tmp_path, CONFIG, None).pixels
+    for place, name in enumerate("abc"):
+        of_server = open_picture((tmp_path / f"{name}.png").read_bytes(), 3, 8)
+        assert np.array_equal(found[place], of_server.pixels)
+    error = capsys.readouterr().err
+    assert "2 of 3 pictures" in error
+    assert "is 18x12 pixels: cropped to its middle 12x12, resized to 8x8" in error
+
+
+def test_one_picture_is_a_folder_of_one(tarflow: Cli) -> None:
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save("one.png")
+    Path("folder").mkdir()
+    Path("folder/one.png").write_bytes(Path("one.png").read_bytes())
+    (one, same) = (json.loads(tarflow("likelihood", DEMO, x, "--json").stdout) for x in ("one.png", "folder"))
+    assert one["names"] == same["names"] == ["one.png"]
+    assert one["bits_per_dim"] == same["bits_per_dim"]
+    refused(tarflow("likelihood", DEMO, "two.png"), 2, "no images at 'two.png'; expected a picture, a folder")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])

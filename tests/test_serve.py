@@ -7,6 +7,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +25,7 @@ from PIL import Image
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as document_checks
 
+from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
 from tarflow.serve.metrics import Metrics
@@ -60,6 +63,22 @@ def tensor(name: str, array: Any, datatype: str, binary: bool = True) -> triton.
     found = triton.InferInput(name, list(array.shape), datatype)
     found.set_data_from_numpy(array, binary_data=binary)
     return found
+
+
+def test_a_server_that_is_ready_says_so_in_one_document(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tarflow.cli.main", "serve", str(DEMO), "--port", "0", "--threads", "1", "--json"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    try:
+        ready = json.loads(process.stdout.readline())
+        assert httpx.get(f"{ready['url']}/v2/health/ready").status_code == 200
+        assert ready["url"] == f"http://{ready['host']}:{ready['port']}"
+        assert ready["bundle_hash"] == Bundle.open(DEMO).hash
+    finally:
+        process.terminate()
+        rest, _ = process.communicate()
+    assert rest == ""
 
 
 def test_triton_s_client_finds_the_service_alive_ready_and_described(client: triton.InferenceServerClient) -> None:

@@ -87,7 +87,8 @@ def polygraphy(trt: Any, package: str) -> tuple[Any, Any, Callable[[], contextli
         from polygraphy.backend.trt import CreateConfig, Profile
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
-        raise MachineError(f"Polygraphy is not installed ({error}); pip install 'tarflow[tensorrt]'") from None
+        extra = package.replace("_", "-")
+        raise MachineError(f"Polygraphy is not installed ({error}); pip install 'tarflow[{extra}]'") from None
 
     # Not by attribute: the package's names hide its modules'.
     configuring, checking = (sys.modules[f"polygraphy.backend.trt.{name}"] for name in ("config", "util"))
