@@ -64,7 +64,7 @@ def export(
         emit(**identity(bundle), precision=engine, **about, bytes=total, files=files, parity=parity, **built)
         return
     print(f"{output}: {len(files) + 1} files, {size_text(total)}, {engine}")
-    show(model_rows(bundle.manifest.config, bundle.manifest.noise_from))
+    show(model_rows(bundle.manifest.config, bundle.manifest.noise_from, bundle.manifest.class_names))
     if parity:
         card = Card.from_json(parity, str(output))
         worst = max(difference.rms for difference in card.blocks.values())

@@ -122,7 +122,7 @@ def test_parallel_decoding_does_not_settle_on_onnx_runtime_and_is_serial_there(i
     flow = Flow.open(int8)
     serial = flow.sample(1, labels=3, denoise=False, decode="serial")
     for how in ({"decode": "fast"}, {"decode": "exact"}, {"tolerance": 1e-4}):
-        drawn = flow.sample(1, labels=3, denoise=False, **how)  # type: ignore[arg-type]
+        drawn = flow.sample(1, labels=3, denoise=False, **how)
         assert "in int8 on ONNX Runtime, parallel decoding does not settle" in report_of(drawn).decoding
         assert report_of(drawn).passes == report_of(serial).passes
         assert np.array_equal(drawn, serial)
