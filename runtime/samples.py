@@ -122,7 +122,8 @@ class Samples(np.ndarray[Any, np.dtype[np.float32]]):
         words = [f"{len(self)} samples" + (f", the first {_SHOWN} of them shown" if len(self) > _SHOWN else "")]
         words += [f"{name} {value}" for name, value in self._text().items() if name != "Software"]
         if self.certificate is not None and self.log_prob is not None:
-            words.append(f"round-trip error {self.certificate.max():.2g} at most")
+            largest = self._report.largest_certificate
+            words.append("no round trip is finite" if largest is None else f"round-trip error {largest:.2g} at most")
             words.append(f"log-density {self.log_prob.min():.6g} to {self.log_prob.max():.6g} nats")
         if self._report.nonfinite:
             words.append(f"not finite: {', '.join(map(str, self._report.nonfinite[:_SHOWN]))}")
