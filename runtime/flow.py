@@ -41,7 +41,7 @@ from .memory import USUAL, Budget, cache_row, spend
 from .opening import Opening, OpeningKeywords, opening_of
 from .plan import Plan, find_plan
 from .providers import open_backend
-from .request import UNGUIDED, DrawingKeywords, Request, Resolved, SampleKeywords
+from .request import UNGUIDED, DrawingKeywords, Request, Resolved, SampleKeywords, resolved
 from .samples import CertifiedSamples, Progress, Samples, Watch, suspect_limit
 from .ways import ways_of
 
@@ -50,7 +50,9 @@ _UNWATCHED = Watch()
 
 
 class Flow:
-    """A bundle, open on one provider. Create it with :meth:`open`. ``plan`` is what was calibrated for this machine."""
+    """A bundle, open on one provider. Create it with :meth:`open`, close it with :meth:`close` or end a ``with``.
+    It pickles as what opens the same bundle again. ``plan`` is what was calibrated for this machine.
+    """
 
     def __init__(
         self, bundle: Bundle, backend: Backend, prior_variance: Array | None = None, budget: Budget = USUAL
@@ -146,13 +148,14 @@ class Flow:
         latents, count = check_noise(self.config, n, noise)
         dealt = None if labels is None else tuple(check_labels(self.config, labels, count).tolist())
         request = Request(count, dealt, guidance, certify=certify, **said)
-        return self.draw(request.resolved(self.config), latents, watch)
+        return self.draw(resolved(request, self.config), latents, watch)
 
     def draw(self, request: Resolved, noise: Array | None = None, watch: Watch = _UNWATCHED) -> Samples:
         """Draw what a request says, or the part of one. ``noise`` (N, T, D) is inverted instead of the request's own.
 
-        Raises InputError for more than fits this engine, and for drawing given noise again.
+        Raises InputError for what this model cannot draw, more than fits this engine, and drawing given noise again.
         """
+        request = resolved(request, self.config)
         if noise is not None and request.redraw_nonfinite:
             raise InputError("samples of given noise cannot be redrawn: drop `redraw_nonfinite`, or draw by seed")
         size = REPRODUCIBLE_TILE if request.reproducible else (request.batch_size or self._default_batch(request))
@@ -171,8 +174,6 @@ class Flow:
         """Noise of the given sample indices, of one seed or one each: (N, T, D) standard normal float32. Needs no
         engine.
         """
-        if not hasattr(samples, "__iter__"):
-            raise InputError.of("samples", told(samples), "a list of sample indices")
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
 
     def certify(
@@ -270,8 +271,6 @@ class Flow:
         The noise is a function of ``seed`` and index alone. Raises InputError for what are no such images.
         """
         return dequantised(self.config, images, seed, first_sample)
-
-    # --- how it is computed -------------------------------------------------------------------------------------
 
     @cached_property
     def lanes(self) -> Lanes | None:

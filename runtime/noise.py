@@ -8,12 +8,13 @@ all rounded as IEEE 754 demands, so any language that does not fuse them reprodu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .fields import check_field
+from .fields import check_field, told
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -63,7 +64,10 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int] | NDArray[np.ui
 
 def uniform(seed: Seeds, samples: Iterable[int], count: int, stream: int = SAMPLING) -> NDArray[np.float64]:
     """``count`` numbers in (0, 1) for each sample: (len(samples), count), each an odd multiple of 2^-53."""
-    seeds = [seed] if isinstance(seed, (int, np.integer)) else seed
+    if not hasattr(samples, "__iter__"):
+        raise InputError.of("samples", told(samples), "a list of integers")
+    given: Any = seed
+    seeds = [given] if isinstance(given, str) or not hasattr(given, "__iter__") else given
     indices = np.array([_words(sample, "first_sample") for sample in samples], np.uint32).reshape(-1, 2)
     keys = np.array([_words(one, "seed") for one in seeds], np.uint32).reshape(-1, 2)
     blocks = (count + 1) // 2  # of four words: two numbers

@@ -145,3 +145,10 @@ class Resolved(Request):
     def strength(self) -> float | None:
         """The factor on sigma^2 when denoising; None: not denoised."""
         return None if self.denoise is False else float(self.denoise or 0)
+
+
+def resolved(request: Request, config: ModelShape) -> Resolved:
+    """What :meth:`Request.resolved` gives. Raises InputError for what is no request, too."""
+    if not isinstance(request, Request):
+        raise InputError.of("request", told(request), "a Request")
+    return request.resolved(config)

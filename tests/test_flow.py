@@ -235,8 +235,10 @@ def test_wrong_types_are_refused_by_every_other_method_too(flow: Flow, bundle: E
         ("images", lambda: flow.dequantise(images)),
         ("seed", lambda: flow.dequantise(images.astype(np.uint8), seed="7")),  # type: ignore[arg-type]
         ("first_sample", lambda: flow.dequantise(images.astype(np.uint8), first_sample=0.5)),  # type: ignore[arg-type]
+        ("request", lambda: flow.draw(5)),  # type: ignore[arg-type]
         ("samples", lambda: flow.noise(0, 5)),  # type: ignore[arg-type]
         ("seed", lambda: flow.noise("7", [5])),  # type: ignore[arg-type]
+        ("seed", lambda: flow.noise(1.5, [5])),  # type: ignore[arg-type]
         ("scale", lambda: Guidance("1")),  # type: ignore[arg-type]
         ("what", lambda: Guidance(1.0, 5)),  # type: ignore[arg-type]
         ("annealed", lambda: Guidance(1.0, annealed="yes")),  # type: ignore[arg-type]
