@@ -9,8 +9,7 @@
 Importing this imports no engine, and not even numpy: what it names is loaded when it is asked for.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # as type checkers know it; typing's own would take longer to import than all else here
 if TYPE_CHECKING:
     from .runtime.flow import Flow as Flow
     from .runtime.flow import Guidance as Guidance
