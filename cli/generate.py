@@ -110,6 +110,8 @@ def _cure(report: Report, redrawn: bool) -> str:
 
 
 def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], opening: Opening) -> None:
+    import numpy as np
+
     where = ", ".join(map(str, files.values()))
     print(f"{n} samples of {bundle.manifest.name} in {report.seconds:.2f} s on {report.backend}: {where}")
     if opening.memory is not None:
@@ -117,6 +119,8 @@ def _tell(bundle: Bundle, report: Report, n: int, files: dict[str, Path], openin
         print(f"memory: {size_text(report.peak_memory)} at peak{limit}")
     if report.certificate is not None:
         print(f"{round_trip_text(report.largest_certificate)}, checked in {report.certificate_seconds:.2f} s")
+    if report.log_prob is not None and len(known := report.log_prob[np.isfinite(report.log_prob)]):
+        print(f"log-density {known.min():.6g} to {known.max():.6g} nats, {report.density}")
     if report.decoding != "serial":
         print(f"decoded {report.decoding}: {sum(report.passes)} dependent passes")
     if report.redrawn:

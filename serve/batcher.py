@@ -36,15 +36,16 @@ OnProgress = Callable[[Progress], None]  # raises Abandoned when nobody waits an
 class Drawn:
     """What a request drew: images (n, channels, size, size), sample indices that are not finite, and, if it asked for
     a certificate, that and the log-density of each raw sample in nats, (n,) both, with the sample indices for which the
-    certificate is suspect.
+    certificate is suspect, and what the density is of, in words.
     """
 
     request: Resolved
     images: Array
     nonfinite: tuple[int, ...]
-    certificate: Array | None
-    suspects: tuple[int, ...]
-    log_prob: Doubles | None
+    certificate: Array | None = None
+    suspects: tuple[int, ...] = ()
+    log_prob: Doubles | None = None
+    density: str | None = None
 
 
 class Full(Exception):
@@ -229,11 +230,14 @@ class Batcher:
         parts, ends = [], np.cumsum(counts)
         for request, end in zip(requests, ends, strict=True):
             rows = slice(end - request.n, end)
-            images, checked = np.asarray(samples)[rows], samples[rows] if request.certify else None
-            broken = tuple(request.first_sample + row for row in nonfinite(images))
-            mine, log_prob = (None, None) if checked is None else (checked.certificate, checked.log_prob)
-            doubtful = suspects(mine, samples.report.suspect_above, request.first_sample)
-            parts.append(Drawn(request, images, broken, mine, doubtful, log_prob))
+            images = np.asarray(samples)[rows]
+            drawn = Drawn(request, images, tuple(request.first_sample + row for row in nonfinite(images)))
+            if request.certify:
+                mine, report = samples[rows], samples.report
+                doubtful = suspects(mine.certificate, report.suspect_above, request.first_sample)
+                found = mine.certificate, doubtful, mine.log_prob, report.density
+                drawn = Drawn(request, images, drawn.nonfinite, *found)
+            parts.append(drawn)
         return parts
 
     def _noise(self, requests: list[Resolved]) -> Array:

@@ -143,7 +143,8 @@ def drawn_tensors(drawn: Drawn) -> tuple[Tensors, dict[str, Any]]:
         tensors |= {"certificate": drawn.certificate, "log_prob": drawn.log_prob}
     request = drawn.request
     said = {"nonfinite": ranges(drawn.nonfinite), "seed": request.seed, "first_sample": request.first_sample}
-    return tensors, said | ({"suspects": ranges(drawn.suspects)} if drawn.certificate is not None else {})
+    checked = {"suspects": ranges(drawn.suspects), "density": drawn.density}
+    return tensors, said | (checked if drawn.certificate is not None else {})
 
 
 def encoding(service: Service, asked: Asked) -> Callable[[OnProgress], Tensors]:

@@ -88,6 +88,7 @@ class Packing:
                     "certificate": errors[i], "suspect": index in drawn.suspects, "log_prob": log_prob[i],
                 })  # fmt: skip
             said = {"bundle_hash": self.bundle_hash, "seed": request.seed, "style": style_of(request)}
+            said |= {} if drawn.density is None else {"density": drawn.density}
             archive.writestr(zipfile.ZipInfo("samples.json"), json.dumps(said | {"samples": samples}, indent=1))
         return file.getvalue()
 

@@ -185,7 +185,7 @@ _EVENTS = """Server-sent events with JSON data.
 - `start`: the noise, the `states` to come, and `of`, the number of block events.
 - `block`: images `first` to `first + count - 1` as they are after `block`, which took `seconds`.
 - `done`: the images; `certificate` and `log_prob` (nats) by sample, null where not finite; `suspects`, indices of those
-  whose certificate is above `suspect_above` or not finite; times; `links` to each sample.
+  whose certificate is above `suspect_above` or not finite; `density`, what that density is of; times; `links` to each.
 - `error`: a `message`; nothing follows.
 
 A `picture` is a PNG in base64, `columns` images a row, without gaps."""

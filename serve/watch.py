@@ -86,6 +86,7 @@ def _done(report: Report) -> dict[str, Any]:
         "seconds",
         "certificate_seconds",
         "denoise_seconds",
+        "density",
         "backend",
         "level",
     )

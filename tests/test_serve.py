@@ -121,6 +121,7 @@ def test_triton_s_client_draws_the_flow_s_samples_and_numbers_are_tensors_or_par
     assert answer.as_numpy("finite").all()
     assert np.array_equal(answer.as_numpy("certificate"), expected.certificate)
     assert np.array_equal(answer.as_numpy("log_prob"), expected.log_prob)
+    assert answer.get_response()["parameters"]["density"] == expected.report.density
     one_label = [tensor("labels", np.array([4]), "INT64", binary), tensor("n", np.array([2]), "INT64", binary)]
     unasked = client.infer("sample", one_label)
     assert [output["name"] for output in unasked.get_response()["outputs"]] == ["images", "finite"]
@@ -235,6 +236,7 @@ def test_samples_come_as_a_grid_as_pictures_in_a_zip_and_as_an_array(service: Ru
         said = json.loads(archive.read("samples.json"))["samples"]
         assert [(s["index"], s["label"], s["finite"]) for s in said] == [(7, 1, True), (8, 2, True), (9, 3, True)]
         assert [s["log_prob"] for s in said] == log_prob
+        assert json.loads(archive.read("samples.json"))["density"].startswith("of the raw sample, exact under")
         with Image.open(archive.open("5-9.png")) as picture:
             assert np.array_equal(np.asarray(picture), to_uint8(expected)[2, 0])
     assert first[2] == service.ask("POST", "/v1/samples", body | {"format": "zip"})[2], "the same bytes again"
