@@ -257,13 +257,15 @@ def test_an_array_of_a_suffix_that_is_no_format_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
 
 
-def test_an_npz_holds_the_images_and_their_certificates(cond: Path, tmp_path: Path, tarflow: Cli) -> None:
+def test_an_npz_holds_the_images_their_certificates_and_log_densities(cond: Path, tmp_path: Path, tarflow: Cli) -> None:
     for name in ("a.npy", "a.npz", "A.NPZ"):
         assert tarflow("generate", cond, "--n", 3, "--save", name).returncode == 0
     images, both = np.load("a.npy"), np.load("a.npz")
     assert both["images"].dtype == np.float32
     assert np.array_equal(both["images"], images)
-    assert both["certificate"].shape == (3,)
+    assert sorted(both) == ["certificate", "images", "log_prob"]
+    assert both["certificate"].shape == both["log_prob"].shape == (3,)
+    assert both["log_prob"].dtype == np.float64
     assert Path("a.npz").read_bytes() == Path("A.NPZ").read_bytes()
     assert tarflow("denoise", cond, "a.npy", "--save", "b.npz").returncode == 0
     assert np.load("b.npz")["images"].shape == images.shape

@@ -167,6 +167,13 @@ def test_every_format_reads_back_as_what_the_library_draws(
     record = finished(tmp_path / "npy", replace(job, format="npy"), shard)
     assert record is not None
     assert record.log_prob == tuple(log_prob[12:44].tolist())
+    path = tmp_path / "npy" / "records" / "shard-000001.json"
+    whole = json.loads(path.read_text())
+    for other in ([0.0], ["0"] * 32, "none"):
+        path.write_text(json.dumps(whole | {"log_prob": other}))
+        assert finished(tmp_path / "npy", replace(job, format="npy"), shard) is None, "damaged: drawn again"
+    path.write_text(json.dumps({name: value for name, value in whole.items() if name != "log_prob"}))
+    assert finished(tmp_path / "npy", replace(job, format="npy"), shard) is not None, "as versions before wrote it"
     assert [*tensors["labels"]] == labels
     assert [*tensors["samples"]] == [*range(32, 64)]
     pictures = sorted((tmp_path / "png" / "shard-000001").iterdir())
