@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @hinted
 def export(
-    checkpoint: Annotated[Path | None, Argument(help=".pth, .safetensors or a bundle. Default: the demo.")] = None,
+    checkpoint: Annotated[
+        Path | None, Argument(help=".pth, .safetensors, a bundle, or hf:OWNER/REPO/FILE@REVISION. Default: the demo.")
+    ] = None,
     output: Annotated[Path, Option("-o", "--output", help="The bundle to make.")] = DEFAULT_BUNDLE,
     engine: Annotated[str, Option(help="Precision of the graphs: fp32, fp16, bf16, or int8 (weights alone).")] = "fp32",
     *,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from ..runtime.bundle import MANIFEST, Bundle, ModelShape
 from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
+from ..runtime.hub import origin
 from .console import emit, identity, show
 from .messages import command
 from .options import BundleArgument, Json
@@ -25,7 +26,7 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
     bundle.check()
     m = bundle.manifest
     if json:
-        emit(**identity(bundle), hashes="ok", **asdict(m))
+        emit(**identity(bundle), origin=origin(bundle.folder), hashes="ok", **asdict(m))
         return
     c = m.config
     show(
@@ -35,6 +36,8 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
             ("precision", m.precision),
             *model_rows(c, m.noise_from, m.class_names),
             ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
+            *((("came from", came),) if (came := origin(bundle.folder)) else ()),
+            *((("exported from", m.source),) if m.source else ()),
             ("made with", ", ".join(f"{k} {v}" for k, v in m.exporter.items())),
         ],
         str(bundle.folder),

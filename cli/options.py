@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 
 from ..config import Hints
 from ..runtime.bundle import Bundle, ModelShape
+from ..runtime.errors import InputError, TarflowError
 from ..runtime.opening import Opening, parse_memory
 from .console import default_bundle, label_choices, parse_labels
 
@@ -35,16 +36,27 @@ def _flag(kind: Any, default: Any, help: str, *names: str, metavar: str | None =
     return Parameter("named_by_its_key", Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+class _Refused(TarflowError):
+    exit_code = InputError.exit_code
+
+
+def _open(place: str) -> Bundle:
+    try:
+        return Bundle.open(place)
+    except InputError as error:  # a ValueError, of which click says nothing but that there was one
+        raise _Refused(str(error)) from None
+
+
 BundleArgument = Annotated[
     Bundle,
     Argument(
-        parser=Bundle.open,
+        parser=_open,
         default_factory=default_bundle,
         show_default=False,
-        help="A bundle folder. Default: ./tarflow-bundle if it is there, else the demo.",
+        help="A bundle folder, or hf:OWNER/REPO/FOLDER@REVISION. Default: ./tarflow-bundle if there, else the demo.",
     ),
 ]
-BundlePath = Annotated[Path, Argument(help="A bundle folder.")]
+BundlePath = Annotated[Path, Argument(help="A bundle folder, or hf:OWNER/REPO/FOLDER@REVISION.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
 Labels = Annotated[
     str | None,

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from ..quality.parity import OnDevices, Pairs, Watch, make_pairs, verify, verify
 from ..runtime.bundle import FUSED, MANIFEST, RESIDENT, WEIGHTS, Bundle
 from ..runtime.errors import InputError
 from ..runtime.flow import Flow
+from ..runtime.hub import checkpoint_at
 from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
 from ..runtime.ort.library import load_onnxruntime
@@ -64,7 +64,7 @@ class Comparison:
         bundle.check()
         bundle.check_graphs()
         watch("load the checkpoint")
-        model = open_checkpoint(self.folder if self.checkpoint is None else self.checkpoint, self.hints)
+        model = open_checkpoint(bundle.folder if self.checkpoint is None else self.checkpoint, self.hints)
         theirs, ours = asdict(model.config), asdict(bundle.manifest.config)
         if theirs != ours:
             wrong = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
@@ -129,6 +129,7 @@ def oracle_pairs(model: TarFlow, bundle: Bundle, watch: Watch) -> Pairs:
 
 def open_checkpoint(checkpoint: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     """Load a model; if it is a bundle, after checking its weights' hash."""
-    if (Path(checkpoint) / MANIFEST).is_file():
-        Bundle.open(checkpoint).check(WEIGHTS)
-    return load(checkpoint, hints)
+    path = checkpoint_at(checkpoint)
+    if (path / MANIFEST).is_file():
+        Bundle.open(path).check(WEIGHTS)
+    return load(path, hints)

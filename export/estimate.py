@@ -10,6 +10,7 @@ from tarflow.config import Config, Hints
 
 from ..quality.parity import SAMPLES
 from ..runtime.bundle import FUSED, GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS
+from ..runtime.hub import checkpoint_at
 from .comparison import open_checkpoint
 from .fused import fits
 from .pipeline import bundle_name, graph_name
@@ -39,6 +40,7 @@ class Estimate:
 def estimate(checkpoint: str | os.PathLike[str], engine: str = "fp32", hints: Hints | None = None) -> Estimate:
     """What :func:`~.pipeline.export` would do. Raises what it raises before it writes."""
     precision = precision_named(engine)
+    checkpoint = checkpoint_at(checkpoint)
     model = open_checkpoint(checkpoint, hints)
     config = model.config
     class_names_of(checkpoint, config.classes, hints)

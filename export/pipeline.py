@@ -21,6 +21,7 @@ from ..quality.parity import Pairs, Watch
 from ..runtime.bundle import FUSED, GOLDEN, MANIFEST, PARITY, RESIDENT, WEIGHTS, BlockEntry, Bundle, FileEntry, Manifest
 from ..runtime.errors import CheckFailed, Remedy
 from ..runtime.files import check_replaceable, check_room, replacing_folder, sha256
+from ..runtime.hub import checkpoint_at, origin
 from ..runtime.ort.library import check_path
 from ..runtime.precision import PRECISIONS, Precision
 from .card import markdown
@@ -53,6 +54,7 @@ def export(
     if check:
         check_path(folder)
     watch(f"load {checkpoint}")
+    checkpoint = checkpoint_at(checkpoint)
     model = open_checkpoint(checkpoint, hints)
     check_weights(model, precision)
     names = class_names_of(checkpoint, model.config.classes, hints)
@@ -148,7 +150,14 @@ def _manifest(
         exporter={package: _version(package) for package in ("tarflow", "torch", "onnx", "onnxruntime")},
         class_names=names,
         noise_from=model.noise_from,
+        source=source_of(Path(checkpoint)),
     )
+
+
+def source_of(checkpoint: Path) -> str | None:
+    """Where on the hub a checkpoint lay, and in which commit; of a bundle, where what it was made of lay."""
+    within = Bundle.open(checkpoint).manifest.source if (checkpoint / MANIFEST).is_file() else None
+    return within or origin(checkpoint)
 
 
 def _version(package: str) -> str:

@@ -19,12 +19,14 @@ from .errors import BundleError, Remedy, limit_of_machine
 from .files import sha256
 from .graph import check_graph
 from .hidden import restore
+from .hub import bundle_at
 from .manifest import AGAIN, reader_of
 from .manifest import FORMAT as FORMAT
 from .manifest import FUSED as FUSED
 from .manifest import GOLDEN as GOLDEN
 from .manifest import KINDS as KINDS
 from .manifest import MANIFEST as MANIFEST
+from .manifest import MANIFEST_LIMIT as MANIFEST_LIMIT
 from .manifest import RESIDENT as RESIDENT
 from .manifest import SCHEMA as SCHEMA
 from .manifest import WEIGHTS as WEIGHTS
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PARITY = "PARITY.md"
-MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
 _BESIDE = ("README.md", "LICENSE")  # what hubs and git put there, and hidden files: nothing reads it
 
 
@@ -56,9 +57,10 @@ class Bundle:
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
         """Read the manifest and check that every file is inside the folder and of its size. Hashes: :meth:`check`.
 
+        ``folder`` may be a place on the hub, ``hf:OWNER/REPO/FOLDER@REVISION``, which is fetched first; see ``hub``.
         Raises BundleError for anything that is not a whole bundle this version understands.
         """
-        folder = Path(folder)
+        folder = bundle_at(folder)
         restore(folder)
         if not folder.is_dir():
             raise BundleError(

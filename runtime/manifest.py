@@ -15,6 +15,7 @@ from .precision import PRECISIONS
 FORMAT = "tarflow-bundle"
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 16 << 20  # bytes; a manifest of kilobytes is normal
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 KINDS = ("step", "forward", "gradient")
@@ -23,6 +24,7 @@ FUSED = {
     1: "cuda",
     2: "cuda_guided",
 }  # by guidance branches, for ONNX Runtime's CUDA provider; not every bundle has them
+_MAY_BE_ABSENT = ("class_names", "noise_from", "source")
 _OPTIONAL = (RESIDENT, *FUSED.values())
 AGAIN = "copy the bundle again, or export it again"
 UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # in a class's name, which goes to terminals and pages
@@ -92,6 +94,7 @@ class Manifest:
     parity: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()  # one a class, or none at all
     noise_from: str = ""  # where the training noise was read, in words; "" of bundles that do not say
+    source: str | None = None  # where on a hub the checkpoint lay, and at which commit
 
     def class_name(self, label: int) -> str:
         """What to call a class: its name, else its number."""
@@ -109,9 +112,9 @@ class Manifest:
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
-        for name in ("class_names", "noise_from"):  # which bundles need not have
-            if not document[name]:
-                del document[name]
+        for key in _MAY_BE_ABSENT:
+            if not document[key]:
+                del document[key]
         return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
 
 
@@ -157,6 +160,7 @@ def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:
         parity=reader.get(top, "parity", dict),
         class_names=_read_class_names(reader, top, config.classes),
         noise_from=reader.get(top, "noise_from", str) if "noise_from" in top else "",
+        source=reader.get(top, "source", str) if "source" in top else None,
     )
 
 

@@ -22,10 +22,11 @@ from .model import TarFlow
 from .runtime.claims import check_archive, check_size
 from .runtime.errors import BundleError
 from .runtime.files import replacing_by_name
+from .runtime.hub import INDEX as INDEX
+from .runtime.hub import checkpoint_at
 from .wrapping import weights_of
 
 CONFIG_KEY = "tarflow.config"  # safetensors metadata: the Config as JSON, so that nothing need be inferred
-INDEX = ".index.json"
 DERIVED = "derived."  # tensors computed from others for the graphs; not part of a checkpoint
 SCALE = "_scale"  # DERIVED + name + SCALE: the scales (out,) of a weight that is stored as int8, (in, out)
 
@@ -66,12 +67,12 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
 
     What kind a file is tells its content, and keys and prefixes that trainers wrap weights in do not matter. Of raw and
     averaged weights in one file ``hints.weights`` chooses: "ema", "raw" or a key; by default the average is taken, and
-    what was found is logged. Returns the model in float32, in eval mode, its weights mapped from the file where the
-    format allows. Raises :class:`~tarflow.config.ConfigError` naming the hints still needed, InputError for weights
-    that cannot be chosen, :class:`CheckpointError` for damaged, foreign or unsafe files, FileNotFoundError if there is
-    nothing at ``path``.
+    what was found is logged. ``hf:OWNER/REPO/FILE@REVISION`` is fetched from the hub. Returns the model in float32, in
+    eval mode, its weights mapped from the file where the format allows. Raises :class:`~tarflow.config.ConfigError`
+    naming the hints still needed, InputError for weights that cannot be chosen, :class:`CheckpointError` for damaged,
+    foreign or unsafe files, FileNotFoundError if there is nothing at ``path``.
     """
-    path, hints = _file_at(Path(path)), hints or Hints()
+    path, hints = _file_at(checkpoint_at(path)), hints or Hints()
     document, config = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
     try:
         state = weights_of(document, _FAMILY.pattern, hints.weights, str(path))

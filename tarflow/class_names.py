@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .config import Hints
 from .runtime.errors import InputError
+from .runtime.hub import CLASS_NAMES
 from .runtime.manifest import MANIFEST, UNPRINTABLE, read_manifest
 
 _log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ _LARGEST = 4 << 20  # bytes; a thousand names are some twenty thousand
 
 def beside(checkpoint: str | os.PathLike[str]) -> Path:
     """Where training leaves the names: a state dict has no place for them."""
-    return Path(checkpoint).with_suffix(".classes.txt")
+    return Path(checkpoint).with_suffix(CLASS_NAMES)
 
 
 def lines(names: Sequence[str]) -> bytes:

@@ -41,6 +41,8 @@ ROOMS = {
         "numpy torch safetensors",
         "runtime.claims runtime.files runtime.errors runtime.manifest",
         {"data": "tarflow.train.data", "tarflow": "runtime.flow", "__main__": "cli.main"},
+        "runtime.claims runtime.files runtime.errors runtime.hub runtime.manifest",
+        {"data": "tarflow.train.data"},
     ),
     "tarflow.train": Room(
         "numpy torch sklearn",
@@ -55,7 +57,7 @@ ROOMS = {
     "tarflow.runtime": Room(
         "numpy safetensors PIL",
         "",
-        {"providers": "runtime.native.backend runtime.ort.backend runtime.tensorrt.backend"},
+        {"hub": "huggingface_hub", "providers": "runtime.native.backend runtime.ort.backend runtime.tensorrt.backend"},
     ),
     "tarflow.runtime.ort": Room("numpy", "runtime*", {"library": "onnxruntime"}),
     "tarflow.runtime.native": Room("numpy", "runtime*"),
