@@ -39,10 +39,8 @@ class Room:
 ROOMS = {
     "tarflow": Room(
         "numpy torch safetensors",
-        "runtime.claims runtime.files runtime.errors runtime.manifest",
-        {"data": "tarflow.train.data", "tarflow": "runtime.flow", "__main__": "cli.main"},
         "runtime.claims runtime.files runtime.errors runtime.hub runtime.manifest",
-        {"data": "tarflow.train.data"},
+        {"data": "tarflow.train.data", "tarflow": "runtime.flow", "__main__": "cli.main"},
     ),
     "tarflow.train": Room(
         "numpy torch sklearn",
