@@ -38,10 +38,11 @@ def bench(
     opening: Opening,
     json: Json = False,
 ) -> None:
-    """Time sampling (decoding alone, no denoising) serially, in parallel to 1e-5 (exact) and to 1e-3 (fast).
+    """Time sampling (decoding alone, no denoising) serially and in parallel, exact and fast.
 
-    Beside each time: how often it fits into the first row's, the largest difference from the first row's samples, and
-    the round-trip error. The floor: every sequential step must read one block's weights once.
+    Beside each time: how often it fits into the first row's; the change of a patch at which parallel decoding stops
+    (1e-5 exact, 1e-3 fast), and what errors came of that: the largest difference from the first row's samples, and the
+    round trip. The floor: every sequential step must read one block's weights once.
 
     Example: tarflow bench tarflow-bundle --against tarflow-int8 --batch 1,8,32
     """
@@ -70,7 +71,7 @@ def bench(
         say(f"{flow.backend.description}; parallel decoding {plan}")
         print(
             f"{'':<20} {'batch':>5} {'guided':>6} {'seconds':>9} {'samples/s':>10} {'ratio':>7} {'passes':>7} "
-            f"{'error':>8} {'certificate':>11}"
+            f"{'stops at':>8} {'error':>8} {'certificate':>11}"
         )
     results: list[Result] = []
     for size, g in cases:
@@ -80,6 +81,7 @@ def bench(
             print(
                 f"{row.name[:20]:<20} {row.batch:>5} {row.guidance:>6g} {row.seconds:>9.4f} "
                 f"{row.batch / row.seconds:>10.1f} {row.faster_than(found[0]):>6.2f}x {sum(row.passes) or '':>7} "
+                f"{'' if row.tolerance is None else format(row.tolerance, 'g'):>8} "
                 f"{row.error:>8.1g} {row.certificate:>11.1g}",
                 flush=True,
             )

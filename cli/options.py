@@ -100,7 +100,8 @@ DECODING: Flags = {
     "decode": _flag(
         str | None,
         None,
-        "serial, exact (in parallel, to 1e-5) or fast (to 1e-3). Default: exact where calibrate found it faster.",
+        "serial, or in parallel until patches change by no more than 1e-5 (exact) or 1e-3 (fast): when it stops, not "
+        "how far samples are off, which may be a few times that. Default: exact where calibrate found it faster.",
     ),
     "tolerance": _flag(float | None, None, "Decode in parallel until patches change by no more than this."),
 }

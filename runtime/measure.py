@@ -13,6 +13,7 @@ import numpy as np
 
 from .backend import Array, Labels
 from .bundle import WEIGHTS, Bundle
+from .decode import TOLERANCES
 from .flow import Flow, Guidance
 
 _SETTLE = 0.1  # seconds: the last one's idle threads may spin for a while, on cores that are the next one's
@@ -26,6 +27,7 @@ class Contender:
     name: str
     draw: Draw
     passes: Callable[[], tuple[int, ...]] = tuple  # dependent passes of each block in the last draw, where counted
+    tolerance: float | None = None  # change of a patch at which parallel decoding stops; None: it does not decode so
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Result:
     certificate: float  # largest round-trip error, by the first one's bundle
     passes: tuple[int, ...]  # of each block
     rounds: tuple[float, ...]  # seconds of every round: the same place in two results is the same round
+    tolerance: float | None = None  # at which it stopped, which is not its error
 
     def faster_than(self, other: Result) -> float:
         """The other's seconds over these: median over the interleaved rounds that both took part in."""
@@ -58,7 +61,7 @@ def of_flow(flow: Flow, name: str, mode: str) -> Contender:
         spent[0] = samples.report.passes
         return np.asarray(samples)
 
-    return Contender(name, draw, lambda: spent[0])
+    return Contender(name, draw, lambda: spent[0], TOLERANCES.get(mode))
 
 
 def race(
@@ -97,6 +100,7 @@ def race(
             float(judge.certify(found, noise, labels, guidance).max()),
             contender.passes(),
             tuple(times),
+            contender.tolerance,
         )
         for contender, times, found in zip(field, seconds, images, strict=True)
     ]

@@ -27,12 +27,14 @@ UNGUIDED = Guidance()
 class Request:
     """Samples ``first_sample ... first_sample + n - 1`` of ``seed``, with all that fixes how they are drawn.
 
-    ``labels`` are dealt out in turn, beginning at the first sample; None, or -1, is the null class.
-    ``denoise`` None means wherever the model has Gaussian noise to remove; a number is a strength, the factor on
-    sigma^2. ``certify`` encodes the samples again. ``redraw_nonfinite`` draws those that overflow again. ``decode`` is
-    "serial", "exact" (in parallel, until a patch changes by no more than 1e-5) or "fast" (1e-3), ``tolerance`` another
-    limit; None means exact by this machine's plan, or serial where there is none. ``reproducible`` computes in aligned
-    tiles of 16 rows, so that a sample is bitwise the same whatever n, ``batch_size`` and thread count on one machine.
+    ``labels`` are dealt out in turn, beginning at the first sample; None, or -1, is the null class. ``denoise``
+    None means wherever the model has Gaussian noise to remove; a number is a strength, the factor on sigma^2.
+    ``certify`` encodes the samples again. ``redraw_nonfinite`` draws those that overflow again. ``decode`` is
+    "serial", "exact" (in parallel, until a patch changes by no more than 1e-5) or "fast" (1e-3): where it stops,
+    not the error of samples, which was up to 2e-5 and 2e-3 where it was measured; ``tolerance`` is another limit;
+    None means exact by this machine's plan, or serial where there is none. ``reproducible`` computes in aligned
+    tiles of 16 rows, so that a sample is bitwise the same whatever n, ``batch_size`` and thread count on one
+    machine.
 
     Raises InputError for what no model could draw.
     """

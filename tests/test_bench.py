@@ -36,6 +36,7 @@ def test_a_race_tells_time_error_and_certificate() -> None:
     assert (exact.error < 1e-4, exact.certificate < 1e-3) == (True, True), exact
     assert (fast.error < 0.02, fast.certificate < 0.1) == (True, True), fast
     assert sum(fast.passes) <= sum(exact.passes)
+    assert (serial.tolerance, exact.tolerance, fast.tolerance) == (None, 1e-5, 1e-3)  # beside what came of them
     assert all(result.seconds > 0 for result in (serial, exact, fast))
 
 
