@@ -163,7 +163,9 @@ def measure(case: Case, work: Path) -> Iterator[list[Result]]:
         export(checkpoint, folder, engine, check=case.trained)
     if case.batches:  # int8 rounds by more than fast mode's tolerance in every pass: it is decoded serially
         flow = Flow.open(bundles[0])
-        calibrate(flow, case.batches, SAMPLES, lambda stage: print(f"  {stage}", flush=True)).write(flow.bundle)
+        calibrate(flow, case.batches, SAMPLES, lambda done, total, stage: print(f"  {stage}", flush=True)).write(
+            flow.bundle
+        )
     field_, judge = contenders(case, model, *bundles), Flow.open(bundles[0])
     for batch, scale, rounds in case.rows:
         results = race(field_, judge, batch, Guidance(scale), rounds, patience=SLOW)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,8 @@ from ..runtime.errors import InputError
 from ..runtime.machine import cores
 from ..runtime.opening import Opening
 from .console import emit, parse_sizes, say
-from .options import BundleArgument, Json, opens
+from .options import BundleArgument, Json, Quiet, opens
+from .progress import share_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +38,7 @@ def bench(
     repeats: Annotated[int, Option(help="Rounds, in which all take turns; the median counts.")] = 5,
     *,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Time sampling (decoding alone, no denoising) serially and in parallel, exact and fast.
@@ -74,17 +77,13 @@ def bench(
             f"{'stops at':>8} {'error':>8} {'certificate':>11}"
         )
     results: list[Result] = []
-    for size, g in cases:
-        found = race(field, flow, size, g, repeats)
-        results += found
-        for row in () if json else found:
-            print(
-                f"{row.name[:20]:<20} {row.batch:>5} {row.guidance:>6g} {row.seconds:>9.4f} "
-                f"{row.batch / row.seconds:>10.1f} {row.faster_than(found[0]):>6.2f}x {sum(row.passes) or '':>7} "
-                f"{'' if row.tolerance is None else format(row.tolerance, 'g'):>8} "
-                f"{row.error:>8.1g} {row.certificate:>11.1g}",
-                flush=True,
-            )
+    with share_bar("measuring", quiet) as tell:
+        timed = _counted(field, len(cases) * len(field) * (repeats + 1), tell)
+        for size, g in cases:
+            found = race(timed, flow, size, g, repeats)
+            results += found
+            if not json:
+                _print_rows(found)
     bandwidth = read_bandwidth(opening.threads or cores())
     floor = step_floor(flow.bundle, bandwidth)
     if json:
@@ -94,6 +93,31 @@ def bench(
     steps = flow.config.blocks * (flow.config.tokens - 1)
     limit = f"one block's weights at {bandwidth / 1e9:.1f} GB/s"
     print(f"floor at batch 1: {floor * steps:.4f} s for {steps} serial steps ({limit})")
+
+
+def _print_rows(found: list[Result]) -> None:
+    for row in found:
+        stops = "" if row.tolerance is None else f"{row.tolerance:g}"
+        print(
+            f"{row.name[:20]:<20} {row.batch:>5} {row.guidance:>6g} {row.seconds:>9.4f} "
+            f"{row.batch / row.seconds:>10.1f} {row.faster_than(found[0]):>6.2f}x {sum(row.passes) or '':>7} "
+            f"{stops:>8} {row.error:>8.1g} {row.certificate:>11.1g}",
+            flush=True,
+        )
+
+
+def _counted(field: list[Contender], draws: int, tell: Callable[..., None]) -> list[Contender]:
+    """The same field, telling what share of so many draws is done whenever another begins."""
+    begun = itertools.count()
+
+    def counted(one: Contender) -> Contender:
+        def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
+            tell(next(begun) / draws, f"{one.name}, batch {len(noise)}")
+            return one.draw(noise, labels, guidance)
+
+        return replace(one, draw=draw)
+
+    return [counted(one) for one in field]
 
 
 def _rivals(bundle: Bundle, threads: int | None) -> list[Contender]:

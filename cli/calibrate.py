@@ -9,8 +9,8 @@ from typer import Option
 
 from ..runtime.opening import Opening
 from .console import emit, parse_sizes
-from .options import BundleArgument, Json, opens
-from .progress import stages
+from .options import BundleArgument, Json, Quiet, opens
+from .progress import share_bar
 
 
 @opens
@@ -20,6 +20,7 @@ def calibrate(
     samples: Annotated[int, Option(help="Samples that are drawn for each batch size.")] = 24,
     *,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Measure each block, serially and in parallel windows, and keep the fastest of each as this machine's plan.
@@ -36,8 +37,9 @@ def calibrate(
     sizes = parse_sizes(batch)
     flow = Flow.open(bundle, opening)
     path = check_place(flow.bundle, flow.backend.machine)  # now, not after the measurements
-    with stages(quiet=json) as watch:
-        plan = measure(flow, sizes, samples, watch)
+    with share_bar("calibrating", quiet) as tell:
+        stages = lambda done, total, stage: tell(done / total, f"{done} of {total}: {stage}")  # noqa: E731
+        plan = measure(flow, sizes, samples, stages)
     plan.write(flow.bundle)
     if json:
         emit(plan=path, **asdict(plan))

@@ -11,7 +11,7 @@ from ..runtime.opening import Opening
 from .console import emit, identity, label_choices, say
 from .images import Range, read_images
 from .likelihood import Images, judge
-from .options import BundlePath, Json, Labels, opens
+from .options import BundlePath, Json, Labels, Quiet, opens
 from .progress import step_bar
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def classify(
     range: Range = None,
     *,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """The most probable classes of images: exact likelihoods under every class, each equally probable beforehand.
@@ -56,8 +57,8 @@ def classify(
     truth = given.classes(labels, manifest)
     if truth is not None:
         truth = check_labels(flow.config, truth, len(given.pixels))
-    with step_bar("classifying") as progress:
-        found = flow.classify(given.pixels, compared, seed=seed, range=AS_THEY_ARE, progress=progress)
+    with step_bar("classifying", quiet=quiet) as steps:
+        found = flow.classify(given.pixels, compared, seed=seed, range=AS_THEY_ARE, progress=steps.step)
     shown, broken = found.ranked()[:, :top], nonfinite(found.probabilities.astype(np.float32))
     names = given.folder.names if given.folder else [str(i) for i, _ in enumerate(shown)]
     accuracy = None if truth is None else _accuracy(shown[:, 0], truth)

@@ -113,13 +113,13 @@ def parse_sizes(batch: str) -> list[int]:
 
 
 def read_array(path: Path, what: str) -> NDArray[Any]:
-    """A .npy file, never unpickled. Raises InputError."""
-    from ..runtime.claims import read_npy
+    """A .npy file, or the array called ``what`` of a .npz file, never unpickled. Raises InputError."""
+    from ..runtime.claims import read_npy, read_npz
 
     if not path.is_file():
         raise InputError(f"no file '{path}' for {what}; expected an array saved with numpy.save")
     try:
-        return read_npy(path)
+        return read_npz(path, what) if path.suffix.lower() == ".npz" else read_npy(path)
     except (ValueError, OSError) as error:
         raise InputError(f"'{path}' is not an .npy array ({str(error)[:100]}); save {what} with numpy.save") from None
 

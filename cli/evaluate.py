@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +15,8 @@ from ..runtime.files import check_writable
 from ..runtime.opening import Opening
 from .console import emit, few, identity, say
 from .images import Range, read_images
-from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
-from .progress import status_line, step_bar
+from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, Quiet, draws, opens
+from .progress import share_bar, step_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..quality.frechet import Statistics
     from ..runtime.flow import Flow
     from ..runtime.request import Resolved
-    from ..runtime.samples import Progress
 
 DIGITS = Path(__file__).parent.parent / "features" / "digits.onnx"  # the demo's; its statistics lie beside it
 _PART = 1024  # samples drawn before their features are taken: memory stays bounded
@@ -44,7 +43,7 @@ def evaluate(
     feature_range: Annotated[str | None, Option(help="Values expected: -1,1 (default), 0,1, 0,255, imagenet.")] = None,
     feature_output: Annotated[str | None, Option(help="The layer, if the network has several outputs.")] = None,
     n: Annotated[int, Option("--n", help="How many samples are drawn.")] = 10_000,
-    samples: Annotated[Path | None, Option(help="Evaluate these images (a folder or .npy) instead of drawing.")] = None,
+    samples: Annotated[Path | None, Option(help="Evaluate these: of generate --out or --save, or a folder.")] = None,
     range: Range = None,
     labels: Labels = None,
     *,
@@ -52,6 +51,7 @@ def evaluate(
     resamples: Annotated[int, Option(help="Resamplings of the bootstrap, by the same seed.")] = 100,
     save_stats: Annotated[Path | None, Option(help="Write the statistics of --against as .npz.")] = None,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Frechet distance between samples and real images, over features of an ONNX network, with its standard error.
@@ -79,17 +79,18 @@ def evaluate(
     if save_stats is not None:
         check_suffix(save_stats, (".npz",), "save_stats")
         check_writable(save_stats)
-    with status_line("features of the images to compare with"):
-        reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle, range)
+    with share_bar("features of the images to compare with", quiet) as tell:
+        reference = _reference(against or DIGITS.with_suffix(".npz"), network, bundle, range, tell)
     if save_stats is not None:
         write_statistics(save_stats, reference, network.identity)
     if request is None:
         assert samples is not None
-        found = network(_pictures(samples, bundle, range))
+        with share_bar("features of the samples", quiet) as tell:
+            found = network(_pictures(samples, bundle, range), tell)
     else:
-        found = _draw(Flow.open(bundle, opening), network, request)
-    with status_line(f"resampling {resamples} times"):
-        result = estimate(found, reference, resamples, seed)
+        found = _draw(Flow.open(bundle, opening), network, request, quiet)
+    with share_bar(f"resampling {resamples} times", quiet) as tell:
+        result = estimate(found, reference, resamples, seed, tell)
 
     warnings = [
         f"{count} {what} are no more than the {result.dimension} features: the distance is far too large"
@@ -125,12 +126,14 @@ def _own_network(bundle: Bundle) -> Path:
     return DIGITS
 
 
-def _reference(against: Path, network: FeatureNetwork, bundle: Bundle, range: str | None) -> Statistics:
+def _reference(
+    against: Path, network: FeatureNetwork, bundle: Bundle, range: str | None, tell: Callable[..., None]
+) -> Statistics:
     """The statistics of the images to compare with: read, or computed. Raises InputError if they do not fit."""
     from ..quality.frechet import Statistics, read_statistics
 
     if against.suffix != ".npz":
-        return Statistics.of(network(_pictures(against, bundle, range)))
+        return Statistics.of(network(_pictures(against, bundle, range), tell))
     statistics, made_with = read_statistics(against)
     if made_with is None:
         say(f"'{against}' does not say which network made it; it must be the one of --features, prepared alike")
@@ -143,31 +146,31 @@ def _reference(against: Path, network: FeatureNetwork, bundle: Bundle, range: st
 
 
 def _pictures(path: Path, bundle: Bundle, range: str | None) -> NDArray[np.uint8]:
-    """8-bit images of the model's shape from a folder or .npy; floats are taken to be in [-1, 1] units."""
+    """8-bit images of the model's shape, from whatever holds such; floats are taken to be in [-1, 1] units."""
+    import numpy as np
+
+    from ..shards.contents import is_drawn, read_shards
+
+    if is_drawn(path):  # a shard at a time: floats are four times as large
+        parts = read_shards(path, bundle.manifest.config.image)
+        return np.concatenate([part if part.dtype.kind == "u" else _as_bytes(part) for part in parts])
     stored = read_images(path, bundle.manifest.config, range).pixels
     return stored if stored.dtype.kind == "u" else _as_bytes(stored)
 
 
-def _draw(flow: Flow, network: FeatureNetwork, request: Resolved) -> NDArray[np.float32]:
+def _draw(flow: Flow, network: FeatureNetwork, request: Resolved, quiet: bool = False) -> NDArray[np.float32]:
     """Features (n, F) of the samples of a request, drawn part by part."""
     import numpy as np
 
     from ..runtime.samples import Watch
 
     vectors, end = [], request.first_sample + request.n
-    with step_bar("sampling") as bar:
+    with step_bar("sampling", request.certify or request.strength is not None, quiet) as steps:
         for start in range(request.first_sample, end, _PART):
             part = request.part(start, min(_PART, end - start))
-            progress = _scaled(bar, (start - request.first_sample) / request.n, part.n / request.n)
-            vectors.append(network(_as_bytes(flow.draw(part, watch=Watch(progress)))))
+            mine = steps.within((start - request.first_sample) / request.n, part.n / request.n)
+            vectors.append(network(_as_bytes(flow.draw(part, watch=Watch(mine.step, stage=mine.stage)))))
     return np.concatenate(vectors)
-
-
-def _scaled(bar: Callable[[Progress], None] | None, before: float, share: float) -> Callable[[Progress], None] | None:
-    """Progress of a part as progress of the whole, in steps of a thousandth."""
-    if bar is None:
-        return None
-    return lambda p: bar(replace(p, done=round(1000 * (before + share * p.done / p.total)), total=1000))
 
 
 def _as_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:

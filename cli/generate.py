@@ -14,7 +14,7 @@ from ..runtime.files import check_room, size_text
 from ..runtime.opening import Opening
 from .console import emit, few, identity, read_array, tell_of_classes
 from .images import Save, files_asked, write_images
-from .options import BundleArgument, Drawing, Json, Labels, Ray, draws, opens
+from .options import BundleArgument, Drawing, Json, Labels, Quiet, Ray, draws, opens
 from .progress import step_bar
 from .verdict import Strict, Verdict, round_trip_text
 
@@ -44,6 +44,7 @@ def generate(
     ray: Ray = None,
     opening: Opening,
     strict: Strict = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array.
@@ -63,7 +64,7 @@ def generate(
         request = drawing.request(bundle.manifest.config, 64 if n is None else n, labels)
         size = DEFAULT_SHARD if shard_size is None else shard_size
         job = Job.of(bundle, request, format or "npy", size, opening.engine(bundle.manifest.precision))
-        draw_shards(bundle, job, out, Means(workers, ray, opening), Telling(json, strict))
+        draw_shards(bundle, job, out, Means(workers, ray, opening, quiet), Telling(json, strict))
         return
     refuse(WITHOUT_OUT, format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None
@@ -74,8 +75,8 @@ def generate(
         check_room(save, 4 * n * math.prod(bundle.manifest.config.image))
     flow = Flow.open(bundle, opening)
     tell_of_classes(bundle, request.labels)
-    with step_bar("sampling") as progress:
-        samples = flow.draw(request, latents, Watch(progress))
+    with step_bar("sampling", request.certify or request.strength is not None, quiet) as steps:
+        samples = flow.draw(request, latents, Watch(steps.step, stage=steps.stage))
     report = samples.report
     text = {
         "seed": "given noise" if report.seed is None else str(report.seed),

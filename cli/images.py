@@ -57,18 +57,23 @@ class GivenImages:
 
 
 def read_images(path: Path, config: ModelShape, values: str | None) -> GivenImages:
-    """The images of a folder, a picture or an array, floats in [-1, 1] units, whose ``values`` are of a range in SPANS.
+    """Images of a folder, of shards, a picture or an array, floats in [-1, 1] units; ``values`` names a range of SPANS.
 
     Pictures of another size or shape become as a server makes them, which is said. Raises InputError for arrays that
     are not of the model's shape, and for floats that may be of several ranges.
     """
+    import numpy as np
+
     from ..runtime.inputs import SPANS
     from ..runtime.picture import PictureReader
     from ..runtime.picture_folder import SUFFIXES as PICTURE_SUFFIXES
     from ..runtime.picture_folder import list_pictures
+    from ..shards.contents import is_drawn, read_shards
 
     if values is not None and values not in SPANS:
         raise InputError.of("range", f"'{values}'", ", ".join(SPANS))
+    if is_drawn(path):
+        return GivenImages(np.concatenate(list(read_shards(path, config.image))))
     if path.is_dir() or (path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES):
         found = list_pictures(path)
         for note in found.notes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,14 @@ from ..runtime.files import check_room, check_writable, replacing
 from ..runtime.opening import Opening
 from .console import emit, few, identity, say
 from .images import Range, Save, as_trained_on, files_asked, read_images, write_images
-from .options import BundlePath, Json, Labels, opens
+from .options import BundlePath, Json, Labels, Quiet, opens
+from .progress import share_bar
 
 Images = Annotated[
     Path, Argument(help="Images: .npy (N, C, H, W), floats in [-1, 1] or uint8; a picture, or a folder.")
 ]
+
+_PART = 64  # images encoded between two words about how far it is: as many as the library does at once
 
 
 @opens
@@ -24,11 +28,12 @@ def likelihood(
     bundle: BundlePath,
     images: Images,
     labels: Labels = None,
-    save: Annotated[Path | None, Option(help="Write latents z and logdet as .npz.")] = None,
+    save: Annotated[Path | None, Option(help="Write latents z and log_det as .npz.")] = None,
     seed: Annotated[int, Option(help="Seed of the dequantisation noise that 8-bit images get.")] = 0,
     range: Range = None,
     *,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Bits per dimension and log-determinant of images. Floats are taken as they are; 8-bit images get training noise.
@@ -39,7 +44,7 @@ def likelihood(
 
     from ..runtime.flow import Flow
     from ..runtime.image import check_suffix
-    from ..runtime.inputs import AS_THEY_ARE
+    from ..runtime.inputs import AS_THEY_ARE, check_images
     from ..runtime.samples import nonfinite
 
     if save is not None:
@@ -51,12 +56,19 @@ def likelihood(
         check_room(save, 4 * given.pixels.size)
     x = as_trained_on(flow, given.pixels, seed)
     names = given.folder.names if given.folder else None
-    z, log_det = flow.encode(x, given.classes(labels, flow.bundle.manifest), AS_THEY_ARE)
+    _, classes = check_images(flow.config, x, given.classes(labels, flow.bundle.manifest))
+    parts = []
+    with share_bar("encoding", quiet) as tell:
+        for start in builtins.range(0, len(x), _PART):
+            tell(start / len(x))
+            rows = slice(start, start + _PART)
+            parts.append(flow.encode(x[rows], classes[rows], AS_THEY_ARE))
+    z, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
     bits = flow.bits_of(z, log_det)
     broken = nonfinite(z, log_det, bits)
     if save is not None:
         with replacing(save) as file:
-            np.savez(file, z=z, logdet=log_det)
+            np.savez(file, z=z, log_det=log_det, logdet=log_det)  # by its earlier name too
     if json:
         scores = {"bits_per_dim": bits.tolist(), "log_det": log_det.tolist(), "nonfinite": broken}
         eight_bits = given.pixels.dtype == np.uint8

@@ -58,6 +58,7 @@ BundleArgument = Annotated[
 ]
 BundlePath = Annotated[Path, Argument(help="A bundle folder, or hf:OWNER/REPO/FOLDER@REVISION.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, Option("-q", "--quiet", help="Do not say on stderr how far it is.")]
 Labels = Annotated[
     str | None,
     Option(help="A class (3), a range dealt out in turn (0-9), a list (1,4,7) or y.npy. Default: the null class."),

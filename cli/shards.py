@@ -29,11 +29,14 @@ WITHOUT_OUT = "without --out; it is about shards: name a folder for them with --
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """Who draws, and how each opens the bundle: nothing that a sample depends on. ``ray`` "" is Ray at no address."""
+    """Who draws, how each opens the bundle, and whether nothing is said meanwhile: nothing that a sample depends on.
+    ``ray`` "" is Ray at no address.
+    """
 
     workers: int | None
     ray: str | None
     opening: Opening
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def _drawn(bundle: Bundle, job: Job, out: Path, means: Means, missing: list[Shar
     task = Task(job, bundle.folder.absolute(), out.absolute(), means.opening)
     kept = job.request.n - sum(shard.samples for shard in missing)
     records: list[Record] = []
-    with sample_bar(job.request.n, kept) as show:
+    with sample_bar(job.request.n, kept, means.quiet) as show:
 
         def drawn() -> int:
             return kept + sum(record.samples for record in records)

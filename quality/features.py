@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,16 +109,22 @@ class FeatureNetwork:
         identity = f"{_hash(path)} {layer} {prepare.size or 'own size'} {prepare.range}"
         return cls(session, layer, batch, prepare, identity)
 
-    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """8-bit images (N, C, H, W) -> features (N, F). Positions of a layer (N, F, h, w) are averaged.
+    def __call__(
+        self, images: NDArray[np.uint8], tell: Callable[[float], None] = lambda share: None
+    ) -> NDArray[np.float32]:
+        """8-bit images (N, C, H, W) -> features (N, F). Positions of a layer (N, F, h, w) are averaged. ``tell`` is
+        told what share is done.
 
         Raises InputError for images the network cannot take.
         """
         channels = self.prepare.channels
         if images.shape[1] not in (1, channels):
             raise InputError(f"images have {images.shape[1]} channels; this feature network takes {channels}")
-        starts = range(0, len(images), self.batch)
-        return np.concatenate([self._features(images[start : start + self.batch]) for start in starts])
+        features = []
+        for start in range(0, len(images), self.batch):
+            tell(start / len(images))
+            features.append(self._features(images[start : start + self.batch]))
+        return np.concatenate(features)
 
     def _features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         feed = pad_rows(self.prepare(images), self.batch)

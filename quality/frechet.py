@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,9 +107,16 @@ def square_root(covariance: Array64) -> Array64:
     return root
 
 
-def estimate(features: Features, reference: Statistics, resamples: int = 100, seed: int = 0) -> Estimate:
+def estimate(
+    features: Features,
+    reference: Statistics,
+    resamples: int = 100,
+    seed: int = 0,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Estimate:
     """The distance of features (N, F) to the reference, with its error by the bootstrap: images drawn again from
-    those there are, with replacement, ``resamples`` times. Raises InputError as :func:`distance` does.
+    those there are, with replacement, ``resamples`` times; ``tell`` is told what share of them is done. Raises
+    InputError as :func:`distance` does.
     """
     found = Statistics.of(features)
     root = square_root(reference.covariance)
@@ -116,7 +124,11 @@ def estimate(features: Features, reference: Statistics, resamples: int = 100, se
     dice = np.random.default_rng(seed)
     even = np.full(len(features), 1 / len(features))
     draws = (dice.multinomial(len(features), even) for _ in range(resamples))
-    again = np.array([distance(Statistics.of(features, times), reference, root) for times in draws])
+    distances: list[float] = []
+    for times in draws:
+        tell(len(distances) / resamples)
+        distances.append(distance(Statistics.of(features, times), reference, root))
+    again = np.array(distances)
     low, high = plain + np.quantile(again - again.mean(), [0.025, 0.975])
     return Estimate(
         distance=plain,

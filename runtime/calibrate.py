@@ -4,6 +4,7 @@ experience: which block is hard differs from checkpoint to checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ WINDOWS = (4, 8, 16, 32, 64, 128, 256)
 _GAIN = 0.95  # of the serial time: what a window must stay below to be chosen, so that noise does not choose
 _EXACT_ERROR = 1e-4  # against serial decoding: what exact mode promises
 _SCREENED = 4  # samples on which every window is tried; the best of them is measured on all
-Watch = Callable[[str], None]
+Watch = Callable[[int, int, str], None]  # stages that are done, how many there are, and the next one
 _Timed = tuple[float, int, Array]  # seconds, passes and patches of one batch
 
 
@@ -117,7 +118,7 @@ class _Work:
 
 
 def calibrate(
-    flow: Flow, batches: Sequence[int] = BATCHES, samples: int = SAMPLES, watch: Watch = lambda stage: None
+    flow: Flow, batches: Sequence[int] = BATCHES, samples: int = SAMPLES, watch: Watch = lambda done, total, stage: None
 ) -> Plan:
     """Draw ``samples`` samples serially and in every window that can win, by batch size; choose the fastest. Single
     images of a model with classes are measured guided too.
@@ -132,12 +133,17 @@ def calibrate(
     cases = [(batch, Guidance()) for batch in sizes]
     if 1 in sizes and flow.config.classes:
         cases.insert(1, (1, Guidance(1.0)))
-    measured = [_measure(flow, batch, guidance, samples, watch) for batch, guidance in cases]
+    stages, count = len(cases) * flow.config.blocks * (1 + len(TOLERANCES)), itertools.count()
+
+    def tell(stage: str) -> None:
+        watch(next(count), stages, stage)
+
+    measured = [_measure(flow, batch, guidance, samples, tell) for batch, guidance in cases]
     modes = {mode: tuple(rows[mode] for rows in measured) for mode in TOLERANCES}
     return Plan(flow.bundle.hash, flow.backend.machine, samples, modes)
 
 
-def _measure(flow: Flow, batch: int, guidance: Guidance, samples: int, watch: Watch) -> dict[str, Row]:
+def _measure(flow: Flow, batch: int, guidance: Guidance, samples: int, watch: Callable[[str], None]) -> dict[str, Row]:
     config, what = flow.config, f"batch {batch}{', guided' if guidance.scale else ''}"
     indices = [range(start, start + batch) for start in range(0, samples, batch)]
     states = [flow.noise(0, index) * flow.deviation for index in indices]

@@ -54,6 +54,23 @@ def check_size(said: int, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"it has {size_text(held)}, and says that it holds {size_text(said)}")
 
 
+def read_npz(path: Path, name: str) -> NDArray[Any]:
+    """An array of a .npz file, never unpickled. Raises OSError, and ValueError for a file that holds none so called."""
+    import numpy as np
+
+    try:
+        check_archive(path)
+        with np.load(path, allow_pickle=False) as file:
+            if name not in file:
+                raise ValueError(f"it holds no '{name}'")
+            found: NDArray[Any] = file[name]
+            return found
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of damage zipfile and numpy raise almost anything
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
+
+
 def read_npy(path: Path) -> NDArray[Any]:
     """The array of a .npy file, never unpickled. Raises OSError, and ValueError for a file that holds none whole."""
     import numpy as np

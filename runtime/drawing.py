@@ -14,7 +14,7 @@ from .chain import Chain, OnBlock, Ways
 from .image import unpatchify
 from .memory import peak
 from .request import Resolved
-from .samples import CertifiedReport, CertifiedSamples, Preview, Progress, Report, Samples, Watch, nonfinite
+from .samples import CertifiedReport, CertifiedSamples, Preview, Progress, Report, Samples, Stage, Watch, nonfinite
 
 REDRAWS = 8  # attempts at a sample that is not finite
 
@@ -43,7 +43,8 @@ def tiles(first: int, count: int, size: int, aligned: bool) -> Iterator[Tile]:
 class Drawing:
     """One request, drawn in ``ways``: :meth:`draw` a tile at a time, then read ``images`` and what was found out.
 
-    ``latents`` (N, T, D) is noise that was given, None for noise by seed. ``total`` sequential steps are to come.
+    ``latents`` (N, T, D) is noise that was given, None for noise by seed. ``total`` sequential steps are to come,
+    and ``stages`` passes of batches that are certified or denoised.
     """
 
     def __init__(self, chain: Chain, request: Resolved, ways: Ways, latents: Array | None, watch: Watch) -> None:
@@ -56,6 +57,12 @@ class Drawing:
         self.redrawn: list[int] = []
         self.certificate_seconds = self.denoise_seconds = 0.0
         self.done = self.total = 0
+        self.staged = self.stages = 0
+
+    def expect(self, tiles: int) -> None:
+        """So many tiles are to come."""
+        self.total = tiles * self.chain.config.blocks * (self.chain.config.tokens - 1)
+        self.stages = tiles * (self.request.certify + (self.request.strength is not None))
 
     def draw(self, tile: Tile) -> None:
         """Compute a tile, and keep what is wanted of it."""
@@ -73,14 +80,18 @@ class Drawing:
         states: list[Array] | None = None
         if self.certificate is not None and self.log_prob is not None:
             started = time.perf_counter()
+            self._stage("certify", 0)
             states, log_det = self.chain.encode(x, branches)
             self.certificate[tile.output] = self.chain.round_trip(states[-1], z)[tile.inside]
             self.log_prob[tile.output] = self.chain.log_prob(states[-1], log_det)[tile.inside]
             self.certificate_seconds += time.perf_counter() - started
+            self._stage("certify", 1)
         if self.request.strength is not None:
             started = time.perf_counter()  # an unguided certificate has encoded what the gradient starts from
+            self._stage("denoise", 0)
             x = self.chain.denoise(x, classes, self.request.strength, None if self.request.guidance.scale else states)
             self.denoise_seconds += time.perf_counter() - started
+            self._stage("denoise", 1)
         self.images[tile.output] = unpatchify(x[tile.inside], config.patch_size, config.channels)
 
     def samples(self, precision: str, seconds: float, suspect_above: float) -> Samples:
@@ -152,6 +163,12 @@ class Drawing:
         self.done += 1
         if self.watch.progress is not None:
             self.watch.progress(Progress(self.done, self.total, block, position))
+
+    def _stage(self, name: str, done: int) -> None:
+        """A batch begins to be certified or denoised, or is (1)."""
+        self.staged += done
+        if self.watch.stage is not None:
+            self.watch.stage(Stage(name, self.staged, self.stages))
 
     def _previewing(self, tile: Tile) -> OnBlock | None:
         """Shows the wanted rows of a tile to whoever asked for it."""

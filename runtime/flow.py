@@ -163,7 +163,7 @@ class Flow:
         check_batch(size, self.backend.largest_batch, others)
         drawing = Drawing(self.chain, request, ways_of(self, request, min(size, request.n)), noise, watch)
         parts = list(tiles(request.first_sample, request.n, size, aligned=request.reproducible))
-        drawing.total = len(parts) * self.config.blocks * (self.config.tokens - 1)
+        drawing.expect(len(parts))
         started = time.perf_counter()
         for tile in parts:
             drawing.draw(tile)

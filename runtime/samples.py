@@ -41,6 +41,17 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """What is done to batches once they are decoded: ``done`` of ``total`` such passes, now to ``name``, which is
+    "certify" or "denoise".
+    """
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
     """What some samples look like after ``block``, which took ``seconds``: ``images`` (N, channels, size, size), from
     sample ``first`` on.
@@ -55,15 +66,18 @@ class Preview:
 @dataclass(frozen=True, slots=True)
 class Watch:
     """Who is told of a run: ``progress`` each finished position, ``preview`` each batch after each block, blocks last
-    to first. An exception of either cancels. Raises InputError for what cannot be called.
+    to first, ``stage`` when a batch begins to be certified or denoised, and ends. An exception of any cancels. Raises
+    InputError for what cannot be called.
     """
 
     progress: Callable[[Progress], None] | None = None
     preview: Callable[[Preview], None] | None = None
+    stage: Callable[[Stage], None] | None = None
 
     def __post_init__(self) -> None:
         check_field("progress", self.progress, "a function", optional=True)
         check_field("preview", self.preview, "a function", optional=True)
+        check_field("stage", self.stage, "a function", optional=True)
 
 
 class Samples(np.ndarray[Any, np.dtype[np.float32]]):
