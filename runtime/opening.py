@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from .errors import InputError
-from .fields import check_field, is_whole, told
+from .fields import check_field, is_flag, told
 from .precision import PRECISIONS
 
 PROVIDERS = ("auto", "native", "cpu", "cuda", "tensorrt")
@@ -53,7 +53,7 @@ class Opening:
         check_field("spinning", self.spinning, "True or False", optional=True)
         check_field("cuda_graph", self.cuda_graph, "True or False")
         check_field("precision", self.precision, "a string", optional=True)
-        if not (self.memory is None or isinstance(self.memory, str) or is_whole(self.memory)):
+        if not (self.memory is None or (isinstance(self.memory, (str, int)) and not is_flag(self.memory))):
             raise InputError.of("memory", told(self.memory), "a number of bytes, or 'least'")
         name, colon, device = self.provider.partition(":")
         if name not in PROVIDERS or (colon and (name not in ON_DEVICE or not _DEVICE.fullmatch(device))):

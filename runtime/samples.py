@@ -85,7 +85,8 @@ class Samples(np.ndarray[Any, np.dtype[np.float32]]):
     drawn.
 
     Rows of them (a slice, a list of indices, a mask), copies and pickles have the part of the report that is theirs.
-    Of anything else that is made of them ``report`` is None: it is no samples any more.
+    Of anything else that is made of them ``report`` is None: it is no samples any more. What is written into them in
+    place is not noticed.
     """
 
     _report: Report | None
@@ -171,7 +172,7 @@ class Samples(np.ndarray[Any, np.dtype[np.float32]]):
     def __getitem__(self, key: Any) -> Any: ...
     def __getitem__(self, key: Any) -> Any:
         found = super().__getitem__(key)
-        if self._report is not None and isinstance(found, Samples) and found.ndim == self.ndim:
+        if self._report is not None and isinstance(found, Samples) and found.ndim == self.ndim == 4:
             rows = _rows(key, len(self))
             if rows is not None and found.shape[1:] == self.shape[1:]:
                 found.with_report(self._report.of(rows))
