@@ -14,6 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr std::size_t kMostShapes = 8;  // whose steps stay captured
 constexpr const char* kAgain = "build the engines again";
 
 nvinfer1::DataType type_of(const Precision& precision) { return static_cast<nvinfer1::DataType>(precision.tensorrt); }
@@ -53,6 +54,7 @@ Engines::Engines(const Bundle& bundle, const Opening& opening, const Here& here)
 
 Engines::~Engines() {
   cudaStreamSynchronize(stream);
+  captured_.clear();
   loaded_.clear();
   scratch_.reset();
   cudaStreamDestroy(stream);
@@ -82,6 +84,20 @@ void Engines::launch(std::size_t block, Kind kind, int profile, const std::vecto
   if (!fine || !context.enqueueV3(stream)) failed(block, kind, "refused to run");
 }
 
+Captured& Engines::captured(std::size_t block, int profile, std::int64_t batch) {
+  const auto same = [&](const Shape& shape) { return shape.profile == profile && shape.batch == batch; };
+  const auto found = std::find_if(captured_.begin(), captured_.end(), same);
+  if (found != captured_.end()) {
+    captured_.splice(captured_.begin(), captured_, found);
+  } else {
+    captured_.emplace_front();
+    captured_.front().profile = profile;
+    captured_.front().batch = batch;
+    if (captured_.size() > kMostShapes) captured_.pop_back();
+  }
+  return captured_.front().steps[block];
+}
+
 nvinfer1::IExecutionContext& Engines::context(std::size_t block, Kind kind, int profile) {
   Loaded& loaded = load(block, kind);
   auto& context = loaded.contexts[profile];
@@ -98,6 +114,7 @@ Engines::Loaded& Engines::load(std::size_t block, Kind kind) {
   if (one_block_ &&
       std::any_of(loaded_.begin(), loaded_.end(), [&](const auto& entry) { return entry.first.first != block; })) {
     check(cudaStreamSynchronize(stream), "finish a block");
+    captured_.clear();
     loaded_.clear();
   }
   const auto known = loaded_.find({block, kind});
@@ -112,6 +129,7 @@ Engines::Loaded& Engines::load(std::size_t block, Kind kind) {
   const auto needed = static_cast<std::size_t>(loaded.engine->getDeviceMemorySizeV2());
   if (!scratch_ || scratch_->size < needed) {
     check(cudaStreamSynchronize(stream), "finish a block");
+    captured_.clear();
     scratch_.reset();  // before there are two
     scratch_ = std::make_unique<DeviceMemory>(needed);
   }

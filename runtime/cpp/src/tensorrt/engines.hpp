@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,6 +28,18 @@ class Logger final : public nvinfer1::ILogger {
   std::string said_;
 };
 
+// A step as a CUDA graph, which works at these addresses.
+struct Captured {
+  Captured() = default;
+  ~Captured() {
+    if (graph != nullptr) cudaGraphExecDestroy(graph);
+  }
+  Captured(const Captured&) = delete;
+  Captured& operator=(const Captured&) = delete;
+  cudaGraphExec_t graph = nullptr;
+  std::vector<void*> addresses;
+};
+
 // An engine is native code: its hash is checked before it is loaded, code for the host embedded in it stays disabled.
 // Made, used and destroyed while its device is the thread's.
 class Engines {
@@ -47,6 +60,10 @@ class Engines {
   void launch(std::size_t block, Kind kind, int profile, const std::vector<Tensor>& inputs,
               const std::vector<Tensor>& outputs);
 
+  // What steps of a block, of a profile and so many images, were captured as; nothing yet for a new shape. Those of the
+  // last few shapes are kept, as long as engines and scratch memory stay where they are.
+  Captured& captured(std::size_t block, int profile, std::int64_t batch);
+
   const Bundle& bundle;
   const Built built;
   cudaStream_t stream = nullptr;
@@ -55,6 +72,12 @@ class Engines {
   struct Loaded {
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
     std::map<int, std::unique_ptr<nvinfer1::IExecutionContext>> contexts;  // by profile; behind the engine: goes first
+  };
+
+  struct Shape {
+    int profile;
+    std::int64_t batch;
+    std::map<std::size_t, Captured> steps;  // by block
   };
 
   Loaded& load(std::size_t block, Kind kind);
@@ -67,6 +90,7 @@ class Engines {
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<DeviceMemory> scratch_;  // of all contexts, as large as any needs: they run one after the other
   std::map<std::pair<std::size_t, Kind>, Loaded> loaded_;
+  std::list<Shape> captured_;  // the last used first; behind the engines: goes first
 };
 
 }  // namespace tarflow::internal

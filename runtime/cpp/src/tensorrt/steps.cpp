@@ -1,6 +1,7 @@
 #include "tensorrt/steps.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "patches.hpp"
 
@@ -64,8 +65,7 @@ Steps::Steps(Engines& engines, Arrays& arrays, const Pass& pass, const Part& par
 }
 
 Steps::~Steps() {
-  cudaStreamSynchronize(engines_.stream);  // before the graph goes
-  if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  cudaStreamSynchronize(engines_.stream);  // before what it works in is used otherwise
 }
 
 void Steps::place_inputs(const float* z) {
@@ -111,12 +111,21 @@ void Steps::place_outputs() {
 }
 
 void Steps::run(bool cuda_graph, const OnStep& on_step) {
+  Captured& captured = engines_.captured(pass_.block, profile_, part_.batch);
+  std::vector<void*> addresses;
+  for (const auto* tensors : {&inputs_, &outputs_}) {
+    for (const Tensor& tensor : *tensors) addresses.push_back(tensor.address);
+  }
+  if (captured.graph != nullptr && captured.addresses != addresses) {  // they grew for a larger batch
+    check(cudaGraphExecDestroy(std::exchange(captured.graph, nullptr)), "forget a step");
+  }
+  captured.addresses = std::move(addresses);
   for (std::int64_t step = 0; step + 1 < shape_.tokens(); ++step) {
-    if (step == 0 || !cuda_graph) {
-      launch();  // the first may still load kernels, which cannot be captured
+    if (captured.graph != nullptr) {
+      check(cudaGraphLaunch(captured.graph, engines_.stream), "replay a step");
     } else {
-      if (graph_ == nullptr) capture();
-      check(cudaGraphLaunch(graph_, engines_.stream), "replay a step");
+      launch();
+      if (cuda_graph) capture(captured);  // behind a run, which loads kernels: that cannot be captured
     }
     if (step % kStepsInFlight == kStepsInFlight - 1) check(cudaStreamSynchronize(engines_.stream), "finish a step");
     on_step(step);
@@ -133,7 +142,7 @@ void Steps::launch() {
 }
 
 // Records a step as a graph.
-void Steps::capture() {
+void Steps::capture(Captured& captured) {
   cudaGraph_t recorded = nullptr;
   check(cudaStreamBeginCapture(engines_.stream, cudaStreamCaptureModeThreadLocal), "capture a step");
   try {
@@ -144,7 +153,7 @@ void Steps::capture() {
     throw;
   }
   check(cudaStreamEndCapture(engines_.stream, &recorded), "capture a step");
-  const cudaError_t status = cudaGraphInstantiate(&graph_, recorded, 0);
+  const cudaError_t status = cudaGraphInstantiate(&captured.graph, recorded, 0);
   cudaGraphDestroy(recorded);
   check(status, "make a graph of a step");
 }

@@ -40,7 +40,7 @@ class Steps {
   void place_inputs(const float* z);
   void place_outputs();
   void launch();
-  void capture();
+  void capture(Captured& captured);
 
   Engines& engines_;
   Arrays& arrays_;
@@ -50,7 +50,6 @@ class Steps {
   const bool reversed_;
   const int profile_;
   std::vector<Tensor> inputs_, outputs_;  // the sequence first, the position second
-  cudaGraphExec_t graph_ = nullptr;
 };
 
 }  // namespace tarflow::internal
