@@ -91,7 +91,7 @@ def make_pairs(oracle: Flow, parameters: int, watch: Watch = lambda stage: None)
         states = encoded[::-1]
         noise = (states[0] / np.where(deviation > 0, deviation, 1)).astype(np.float32)
     watch("PyTorch denoises")
-    denoised = oracle.denoise(images, labels) if config.noise_std else None
+    denoised = oracle.denoise(images, labels, range=AS_THEY_ARE) if config.noise_std else None
     return Pairs(noise, labels, images, denoised, tuple(states), decode)
 
 
@@ -119,7 +119,7 @@ def verify(
         cuda_guided = _worst(devices.fused, inverses, branches)
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE).astype(np.float64)
-    shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels)).max()
+    shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE)).max()
     sample = None
     if pairs.serial:
         watch("verify samples")

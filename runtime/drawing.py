@@ -58,18 +58,23 @@ class Drawing:
         self.certificate_seconds = self.denoise_seconds = 0.0
         self.done = self.total = 0
         self.staged = self.stages = 0
+        self._following: Tile | None = None
+        self._ahead: tuple[Tile, Array] | None = None  # and its noise
 
     def expect(self, tiles: int) -> None:
         """So many tiles are to come."""
         self.total = tiles * self.chain.config.blocks * (self.chain.config.tokens - 1)
         self.stages = tiles * (self.request.certify + (self.request.strength is not None))
 
-    def draw(self, tile: Tile) -> None:
-        """Compute a tile, and keep what is wanted of it."""
+    def draw(self, tile: Tile, following: Tile | None = None) -> None:
+        """Compute a tile, and keep what is wanted of it. The noise of the ``following`` one is made on the way, once
+        all steps have begun: a GPU is busy with them for a while.
+        """
+        self._following = following
         config, rows = self.chain.config, tile.stop - tile.start
         z = np.zeros((rows, config.tokens, config.patch_dim), np.float32)
-        wanted = range(tile.start, tile.stop)[tile.inside]
-        z[tile.inside] = self.latents[tile.output] if self.latents is not None else self._noise(wanted)
+        ahead, self._ahead = self._ahead, None
+        z[tile.inside] = ahead[1] if ahead is not None and ahead[0] == tile else self._latents(tile)
         classes = np.full(rows, -1, np.int64)
         classes[tile.inside] = self.classes[tile.output]
         branches = self.request.guidance.branches(config.tokens, classes)
@@ -155,6 +160,11 @@ class Drawing:
             redrawn |= {tile.start + row for row in broken}
         self.redrawn += sorted(redrawn)
 
+    def _latents(self, tile: Tile) -> Array:
+        """Noise of what is wanted of a tile."""
+        wanted = range(tile.start, tile.stop)[tile.inside]
+        return self.latents[tile.output] if self.latents is not None else self._noise(wanted)
+
     def _noise(self, samples: range, stream: int = noise.SAMPLING) -> Array:
         shape = self.chain.config.tokens, self.chain.config.patch_dim
         return noise.normal(self.request.seed, samples, shape, stream)
@@ -163,6 +173,8 @@ class Drawing:
         self.done += 1
         if self.watch.progress is not None:
             self.watch.progress(Progress(self.done, self.total, block, position))
+        if self._following is not None and block == 0 and position == self.chain.config.tokens - 2:
+            self._ahead = self._following, self._latents(self._following)
 
     def _stage(self, name: str, done: int) -> None:
         """A batch begins to be certified or denoised, or is (1)."""

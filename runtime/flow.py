@@ -165,8 +165,8 @@ class Flow:
         parts = list(tiles(request.first_sample, request.n, size, aligned=request.reproducible))
         drawing.expect(len(parts))
         started = time.perf_counter()
-        for tile in parts:
-            drawing.draw(tile)
+        for tile, following in zip(parts, [*parts[1:], None], strict=True):
+            drawing.draw(tile, following)
         seconds, limit = time.perf_counter() - started, self.suspect_above(drawing.ways.tolerance)
         return drawing.samples(self.bundle.manifest.precision, seconds, limit)
 

@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .document import short
 from .errors import BundleError
@@ -30,12 +31,14 @@ _INNER = {  # by kind of message: which of its fields hold which others
     "tensor": {},
     "opset": {},
 }
-_NODE_OPERATOR, _NODE_DOMAIN, _OPSET_DOMAIN, _TENSOR_PLACE, _KEY, _VALUE = 4, 7, 1, 13, 1, 2  # numbers of fields
+_NODE_OPERATOR, _NODE_DOMAIN, _OPSET_DOMAIN, _KEY, _VALUE = 4, 7, 1, 1, 2  # numbers of fields
+_TENSOR_SIZE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_PLACE = 1, 2, 8, 13
 _PLACE = ("location", "offset", "length")  # all that a tensor may say about where its numbers are
 _NUMBER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # how a field is written; other ways went out of use
 _OWN = "com.microsoft:"  # ONNX Runtime's own operators, of which some versions trust what they are given
 _NATURAL = re.compile(r"[0-9]{1,18}")
 Span = tuple[int, int, int]  # a field's number, and where its bytes begin and end
+Number = tuple[int, int]  # a field's number, and the number that it is
 
 
 @functools.cache
@@ -58,7 +61,7 @@ def check_graph(path: Path, weights_size: int, for_cuda: bool = False) -> None:
     graph = _Graph(path.read_bytes())
     known = {operator for operator in operators() if for_cuda or not operator.startswith(_OWN)}
     try:
-        for kind, fields in graph.messages():
+        for kind, fields, _ in graph.messages():
             if kind == "node":
                 _check_operator(known, graph.text(fields, _NODE_DOMAIN), graph.text(fields, _NODE_OPERATOR))
             elif kind == "opset":
@@ -67,6 +70,27 @@ def check_graph(path: Path, weights_size: int, for_cuda: bool = False) -> None:
                 _check_place(graph.places(fields), weights_size)
     except _Refused as refused:
         raise BundleError(f"'{path}' {refused}; {AGAIN}") from None
+
+
+class Weight(NamedTuple):
+    """A tensor that a graph reads from the weights file: ONNX's number of its type, its shape, its bytes there."""
+
+    type: int
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def weights_of(path: Path) -> dict[str, Weight]:
+    """The weights that a graph reads, by the names it has for them. It was checked before."""
+    graph, found = _Graph(path.read_bytes()), {}
+    for kind, fields, numbers in graph.messages():
+        if kind == "tensor" and (place := graph.places(fields)):
+            shape = tuple(value for number, value in numbers if number == _TENSOR_SIZE)
+            type_ = dict(numbers).get(_TENSOR_TYPE, 0)
+            name = graph.text(fields, _TENSOR_NAME)
+            found[name] = Weight(type_, shape, int(place["offset"]), int(place["length"]))
+    return found
 
 
 class _Refused(Exception):
@@ -79,15 +103,16 @@ class _Graph:
     def __init__(self, content: bytes) -> None:
         self._content, self._left = content, _MOST_FIELDS
 
-    def messages(self) -> Iterator[tuple[str, list[Span]]]:
-        """Every message that matters: its kind, and its fields."""
+    def messages(self) -> Iterator[tuple[str, list[Span], list[Number]]]:
+        """Every message that matters: its kind, its fields that are bytes, and those that are whole numbers."""
         waiting = [("model", 0, len(self._content))]
         while waiting:
             kind, start, end = waiting.pop()
-            fields, inner = self._fields(start, end), _INNER[kind]
+            numbers: list[Number] = []
+            fields, inner = self._fields(start, end, numbers), _INNER[kind]
             if inner:
                 waiting += [(inner[number], start, end) for number, start, end in fields if number in inner]
-            yield kind, fields
+            yield kind, fields, numbers
 
     def text(self, fields: list[Span], number: int) -> str:
         """A field that is text; "" where there is none. Twice the same would be for others to choose from."""
@@ -101,15 +126,15 @@ class _Graph:
         said: dict[str, str] = {}
         for number, start, end in fields:
             if number == _TENSOR_PLACE:
-                entry = self._fields(start, end)
+                entry = self._fields(start, end, [])
                 key = self.text(entry, _KEY)
                 if key in said or key not in _PLACE:
                     raise _Refused(f"is damaged: {short(key)} of a tensor; expected {', '.join(_PLACE)}, once each")
                 said[key] = self.text(entry, _VALUE)
         return said
 
-    def _fields(self, at: int, end: int) -> list[Span]:
-        """The fields of a message that are bytes: texts, messages, lists. Numbers are stepped over."""
+    def _fields(self, at: int, end: int, numbers: list[Number]) -> list[Span]:
+        """The fields of a message that are bytes: texts, messages, lists. Whole numbers go to ``numbers``."""
         content, found, seen = self._content, [], 0
         try:
             while at < end:
@@ -127,7 +152,8 @@ class _Graph:
                     found.append((tag >> 3, at, at + length))
                     at += length
                 elif encoding == _NUMBER:
-                    at = at + 1 if content[at] < 128 else self._number(at)[1]
+                    value, at = (content[at], at + 1) if content[at] < 128 else self._number(at)
+                    numbers.append((tag >> 3, value))
                 elif encoding in (_EIGHT_BYTES, _FOUR_BYTES):
                     at += 8 if encoding == _EIGHT_BYTES else 4
                 else:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file as load_torch
 
 from tarflow.checkpoint import CheckpointError, load
 from tarflow.export import pipeline
-from tarflow.export.comparison import Comparison, verify_bundle
+from tarflow.export.comparison import Comparison, oracle_pairs, verify_bundle
 from tarflow.export.estimate import estimate
 from tarflow.export.pipeline import export
 from tarflow.quality import parity
@@ -272,3 +272,12 @@ def test_an_interrupted_export_leaves_the_bundle_that_was_there(
     assert (done.returncode, done.stdout) == (code, "")
     assert contents(tmp_path) == before
     assert ("tarflow: interrupted" in done.stderr) == (number == signal.SIGINT)
+
+
+def test_a_model_whose_samples_are_no_pictures_is_exported_all_the_same(bundle: Exported, spoil: Spoil) -> None:
+    """Its golden samples are denoised as they are: a model is not refused for what it draws."""
+    wild = load(spoil("cond", "blocks.0.proj_out.weight", lambda weight: weight.mul_(3)))
+    pairs = oracle_pairs(wild, Bundle.open(bundle("cond")), lambda stage: None)
+    assert np.abs(pairs.images).max() > 8
+    assert pairs.denoised is not None
+    assert np.isfinite(pairs.denoised).all()

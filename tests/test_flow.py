@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tarflow.runtime import noise
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import patchify
 from tarflow.runtime.opening import Opening
+from tarflow.runtime.ort.stepwise import StepwiseDecoding
 from tarflow.runtime.request import Request
 from tarflow.runtime.samples import Preview, Progress
 
@@ -118,6 +120,26 @@ def test_progress_counts_every_step_and_previews_show_every_tile_after_every_blo
     assert np.array_equal(np.concatenate([p.images for p in seen if p.block == 0]), drawn)
     assert not np.array_equal(flow.sample(5, **how, preview=seen.append), drawn)
     assert np.array_equal(seen[-1].images, seen[7].images), "what is shown is never denoised"
+
+
+def test_noise_of_the_next_batch_is_made_before_the_last_steps_are_waited_for(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def noting(name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            made.append(name)
+            return usual(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(noise, "normal", noting("noise", noise.normal))
+    monkeypatch.setattr(StepwiseDecoding, "patches", noting("patches", StepwiseDecoding.patches))
+    whole = flow.sample(5, labels=0, seed=7, decode="serial", batch_size=2)
+    blocks = ["patches"] * flow.config.blocks
+    assert made == ["noise", *blocks[1:], "noise", "patches", *blocks[1:], "noise", "patches", *blocks]
+    assert largest(whole, flow.sample(5, labels=0, seed=7, decode="serial")) < 1e-5
 
 
 def test_a_preview_inverts_the_blocks_one_by_one(flow: Flow) -> None:

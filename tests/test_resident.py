@@ -10,9 +10,10 @@ import onnxruntime
 import pytest
 
 from tarflow.runtime.backend import Branches
-from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.bundle import RESIDENT, Bundle
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.backend import OrtBackend
+from tarflow.runtime.ort.weights import DeviceWeights
 from tarflow.runtime.ports import inputs, is_state, outputs
 
 from .backends import open_flow
@@ -36,6 +37,7 @@ def test_cuda_multiplies_fp32_in_fp32(monkeypatch: pytest.MonkeyPatch, graph: st
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None, raising=False)
+    monkeypatch.setattr(DeviceWeights, "give", lambda *_: [])
     OrtBackend(Bundle.open(DEMO), Opening("cuda", cuda_graph=captured)).sessions.get(0, graph)
     options = {
         "use_tf32": "0",
@@ -109,6 +111,19 @@ def test_memory_serves_block_after_block_until_something_in_it_is_not_finite(bun
     with np.errstate(all="ignore"):
         flow.sample(noise=noise, labels=0, denoise=False)
     assert kept not in backend._idle._free
+
+
+def test_the_next_block_is_opened_while_the_steps_of_one_run() -> None:
+    backend = OrtBackend(Bundle.open(DEMO), resident=True)
+    backend.sessions.captures = True  # as on a GPU: steps are begun, and waited for later
+    config, opened = backend.config, backend.sessions._open
+    z = np.zeros((1, config.tokens, config.patch_dim), np.float32)
+    decoding = backend.decoding(2, z, Branches.plain(np.zeros(1, np.int64), config.tokens))
+    for position in range(config.tokens - 1):
+        decoding.step(position)
+    assert opened.keys() == {(2, RESIDENT)}
+    decoding.patches()
+    assert opened.keys() == {(2, RESIDENT), (1, RESIDENT)}
 
 
 def test_graphs_for_devices_keep_the_rules_of_the_parsers(bundle: Exported) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .field import Choice
 
 RESULTS = Path(__file__).parent.parent / "RESULTS-GPU.md"
-NOT_RUN = "No GPU was to be had: nothing here has been run on one, and no number is reported."
+NOT_RUN = "No GPU was to be had: nothing here has been run on one."
 
 
 def section(bundle: Bundle, speed: float, cells: Sequence[Cell], choice: Choice, notes: list[str]) -> str:

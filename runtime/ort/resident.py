@@ -16,7 +16,7 @@ from ..precision import PRECISIONS
 from .device import drop, touching
 from .sessions import Sessions
 
-_MOST_RUNNING = 64  # steps begun before they are waited for: a call that is stopped ends soon
+_MOST_RUNNING = 256  # steps begun before they are waited for: a call that is stopped ends soon
 
 
 class _Bound(NamedTuple):
@@ -101,6 +101,7 @@ class OrtSteps:
 
     def _wait(self) -> None:
         if self._running:
+            self._sessions.look_ahead(self.block, self._running[-1].kind)
             self._tell(self._running[-1], self._running[-1].wait)
             self._running.clear()
 

@@ -20,6 +20,7 @@ from ..opening import Opening
 from ..parts import Feeds
 from .device import drop, touching
 from .library import PROVIDERS, check_path, first_line, load_cuda, load_onnxruntime, share_arena
+from .weights import DeviceWeights
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -32,8 +33,8 @@ MOST_CAPTURES = 64  # of one graph's steps: more than shapes and windows usually
 
 
 class Sessions:
-    """Open sessions of a bundle's graphs, on one provider; with ``one_block``, of one block at a time. Each holds its
-    weights once, for all sizes of batch, branches and window.
+    """Open sessions of a bundle's graphs, on one provider; with ``one_block``, of one block at a time. Each is for all
+    sizes of batch, branches and window; on a GPU all of a block share its weights.
 
     Safe to use from several threads: whoever opens, runs, reads or writes anything on a GPU holds ``touching``.
     ``captures`` says that steps are recorded as CUDA graphs, ``description`` what engine runs them. Raises MachineError
@@ -64,6 +65,7 @@ class Sessions:
         self._open: dict[tuple[int, str], onnxruntime.InferenceSession] = {}
         self._captured: dict[tuple[int, str], int] = {}  # by block and kind
         self._lock = threading.Lock()
+        self._weights = DeviceWeights(bundle, self.number) if self.device != "cpu" else None
         if self.device != "cpu":
             weakref.finalize(self, drop, self._open).atexit = False
 
@@ -76,6 +78,11 @@ class Sessions:
             if (block, kind) not in self._open:
                 self._open[block, kind] = self._start(block, kind)
             return self._open[block, kind]
+
+    def look_ahead(self, block: int, kind: str) -> None:
+        """Open the graph that is needed after a block's, while its steps run."""
+        if block and not self._one_block and kind in self.bundle.manifest.blocks[block - 1].graphs:
+            self.get(block - 1, kind)
 
     def to_capture(self, block: int, kind: str) -> tuple[Any, int]:
         """The session of steps of one graph, and a number that no capture in it has yet. Under ``touching``.
@@ -125,9 +132,14 @@ class Sessions:
         return BundleError(f"block {block}'s {kind} graph failed in {self.description}: {first_line(error)}")
 
     def _start(self, block: int, kind: str) -> Any:
-        path = self.bundle.path(self.bundle.manifest.blocks[block].graphs[kind])
+        graph = self.bundle.manifest.blocks[block].graphs[kind]
+        path, options = self.bundle.path(graph), self._options(kind)
         try:
-            session = self._session(path, self._options(kind), kind)
+            weights = [] if self._weights is None else self._weights.give(options, block, graph)
+            session = self._session(path, options, kind)
+            session.weights = weights  # which it does not own
+        except MachineError:
+            raise
         except Exception as error:
             self.bundle.confirm()
             said = f"'{path}' cannot be loaded by {self.description}: {first_line(error)}"

@@ -10,6 +10,7 @@ import numpy as np
 from bench.gpu.checks.check import Case, Outcome, distance, draw, labels
 from bench.gpu.opening import captures
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.inputs import AS_THEY_ARE
 
 ON_CPU = {"serial": 1e-4, "exact": 1e-4, "fast": 2e-3}  # fp32, largest difference; two fast solutions, 1e-3 each
 HALF = {0.0: 1e-3, 1.0: 2e-3}  # fp16, rms by guidance
@@ -29,12 +30,11 @@ def parity(case: Case) -> Outcome:
             ok &= apart["max"] <= bar if case.precision == "fp32" else apart["rms"] <= HALF[guidance]
     images = np.asarray(host.sample(20, labels=labels(host, 20), seed=3, denoise=False))
     classes = labels(host, len(images))
-    for name, one, other in zip(
-        ("z", "log_det"), device.encode(images, classes), host.encode(images, classes), strict=True
-    ):
+    encoded = (flow.encode(images, classes, AS_THEY_ARE) for flow in (device, host))
+    for name, one, other in zip(("z", "log_det"), *encoded, strict=True):
         found[name] = distance(one, other)
     if host.config.noise_std:
-        found["denoised"] = distance(device.denoise(images, classes), host.denoise(images, classes))
+        found["denoised"] = distance(*(flow.denoise(images, classes, range=AS_THEY_ARE) for flow in (device, host)))
     return Outcome(bool(ok), f"samples: fp32 max {ON_CPU}; fp16 rms {HALF} by guidance", found)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from bench.gpu.checkout import DEMO
 from bench.gpu.standin.build import Standin, build
 
-NAMES = ("tf32", "audit", "growth", "alternate", "crowd", "threads", "device", "cpp")
+NAMES = ("tf32", "audit", "weights", "growth", "alternate", "crowd", "threads", "device", "cpp")
 LINGER = "2000"  # microseconds of a capture, in the probe of threads: long enough for others' calls to fall into it
 
 

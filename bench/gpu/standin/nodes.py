@@ -1,14 +1,16 @@
 """Of what one captured step is made, in graphs for ONNX Runtime's CUDA provider, for a model of any size at no cost:
 
-    python -m bench.gpu.standin --log FILE -- python -m bench.gpu.standin.nodes
+    python -m bench.gpu.standin --log FILE -- python -m bench.gpu.standin.nodes [BUNDLE]
 
-A line of JSON for each shape of a batch. The weights are a hole in a file: no kernel runs that would read them.
+A line of JSON for each shape of a batch. Without a bundle those of a published shape are written for it, its weights a
+hole in a file: no kernel runs that would read them. With one, its resident graphs are counted first.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -74,8 +76,9 @@ def of_a_step(backend: OrtBackend, images: int, branches: int) -> dict[str, Any]
     note("end")
     events = part(read(), title)
     made = Counter(event.values.get("name", event.call) for event in events if event.captured)
-    graph = f"block_00.{FUSED[branches]}"
+    graph = f"block_00.{FUSED[branches] if backend.fused else RESIDENT}"
     return {
+        "graph": graph,
         "images": images,
         "branches": branches,
         "nodes": sum(made.values()),
@@ -88,9 +91,12 @@ def of_a_step(backend: OrtBackend, images: int, branches: int) -> dict[str, Any]
 def main() -> None:
     onnxruntime.InferenceSession = Session
     with tempfile.TemporaryDirectory() as place:
-        backend = OrtBackend(hollow(LARGE, Path(place)), Opening("cuda"))
-        for images, branches in SHAPES:
-            print(json.dumps(of_a_step(backend, images, branches)), flush=True)
+        given = [Bundle.open(folder) for folder in sys.argv[1:]]
+        for bundle in given or [hollow(LARGE, Path(place))]:
+            for fused in (False, True) if given else (True,):
+                backend = OrtBackend(bundle, Opening("cuda"), fused=fused)
+                for images, branches in SHAPES:
+                    print(json.dumps(of_a_step(backend, images, branches)), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from bench.gpu.standin.log import Event, absent, allocated, bad, calls, read
 from tarflow.runtime.bundle import WEIGHTS, Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow, Guidance
+from tarflow.runtime.graph import weights_of
 from tarflow.runtime.ort import sessions
+from tarflow.runtime.ort.backend import OrtBackend
 
 Found = dict[str, Any]
 
@@ -43,6 +45,23 @@ def tf32(bundle: Bundle) -> Found:
     products = [event for event in read() if event.call == "product"]
     rounded = Counter(event.values["call"] for event in products if event.values["tf32"] == "1")
     return {"products": len(products), "in tf32": sum(rounded.values()), "by call": dict(rounded)}
+
+
+def weights(bundle: Bundle) -> Found:
+    """Once every graph that a device runs is open: what was copied to it, beside the weights, and is it that?"""
+    flow, content, right = resident_flow(bundle, "cuda"), bundle.path(WEIGHTS).read_bytes(), True
+    assert isinstance(flow.backend, OrtBackend)
+    for block, entry in enumerate(bundle.manifest.blocks):
+        for kind in entry.graphs.keys() - {"step"}:
+            session = flow.backend.sessions.get(block, kind)
+            read_by_it = weights_of(bundle.path(entry.graphs[kind])).values()
+            for weight, value in zip(read_by_it, session.weights[1::2], strict=True):
+                right &= value.numpy().tobytes() == content[weight.start : weight.start + weight.length]
+            del session, value
+    copies = (event.values for event in read() if event.call.startswith("cudaMemcpy"))
+    copied = sum(int(values["bytes"]) for values in copies if values["to"] == "device")
+    del flow
+    return {"weights": len(content), "copied": copied, "right": right, **left(read())}
 
 
 def growth(bundle: Bundle) -> Found:
@@ -169,6 +188,7 @@ def device(bundle: Bundle, provider: str = "cuda:1") -> Found:
 PROBES: dict[str, Callable[..., Found]] = {
     "tf32": tf32,
     "audit": audit,
+    "weights": weights,
     "growth": growth,
     "alternate": alternate,
     "crowd": crowd,

@@ -37,7 +37,8 @@ constexpr Inner kInner[] = {
     {Message::kAttribute, 23, Message::kSparseTensor}, {Message::kSparseTensor, 1, Message::kTensor},
     {Message::kSparseTensor, 2, Message::kTensor},
 };
-constexpr std::uint64_t kNodeOperator = 4, kNodeDomain = 7, kOpsetDomain = 1, kTensorPlace = 13, kKey = 1, kValue = 2;
+constexpr std::uint64_t kNodeOperator = 4, kNodeDomain = 7, kOpsetDomain = 1, kKey = 1, kValue = 2;
+constexpr std::uint64_t kTensorSize = 1, kTensorType = 2, kTensorName = 8, kTensorPlace = 13;
 
 constexpr std::string_view kOwn = "com.microsoft:";
 
@@ -47,6 +48,7 @@ struct Field {
   std::string_view bytes;
 };
 using Fields = std::vector<Field>;
+using Numbers = std::vector<std::pair<std::uint64_t, std::uint64_t>>;  // fields that are whole numbers, and those
 
 std::string shown(std::string_view text) {
   std::string said = "'";
@@ -60,31 +62,57 @@ class Graph {
       : source_(source), weights_size_(weights_size), for_cuda_(for_cuda) {}
 
   void check(std::string_view content) {
+    walk(content, [this](Message kind, const Fields& fields, const Numbers&) {
+      if (kind == Message::kNode) check_operator(text(fields, kNodeDomain), text(fields, kNodeOperator));
+      if (kind == Message::kOpset) check_domain(text(fields, kOpsetDomain));
+      if (kind == Message::kTensor) place(fields);
+    });
+  }
+
+  std::vector<Weight> weights(std::string_view content) {
+    std::vector<Weight> found;
+    walk(content, [&](Message kind, const Fields& fields, const Numbers& numbers) {
+      const std::optional<Place> place = kind == Message::kTensor ? this->place(fields) : std::nullopt;
+      if (!place) return;
+      Weight weight{std::string(text(fields, kTensorName)), 0, {}, place->first, place->second};
+      for (const auto& [field, number] : numbers) {
+        if (field == kTensorType) weight.type = number;
+        if (field == kTensorSize) weight.shape.push_back(static_cast<std::int64_t>(number));
+      }
+      found.push_back(std::move(weight));
+    });
+    return found;
+  }
+
+ private:
+  using Place = std::pair<std::uint64_t, std::uint64_t>;  // first byte and length
+
+  // Calls visit(kind, fields, numbers) of every message that matters.
+  template <class Visit>
+  void walk(std::string_view content, const Visit& visit) {
     std::vector<std::pair<Message, std::string_view>> waiting = {{Message::kModel, content}};
     while (!waiting.empty()) {
       const auto [kind, bytes] = waiting.back();
       waiting.pop_back();
-      const Fields fields = read(bytes);
+      Numbers numbers;
+      const Fields fields = read(bytes, numbers);
       for (const Field& field : fields) {
         for (const Inner& known : kInner) {
           if (known.outer == kind && known.number == field.number) waiting.emplace_back(known.inner, field.bytes);
         }
       }
-      if (kind == Message::kNode) check_operator(text(fields, kNodeDomain), text(fields, kNodeOperator));
-      if (kind == Message::kOpset) check_domain(text(fields, kOpsetDomain));
-      if (kind == Message::kTensor) check_place(fields);
+      visit(kind, fields, numbers);
     }
   }
 
- private:
   Error refused(const std::string& what) const {
     return bundle_error("'" + source_ + "' " + what + "; copy the bundle again, or export it again");
   }
 
   Error damaged(const std::string& what) const { return refused("is no ONNX graph, or damaged: " + what); }
 
-  // The fields of a message that are bytes. Numbers are stepped over.
-  Fields read(std::string_view message) {
+  // The fields of a message that are bytes. Those that are whole numbers go to `numbers`.
+  Fields read(std::string_view message, Numbers& numbers) {
     Fields found;
     while (!message.empty()) {
       if (--left_ < 0) throw damaged("it has too many fields");
@@ -92,7 +120,7 @@ class Graph {
       const std::uint64_t encoding = tag >> 32 == 0 ? tag & 7 : 7;
       std::uint64_t length = 0;
       switch (encoding) {
-        case 0: number(message); continue;
+        case 0: numbers.emplace_back(tag >> 3, number(message)); continue;
         case 1: length = 8; break;
         case 2: length = number(message); break;
         case 5: length = 4; break;
@@ -151,12 +179,13 @@ class Graph {
     throw refused("has operators of the domain " + shown(domain) + ", which no export writes: it was not opened");
   }
 
-  // Where a tensor's numbers are: in the graph, if it says nothing, or inside the weights file.
-  void check_place(const Fields& tensor) {
+  // Where a tensor's numbers are: inside the weights file, or in the graph, if it says nothing.
+  std::optional<Place> place(const Fields& tensor) {
     std::optional<std::string_view> location, offset, length;
     for (const Field& field : tensor) {
       if (field.number != kTensorPlace) continue;
-      const Fields entry = read(field.bytes);
+      Numbers none;
+      const Fields entry = read(field.bytes, none);
       const std::string_view key = text(entry, kKey);
       auto* said = key == "location" ? &location : key == "offset" ? &offset : key == "length" ? &length : nullptr;
       if (said == nullptr || said->has_value()) {
@@ -164,7 +193,7 @@ class Graph {
       }
       *said = text(entry, kValue);
     }
-    if (!location && !offset && !length) return;
+    if (!location && !offset && !length) return std::nullopt;
     if (location != kWeights) {
       throw refused("reads weights from " + shown(location.value_or("")) + "; expected '" + kWeights +
                     "', and nothing else: it was not opened");
@@ -174,6 +203,7 @@ class Graph {
       throw refused("reads " + text_of(bytes) + " bytes from byte " + text_of(from) + " on of '" + kWeights +
                     "', which has " + text_of(weights_size_));
     }
+    return Place(from, bytes);
   }
 
   std::uint64_t natural(std::optional<std::string_view> said) const {
@@ -196,6 +226,10 @@ class Graph {
 
 void check_graph(std::string_view content, const std::string& source, std::uint64_t weights_size, bool for_cuda) {
   Graph(source, weights_size, for_cuda).check(content);
+}
+
+std::vector<Weight> weights_of(std::string_view content, const std::string& source, std::uint64_t weights_size) {
+  return Graph(source, weights_size, true).weights(content);
 }
 
 }  // namespace tarflow::internal

@@ -8,7 +8,7 @@ namespace tarflow::internal {
 namespace {
 
 constexpr std::size_t kRoom = std::size_t{4} << 30;  // bytes of steps that are kept beside those in use
-constexpr int kMostBegun = 64;  // steps that are begun before they are waited for: a call that is stopped ends soon
+constexpr int kMostBegun = 256;  // steps that are begun before they are waited for: a call that is stopped ends soon
 constexpr const char* kPositions[] = {"position", "position_next"};
 
 // The next of 1, 2, 3, 4, 6, 8, 12, 16 ...: a device computes a few more as fast, and captures each size anew.
@@ -78,6 +78,9 @@ void ResidentSteps::solve(const Pass& pass, const float* z, float* x, const OnSt
   for (std::int64_t position = 0; position + 1 < shape_.tokens(); ++position) {
     launch(pass);
     on_step(position);
+  }
+  if (pass.block > 0 && !sessions_.device.on_cpu && !sessions_.opening.one_block) {
+    sessions_.get(pass.block - 1, kind(pass.block - 1));  // while the steps run
   }
   read("x", latents.data());
   for (std::int64_t image = 0; image < images; ++image) {

@@ -33,7 +33,8 @@ Sessions::Sessions(const Bundle& bundle, const Opening& opening)
       opening(opening),
       library(opening.onnxruntime),
       device(opening),
-      captures_(opening.cuda_graph && !opening.on_cpu()) {
+      captures_(opening.cuda_graph && !opening.on_cpu()),
+      weights_(*this) {
   const std::vector<std::string> available = library.providers();
   if (std::find(available.begin(), available.end(), provider_name(opening)) != available.end()) return;
   std::string all;
@@ -129,15 +130,14 @@ void Sessions::check_run(OrtStatus* status, const Pass& pass, Kind kind) const {
 Session Sessions::open(std::size_t block, Kind kind) {
   const std::string& name = bundle.graph(block, kind);
   const std::string path = bundle.path(name);
-  OrtSession* made = nullptr;
+  Session session;
   const bool captured = on_device(kind) && captures_;
-  OrtStatus* status = create(path, kind, captured, &made);
+  OrtStatus* status = create(block, kind, captured, session);
   if (status != nullptr && captured) {  // a node that has no CUDA kernel in this version: slower, not wrong
     captures_ = false;
     why_not_ = ", without CUDA graphs: " + library.message(status).substr(0, 120);
-    status = create(path, kind, false, &made);
+    status = create(block, kind, false, session);
   }
-  const Session session(made, Release{library.api});
   const std::string message = status != nullptr ? library.message(status) : "";
   bundle.require_unchanged(name);  // after it was read, so that what was read is what was hashed
   bundle.require_unchanged(kWeights);
@@ -149,10 +149,19 @@ Session Sessions::open(std::size_t block, Kind kind) {
                   (limit ? "; use fewer `threads`, or raise the process's limits of memory and threads" : ""));
 }
 
-OrtStatus* Sessions::create(const std::string& path, Kind kind, bool captured, OrtSession** made) const {
+OrtStatus* Sessions::create(std::size_t block, Kind kind, bool captured, Session& made) {
   const Owned<OrtSessionOptions> options = this->options(kind);
-  if (!opening.on_cpu()) append_cuda(options.get(), captured);
-  return library.api->CreateSession(library.environment.get(), path.c_str(), options.get(), made);
+  const std::string& graph = bundle.graph(block, kind);
+  std::shared_ptr<const void> weights;
+  if (!opening.on_cpu()) {
+    append_cuda(options.get(), captured);
+    weights = weights_.give(options.get(), block, graph);
+  }
+  OrtSession* session = nullptr;
+  OrtStatus* status =
+      library.api->CreateSession(library.environment.get(), bundle.path(graph).c_str(), options.get(), &session);
+  made = Session(session, [release = Release{library.api}, weights](OrtSession* one) { release(one); });
+  return status;
 }
 
 Owned<OrtSessionOptions> Sessions::options(Kind kind) const {

@@ -10,6 +10,7 @@
 #include "opening.hpp"
 #include "ort/device.hpp"
 #include "ort/tensors.hpp"
+#include "ort/weights.hpp"
 
 namespace tarflow::internal {
 
@@ -49,13 +50,14 @@ class Sessions {
 
  private:
   Session open(std::size_t block, Kind kind);
-  OrtStatus* create(const std::string& path, Kind kind, bool captured, OrtSession** made) const;
+  OrtStatus* create(std::size_t block, Kind kind, bool captured, Session& made);
   Owned<OrtSessionOptions> options(Kind kind) const;
   void append_cuda(OrtSessionOptions* options, bool captured) const;
 
   std::mutex mutex_;
   bool captures_;
   std::string why_not_;  // it captures nothing, if that was asked for
+  DeviceWeights weights_;
   std::map<std::pair<std::size_t, Kind>, int> captured_;
   std::map<std::pair<std::size_t, Kind>, Session> open_;
 };
