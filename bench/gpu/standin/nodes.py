@@ -66,7 +66,8 @@ def hollow(config: Config, folder: Path) -> Bundle:
 
 def of_a_step(backend: OrtBackend, images: int, branches: int) -> dict[str, Any]:
     """Nodes of a captured step, by what they are; what CUDA would not have let happen; where the graph's nodes went."""
-    config, title = backend.config, f"{images}-{branches}"
+    config, graph = backend.config, f"block_00.{FUSED[branches] if backend.fused else RESIDENT}"
+    title = f"{graph}-{images}-{branches}"
     labels = np.zeros((branches, images), np.int64)
     mix = np.full((2, branches, config.tokens), 1 / branches, np.float32)
     z = np.zeros((images, config.tokens, config.patch_dim), np.float32)
@@ -76,7 +77,6 @@ def of_a_step(backend: OrtBackend, images: int, branches: int) -> dict[str, Any]
     note("end")
     events = part(read(), title)
     made = Counter(event.values.get("name", event.call) for event in events if event.captured)
-    graph = f"block_00.{FUSED[branches] if backend.fused else RESIDENT}"
     return {
         "graph": graph,
         "images": images,
