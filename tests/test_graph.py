@@ -20,7 +20,7 @@ from tarflow.export.pipeline import export
 from tarflow.runtime.bundle import FUSED, GOLDEN, MANIFEST, WEIGHTS, Bundle
 from tarflow.runtime.errors import BundleError
 from tarflow.runtime.flow import Flow
-from tarflow.runtime.graph import check_graph, operators
+from tarflow.runtime.graph import check_graph, operators, weights_of
 
 from .conftest import DEMO, Exported, amend
 from .cpp_library import BUNDLE, CppError, CppFlow
@@ -160,6 +160,17 @@ def test_a_graph_is_an_onnx_file_beside_the_weights(name: str, copy: Exported) -
         Flow.open(folder)
     with pytest.raises(CppError, match=r"expected an \.onnx file beside the weights"):
         CppFlow(folder)
+
+
+@pytest.mark.parametrize("kind", ["forward", "resident"])
+def test_weights_are_found_where_a_graph_says_they_are(kind: str) -> None:
+    path, said = DEMO / f"block_01.{kind}.onnx", {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            said[tensor.name] = tensor.data_type, tuple(tensor.dims), int(place["offset"]), int(place["length"])
+    assert weights_of(path) == said
+    assert len(said) > 40
 
 
 def test_a_graph_beyond_any_exports_size_is_refused_unread(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Archive:
         """FOLDER/NAME.tar.xz. Returns its size."""
         path = folder / f"{self.name}.tar.xz"
         with (
-            lzma.open(path, "wb", preset=9 | lzma.PRESET_EXTREME) as packed,
+            lzma.open(path, "wb", preset=9) as packed,
             tarfile.open(fileobj=packed, mode="w|") as tar,
         ):
             for place, file in self.files.items():
