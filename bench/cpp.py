@@ -60,7 +60,7 @@ def bare_step(python: Flow) -> float:
 
 
 def main() -> None:
-    python, cpp = Flow.open(DEMO), CppFlow(DEMO)
+    python, cpp = Flow.open(DEMO, "cpu"), CppFlow(DEMO)
     steps = python.config.blocks * (python.config.tokens - 1)
     rows = [
         "| batch | guidance | Python, us a step | C++, us a step | Python / C++ | max difference |",

@@ -70,7 +70,7 @@ def timed(run: Callable[[], None]) -> float:
 
 
 def floors(name: str, model: TarFlow, bundle: Path) -> list[str]:
-    flow, steps = Flow.open(bundle), model.config.tokens - 1
+    flow, steps = Flow.open(bundle, "cpu"), model.config.tokens - 1
     lines = []
     for batch in BATCHES:
         bare, decode = bare_products(model, batch), serial(flow, batch)
@@ -97,7 +97,9 @@ def settings(bundle: Path) -> list[str]:
     lines = []
     ways = list(itertools.product(range(1, (os.cpu_count() or 1) + 1), (True, False)))
     for batch in (1, 8, 32):
-        runs = [serial(Flow.open(bundle, threads=threads, spinning=spinning), batch) for threads, spinning in ways]
+        runs = [
+            serial(Flow.open(bundle, "cpu", threads=threads, spinning=spinning), batch) for threads, spinning in ways
+        ]
         times: list[list[float]] = [[] for _ in ways]
         for turn in range(4):
             for run, own in zip(runs, times, strict=True):

@@ -151,7 +151,7 @@ def overhead(folder: Path) -> None:
     """
     import tarflow.shards.cluster as cluster
 
-    flow = Flow.open(DEMO, threads=1)
+    flow = Flow.open(DEMO, "cpu", threads=1)
     base = Job.of(flow.bundle, Request(16 * 100, denoise=False), shard_size=16)
     own, clock = list[float](), list[float]()
     for shard in base.shards():
@@ -176,7 +176,7 @@ def between_shards(job: Job, out: Path, kind: str) -> float:
     """Seconds from one finished shard to the next, the median, for a crew of one."""
     import tarflow.shards.cluster as cluster
 
-    task, moments, records = Task(job, DEMO, out, Opening(threads=1)), list[float](), list[Record]()
+    task, moments, records = Task(job, DEMO, out, Opening("cpu", threads=1)), list[float](), list[Record]()
     clock = time.process_time if kind == "solo" else time.perf_counter
 
     def done(record: Record) -> None:

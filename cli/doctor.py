@@ -18,6 +18,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import MachineError, TarflowError, briefly
 from ..runtime.hidden import left_in
 from ..runtime.machine import cores, cpu_quota
+from ..runtime.native.choice import on_cpus
 from ..runtime.opening import Opening
 from .console import DEMO, emit, show
 from .messages import flags_in, spell
@@ -30,6 +31,10 @@ _RUNTIME = ("tarflow", "numpy", "onnxruntime", "onnxruntime-gpu", "safetensors")
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-rtx")
 _PLUGINS = ("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
 PACKAGES = (*_RUNTIME, "torch", "onnx", *_TENSORRT, *_PLUGINS, "cuda-python", "polygraphy")
+_COST = (
+    "small batches take up to 4 times longer that way, in int8 up to 10 times; where it was not built: install a C++ "
+    "compiler such as g++, then tarflow again"
+)
 SELF_TEST_LIMIT = 1e-3  # round trip of one block
 
 
@@ -49,10 +54,14 @@ def doctor(json: Json = False) -> None:
     tests = _self_tests(providers)
     tests["tensorrt"] = _result(None, untried) if untried else _engine_test()
     problems += [f"self-test {name}: {test['message']}" for name, test in tests.items() if test["ok"] is False]
+    decoding = on_cpus(Bundle.open(DEMO))
+    if not decoding.startswith("native"):
+        decoding += f"; {_COST}"
     python, system, count = platform.python_version(), platform.platform(), os.cpu_count()
     if json:
         used = {"cores": count, "cpu_quota": quota, "threads": cores()}
         found = {"packages": versions, "providers": providers, "self_test": tests, "tensorrt": tensorrt}
+        found["decoding_on_cpus"] = decoding
         emit(python=python, platform=system, **used, gpu=gpu, **found, problems=problems)
     else:
         states = {True: "ok", False: "FAILED", None: "not tried"}
@@ -63,6 +72,7 @@ def doctor(json: Json = False) -> None:
                 ("gpu", gpu or "none seen"),
                 *versions.items(),
                 ("providers", ", ".join(providers) or "none"),
+                ("on cpus", f"the demo is decoded by {decoding}"),
                 *((f"self-test {name}", f"{states[test['ok']]}, {test['message']}") for name, test in tests.items()),
                 *(("tensorrt", sentence) for sentence in tensorrt),
             ]

@@ -56,15 +56,17 @@ def generate(
     from ..runtime.flow import Flow
     from ..runtime.inputs import check_noise
     from ..runtime.samples import Watch
+    from ..shards.engine import on_engine
     from ..shards.job import DEFAULT_SHARD, Job
-    from .shards import WITH_OUT, WITHOUT_OUT, Means, Telling, draw_shards, refuse
+    from .shards import WITH_OUT, WITHOUT_OUT, Means, Telling, draw_shards, engine_for, refuse
 
     if out is not None:
         refuse(WITH_OUT, noise=noise, save=save, output=output, batch_size=drawing.said["batch_size"])
         request = drawing.request(bundle.manifest.config, 64 if n is None else n, labels)
         size = DEFAULT_SHARD if shard_size is None else shard_size
-        job = Job.of(bundle, request, format or "npy", size, opening.engine(bundle.manifest.precision))
-        draw_shards(bundle, job, out, Means(workers, ray, opening, quiet), Telling(json, strict))
+        engine = engine_for(bundle, out, ray, opening)
+        job = Job.of(bundle, request, format or "npy", size, engine)
+        draw_shards(bundle, job, out, Means(workers, ray, on_engine(engine, opening), quiet), Telling(json, strict))
         return
     refuse(WITHOUT_OUT, format=format, shard_size=shard_size, workers=workers, ray=ray)
     array = read_array(noise, "noise") if noise is not None else None

@@ -1,4 +1,4 @@
-"""``tarflow inspect``: what is in a bundle. Needs no engine."""
+"""``tarflow inspect``: what is in a bundle, and what decodes it here. Opens no engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ..runtime.bundle import MANIFEST, Bundle, ModelShape
 from ..runtime.errors import BundleError, Remedy, briefly
 from ..runtime.files import size_text
 from ..runtime.hub import origin
+from ..runtime.native.choice import on_cpus
 from .console import emit, identity, show
 from .messages import command
 from .options import BundleArgument, Json
@@ -26,7 +27,9 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
     bundle.check()
     m = bundle.manifest
     if json:
-        emit(**identity(bundle), origin=origin(bundle.folder), hashes="ok", **asdict(m))
+        emit(
+            **identity(bundle), origin=origin(bundle.folder), hashes="ok", decoding_on_cpus=on_cpus(bundle), **asdict(m)
+        )
         return
     c = m.config
     show(
@@ -38,6 +41,7 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
             ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
             *((("came from", came),) if (came := origin(bundle.folder)) else ()),
             *((("exported from", m.source),) if m.source else ()),
+            ("on CPUs", f"decoded by {on_cpus(bundle)}"),
             ("made with", ", ".join(f"{k} {v}" for k, v in m.exporter.items())),
         ],
         str(bundle.folder),

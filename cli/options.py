@@ -74,7 +74,10 @@ _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]
 
 OPENING: Flags = {
     "provider": _flag(
-        str, "cpu", "cpu, native, cuda or tensorrt (engines of tarflow build), cuda:1 for another GPU, or auto."
+        str,
+        "auto",
+        "auto (the first that works here of tensorrt, cuda, native, cpu), or one of them: engines of tarflow build, "
+        "ONNX Runtime on a GPU, cuda:1 for another, the native engine, ONNX Runtime on CPUs.",
     ),
     "threads": _flag(int | None, None, "Threads of one operator. Default: one a core."),
     "spinning": _flag(bool | None, None, "Let idle threads spin; not where cores are shared."),
@@ -87,7 +90,9 @@ OPENING: Flags = {
     ),
     "cuda_graph": _flag(bool, True, "Replay a step on a GPU as one CUDA graph."),
     "precision": _flag(
-        str | None, None, "What the native engine keeps weights in: fp32, int16, bf16 or int8. Default: the bundle's."
+        str | None,
+        None,
+        "What the native engine keeps weights in: fp32, int16, bf16, int8. Default: int8 of an int8 bundle, else fp32.",
     ),
 }
 Threads = OPENING["threads"].annotation

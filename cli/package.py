@@ -23,7 +23,7 @@ def package(
     delay: Annotated[float, Option(help="Seconds a request may wait for others to share its batch.")] = 0.005,
     gpu: Annotated[str | None, Option(help="GPUs, as in 0,1. Default: the CPU.")] = None,
     provider: Annotated[
-        str | None, Option(help="Default: cpu; with --gpu auto: TensorRT engines, CUDA, what works there.")
+        str | None, Option(help="Default: auto, what works there: with --gpu TensorRT engines, then CUDA.")
     ] = None,
     threads: Annotated[int | None, Option(help="Threads of an instance. Default: its share.")] = None,
     link: Annotated[bool, Option("--link/--copy", help="Link to the bundle instead of copying it.")] = False,
@@ -43,7 +43,7 @@ def package(
     gpus = tuple(numbers(gpu)) if gpu is not None else ()
     if gpu is not None and not gpus:
         raise InputError.of("gpus", f"'{gpu}'", "device numbers, as in 0,1")
-    opening = Opening(provider or ("auto" if gpus else "cpu"), threads)
+    opening = Opening(provider or "auto", threads)
     serving = Serving(instances, max_batch, delay, gpus, opening)
     able = TASKS if bundle.manifest.config.noise_std else TASKS[:2]
     tasks = able if models is None else tuple(part.strip() for part in models.split(","))

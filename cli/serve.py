@@ -13,7 +13,7 @@ from typer import Option
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import InputError
-from ..runtime.opening import Opening
+from ..runtime.opening import ON_DEVICE, Opening
 from .console import emit_line, identity
 from .options import DECODING, BundleArgument, Drawing, Json, Ray, draws, opens
 
@@ -62,6 +62,7 @@ def serve(
         os.environ.pop(name, None)
     from ..runtime.flow import Flow
     from ..runtime.machine import cores
+    from ..runtime.providers import settled
     from ..serve.app import create_app
     from ..serve.server import listen, names_of
     from ..serve.server import serve as run
@@ -71,7 +72,7 @@ def serve(
         raise InputError(
             "`replicas` means nothing without `ray`; for batches computed at a time in one process: `workers`"
         )
-    on_cpu = opening.provider == "cpu"
+    on_cpu = settled(bundle, opening).provider_name not in ON_DEVICE
     if workers is None:
         workers = 2 if on_cpu and cores() > 1 else 1
     if opening.threads is None and on_cpu and ray is None:

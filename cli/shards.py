@@ -54,6 +54,19 @@ def refuse(why: str, **options: object) -> None:
         raise InputError(f"{', '.join(given)} means nothing {why}")
 
 
+def engine_for(bundle: Bundle, out: Path, ray: str | None, opening: Opening) -> str | None:
+    """The engine that a job records; see :func:`~tarflow.shards.engine.engine_of`."""
+    from ..shards.engine import engine_of
+    from ..shards.folder import recorded
+
+    gpus = False
+    if ray is not None and opening.else_on("auto").provider == "auto" and recorded(out) is None:
+        from ..shards.cluster import has_gpus
+
+        gpus = has_gpus(ray)
+    return engine_of(bundle, out, opening, gpus)
+
+
 def draw_shards(bundle: Bundle, job: Job, out: Path, means: Means, telling: Telling) -> None:
     """Draw what is missing of a job in folder ``out``, write the index, and say what is there. Exits with 1 if samples
     are not finite, or have no round trip; strictly, also if a round trip is suspect.

@@ -42,9 +42,12 @@ def verify(
         else:
             from ..quality.parity import verify_golden
             from ..runtime.flow import Flow
+            from ..runtime.providers import native_backends
 
             watch("verify golden pairs")
-            card = verify_golden(Flow.open(bundle, opening))
+            asked = opening.else_on("cpu")
+            flow = Flow.open(bundle, asked)
+            card = verify_golden(flow, native_backends(flow.bundle) if asked.provider == "cpu" else None)
     wrong = card.failures()
     if json:
         emit(bundle=bundle, ok=not wrong, failures=wrong, **card.to_json())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def bisect_bundle(
     ``tolerance`` is the largest absolute error of patches or gradients; by default ten times the precision's rms.
     Raises InputError for a provider that does not run graphs, and as :meth:`Comparison.open`.
     """
+    comparison = replace(comparison, opening=comparison.opening.else_on("cpu"))
     provider = comparison.opening.provider_name
     if provider not in PROVIDERS:
         why = "bisecting looks inside ONNX graphs, and engines have none"

@@ -15,7 +15,7 @@ from tarflow.model import TarFlow
 from tarflow.reference import Twin
 
 from ..quality.card import Card
-from ..quality.parity import OnDevices, Pairs, Watch, make_pairs, verify, verify_golden
+from ..quality.parity import Others, Pairs, Watch, make_pairs, verify, verify_golden
 from ..runtime.bundle import FUSED, MANIFEST, RESIDENT, WEIGHTS, Bundle
 from ..runtime.errors import InputError
 from ..runtime.flow import Flow
@@ -23,9 +23,10 @@ from ..runtime.hub import checkpoint_at
 from ..runtime.opening import Opening
 from ..runtime.ort.backend import OrtBackend
 from ..runtime.ort.library import load_onnxruntime
+from ..runtime.providers import native_backends
 from .emulate import runnable, widened
 
-ONE_BLOCK = Opening(memory="least")  # beside the whole model in PyTorch
+ONE_BLOCK = Opening("cpu", memory="least")  # beside the whole model in PyTorch
 _CHECKS_LENGTHS = (1, 26)  # the first ONNX Runtime whose attention, on CPUs, writes to no slot that a cache has not
 
 
@@ -33,21 +34,22 @@ _CHECKS_LENGTHS = (1, 26)  # the first ONNX Runtime whose attention, on CPUs, wr
 class Beside:
     """A bundle's ``flow``, and the ``oracle``: the same with PyTorch computing every block, on ``model``'s weights.
 
-    ``devices`` decode with the graphs for devices, as far as they are compared.
+    ``others`` decode otherwise, as far as they are compared.
     """
 
     flow: Flow
     oracle: Flow
     model: TarFlow
-    devices: OnDevices = field(default_factory=OnDevices)
+    others: Others = field(default_factory=Others)
 
     def card(self, pairs: Pairs, watch: Watch) -> Card:
-        return verify(self.flow, self.oracle, pairs, watch, self.devices)
+        return verify(self.flow, self.oracle, pairs, watch, self.others)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What to compare: a bundle, opened as ``opening`` says, with PyTorch on a checkpoint.
+    """What to compare: a bundle, opened as ``opening`` says ("auto": its graphs, on the CPU), with PyTorch on a
+    checkpoint.
 
     ``checkpoint`` None means the bundle's own weights; ``hints`` are what its name does not say.
     """
@@ -73,7 +75,7 @@ class Comparison:
                 "checkpoint it was exported from",
                 field="checkpoint",
             )
-        with beside(model, bundle, self.opening) as found:
+        with beside(model, bundle, self.opening.else_on("cpu")) as found:
             yield found
 
 
@@ -96,24 +98,26 @@ def beside(model: TarFlow, bundle: Bundle, opening: Opening = ONE_BLOCK) -> Iter
         if opening.provider != "cpu":
             yield Beside(Flow.open(bundle, opening), oracle, model)
             return
-        with runnable(bundle) as here, _on_devices(bundle, here, opening) as devices:
+        with runnable(bundle) as here, _others(bundle, here, opening) as others:
             backend = OrtBackend(here, opening)
             if here is not bundle:
                 backend.description += ", bfloat16 emulated by rounding float32"
-            yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, devices)
+            yield Beside(Flow(here, backend, budget=backend.budget), oracle, model, others)
 
 
 @contextlib.contextmanager
-def _on_devices(bundle: Bundle, here: Bundle, opening: Opening) -> Iterator[OnDevices]:
-    """The graphs for devices that a bundle has, on this CPU; ``here`` is the bundle as it can run it."""
-    graphs = bundle.manifest.blocks[0].graphs
+def _others(bundle: Bundle, here: Bundle, opening: Opening) -> Iterator[Others]:
+    """The native engine, and the graphs for devices that a bundle has, on this CPU; ``here`` is the bundle as it can
+    run it.
+    """
+    graphs, native = bundle.manifest.blocks[0].graphs, native_backends(bundle)
     resident = OrtBackend(here, opening, resident=True) if RESIDENT in graphs else None
     version = tuple(map(int, load_onnxruntime().__version__.split(".")[:2]))
     if resident is None or version < _CHECKS_LENGTHS or not graphs.keys() >= set(FUSED.values()):
-        yield OnDevices(resident)
+        yield Others(resident, native=native)
         return
     with widened(bundle) as wide:
-        yield OnDevices(resident, OrtBackend(wide, opening, resident=True, fused=True))
+        yield Others(resident, OrtBackend(wide, opening, resident=True, fused=True), native)
 
 
 def oracle_flow(model: TarFlow, bundle: Bundle) -> Flow:

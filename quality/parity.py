@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,8 @@ from ..runtime.flow import Flow, Guidance
 from ..runtime.image import patchify, unpatchify
 from ..runtime.inputs import AS_THEY_ARE
 from ..runtime.manifest import AGAIN
-from ..runtime.precision import PRECISIONS
-from .card import Card, Difference
+from ..runtime.precision import PRECISIONS, Tolerance, native_tolerance
+from .card import Card, Difference, Native
 
 SAMPLES = 4
 _GUIDANCE = Guidance(1.0, annealed=True, attention_temperature=0.7)  # uses all a graph's guidance has
@@ -53,13 +53,14 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class OnDevices:
-    """Backends that decode with a bundle's graphs for devices, to be compared too: ``fused`` with those for the CUDA
-    provider, in float32.
+class Others:
+    """Backends that decode a bundle otherwise, to be compared too: with its graphs for devices, ``fused`` with those
+    for the CUDA provider, in float32; and the ``native`` engine, by precision.
     """
 
     resident: Backend | None = None
     fused: Backend | None = None
+    native: Mapping[str, Backend] = field(default_factory=dict)
 
 
 def make_pairs(oracle: Flow, parameters: int, watch: Watch = lambda stage: None) -> Pairs:
@@ -100,7 +101,7 @@ def verify(
     oracle: Flow,
     pairs: Pairs,
     watch: Watch = lambda stage: None,
-    devices: OnDevices = OnDevices(),
+    others: Others = Others(),
 ) -> Card:
     """The parity card of ``flow`` against ``oracle``."""
     blocks = _blocks(flow, pairs, watch)
@@ -110,13 +111,20 @@ def verify(
     inverses = _guided_inverses(oracle if pairs.serial else flow, pairs, branches)
     guided = _worst(flow.backend, inverses, branches)
     resident = cuda = cuda_guided = None
-    if devices.resident is not None:
+    if others.resident is not None:
         watch("verify resident steps")
-        resident = _worst(devices.resident, pairs.inverses(), plain)
-    if devices.fused is not None:
+        resident = _worst(others.resident, pairs.inverses(), plain)
+    if others.fused is not None:
         watch("verify steps for CUDA")
-        cuda = _worst(devices.fused, pairs.inverses(), plain)
-        cuda_guided = _worst(devices.fused, inverses, branches)
+        cuda = _worst(others.fused, pairs.inverses(), plain)
+        cuda_guided = _worst(others.fused, inverses, branches)
+    watch("verify native steps")
+    native = {
+        precision: _native_drawn(flow, precision, backend, pairs)
+        if pairs.serial
+        else Native(_worst(backend, pairs.inverses(), plain), None, _native_tolerance(flow, precision))
+        for precision, backend in others.native.items()
+    }
     watch("verify likelihood")
     bits = flow.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE).astype(np.float64)
     shift = np.abs(bits - oracle.bits_per_dim(pairs.images, pairs.labels, AS_THEY_ARE)).max()
@@ -141,6 +149,7 @@ def verify(
         resident=resident,
         cuda=cuda,
         cuda_guided=cuda_guided,
+        native=native,
         sample=sample,
         certificate=certificate,
         denoised=_denoised(flow, pairs.images, pairs.labels, pairs.denoised),
@@ -164,8 +173,10 @@ def stored_pairs(bundle: Bundle) -> Pairs:
     return Pairs(found["noise"], found["labels"], found["images"], found.get("denoised"), states=(), serial=True)
 
 
-def verify_golden(flow: Flow) -> Card:
-    """The part of the card that needs no PyTorch: the bundle's golden pairs, and the certificate of their samples."""
+def verify_golden(flow: Flow, native: Mapping[str, Backend] | None = None) -> Card:
+    """The part of the card that needs no PyTorch: the bundle's golden pairs, and the certificate of their samples, of
+    the ``native`` engine too.
+    """
     pairs = stored_pairs(flow.bundle)
     labels, images = pairs.labels, pairs.images
     sample, certificate = _drawn(flow, pairs.noise, labels, images)
@@ -175,6 +186,7 @@ def verify_golden(flow: Flow) -> Card:
         method="serial decode",
         samples=len(labels),
         tolerance=PRECISIONS[flow.bundle.manifest.precision].tolerance,
+        native={name: _native_drawn(flow, name, backend, pairs) for name, backend in (native or {}).items()},
         sample=sample,
         certificate=certificate,
         denoised=_denoised(flow, images, labels, pairs.denoised),
@@ -210,6 +222,17 @@ def _drawn(flow: Flow, noise: Array, labels: NDArray[np.int64], images: Array) -
     found = flow.sample(noise=noise, labels=labels, denoise=False, certify=True)
     assert found.report.certificate is not None
     return Difference.between(found, images), float(found.report.certificate.max())
+
+
+def _native_drawn(flow: Flow, precision: str, backend: Backend, pairs: Pairs) -> Native:
+    """What the native engine decodes the noise to, encoded again by the flow."""
+    drawn = Flow(flow.bundle, backend).sample(noise=pairs.noise, labels=pairs.labels, denoise=False, decode="serial")
+    certificate = float(flow.certify(drawn, pairs.noise, pairs.labels).max())
+    return Native(Difference.between(drawn, pairs.images), certificate, _native_tolerance(flow, precision))
+
+
+def _native_tolerance(flow: Flow, precision: str) -> Tolerance:
+    return native_tolerance(flow.bundle.manifest.precision, precision)
 
 
 def _denoised(flow: Flow, images: Array, labels: NDArray[np.int64], expected: Array | None) -> Difference | None:

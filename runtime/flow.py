@@ -67,23 +67,23 @@ class Flow:
     def open(
         cls,
         bundle: str | os.PathLike[str] | Bundle,
-        provider: str | Opening = "cpu",
+        provider: str | Opening = "auto",
         threads: int | None = None,  # third, as Triton repositories written earlier give it
         **opening: Unpack[OpeningKeywords],  # typed: the fields of Opening are in one place
     ) -> Self:
         """Open a bundle, after checking the hashes of its graphs and weights.
 
-        ``provider`` is "cpu", "cuda", "tensorrt" or "auto"; with it go ``threads``, ``spinning``, ``memory`` and
-        ``cuda_graph``, see :class:`Opening`, which may be given whole instead. Raises BundleError for a damaged bundle
-        or one without engines that fit, MachineError if the provider is not to be had, InputError for an unknown one,
-        and for a limit of memory that one image exceeds.
+        ``provider`` is "auto", "native", "cpu", "cuda" or "tensorrt"; with it go ``threads``, ``spinning``, ``memory``,
+        ``cuda_graph`` and ``precision``, see :class:`Opening`, which may be given whole instead. Raises BundleError for
+        a damaged bundle or one without engines that fit, MachineError if the provider is not to be had, InputError for
+        an unknown one, and for a limit of memory that one image exceeds.
         """
         if not isinstance(bundle, (str, os.PathLike, Bundle)):
             raise InputError.of("bundle", told(bundle), "a bundle's folder")
         how = opening_of(provider, threads, opening)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         opened.check_runnable()
-        budget = spend(opened, how.memory)
+        budget = spend(opened, how.memory, how.weights_in(opened.manifest.precision) if how.native else None)
         flow = cls(opened, open_backend(opened, how), budget=budget)
         flow.opening = how
         return flow

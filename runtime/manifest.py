@@ -10,7 +10,7 @@ from typing import Any
 
 from .document import Reader, short
 from .errors import BundleError, Remedy
-from .precision import PRECISIONS
+from .precision import PRECISIONS, Tolerance, native_tolerance
 
 FORMAT = "tarflow-bundle"
 SCHEMA = 1
@@ -101,14 +101,16 @@ class Manifest:
         return self.class_names[label] if self.class_names else str(label)
 
     def certificate_limit(self, precision: str) -> float:
-        """The round-trip error that the parity card allows samples drawn in a precision. A bundle without a card, and a
-        precision that is not the bundle's own, have what any card of that precision allows.
+        """The round-trip error that the parity card allows samples drawn in a precision: the bundle's own, which they
+        are encoded in again, or if that is wider the native engine's. What the card has no row of has what any card
+        allows it.
         """
-        told = self.parity.get("tolerance")
-        allowed = told.get("certificate") if isinstance(told, dict) and precision == self.precision else None
-        if isinstance(allowed, (int, float)):
-            return float(allowed)
-        return PRECISIONS[precision if precision in PRECISIONS else "fp16"].tolerance.certificate
+        own = _allowed(self.parity, PRECISIONS[self.precision].tolerance)
+        if precision == self.precision:
+            return own
+        natives = self.parity.get("native")
+        row = natives.get(precision) if isinstance(natives, dict) else None
+        return max(own, _allowed(row, native_tolerance(self.precision, precision)))
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
@@ -176,6 +178,13 @@ def _read_class_names(reader: Reader, top: Mapping[str, Any], classes: int) -> t
         if not name or UNPRINTABLE.search(name):
             raise reader.wrong(f"class_names[{k}] is {short(name)}; expected text without control characters")
     return tuple(names)
+
+
+def _allowed(row: object, otherwise: Tolerance) -> float:
+    """The largest round-trip error by a parity card, or a row of it; what is ``otherwise`` allowed if it says none."""
+    told = row.get("tolerance") if isinstance(row, dict) else None
+    allowed = told.get("certificate") if isinstance(told, dict) else None
+    return float(allowed) if isinstance(allowed, (int, float)) else otherwise.certificate
 
 
 def _read_config(reader: Reader, numbers: dict[str, Any]) -> ModelShape:

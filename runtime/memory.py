@@ -18,6 +18,7 @@ _PROGRAM = 256 << 20  # bytes: Python, numpy, ONNX Runtime and its scratch memor
 _LARGEST_CACHE = 4 << 30  # without a limit
 _LARGEST_ACTIVATIONS = 1 << 30
 _SPENT = 0.8  # of what is left: allocators round up
+_PACKED = {"fp32": 4, "int16": 2 + 1 / 16, "bf16": 2, "int8": 1 + 1 / 16}  # bytes of a weight: a float scales 64
 _CACHE_COPIES = 2  # a cache grows by moving to another buffer
 
 
@@ -43,8 +44,9 @@ class Budget(NamedTuple):
 USUAL = Budget()
 
 
-def spend(bundle: Bundle, limit: Memory) -> Budget:
+def spend(bundle: Bundle, limit: Memory, native: str | None = None) -> Budget:
     """The budget under a ``limit`` in bytes on the process; None: what suits any machine; "least": one block at a time.
+    ``native`` is the precision that the native engine packs weights in, None where ONNX Runtime or TensorRT decodes.
 
     Weights come first: those of all blocks, or of one where all would leave too little. The rest is shared between
     cache and activations, and the samples themselves come on top. Raises InputError for a limit that one image exceeds,
@@ -53,7 +55,8 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
     if limit is None or limit == "least":
         return Budget(one_block=limit is not None)
     config = bundle.manifest.config
-    weights = 2 * bundle.manifest.files[WEIGHTS].size  # mapped from the file, and as the kernels of steps want them
+    mapped = bundle.manifest.files[WEIGHTS].size  # of the file; and the same as the kernels of steps want them
+    weights = mapped + (mapped if native is None else packed(config, native))
     cache = 2 * _CACHE_COPIES * cache_row(config, bundle.manifest.precision)  # of a guided image
     activations = gradient_row(config)
     for one_block in (False, True):
@@ -71,6 +74,11 @@ def spend(bundle: Bundle, limit: Memory) -> Budget:
         found=limit,
         expected=f"{needed} bytes or more, by an estimate",
     )
+
+
+def packed(config: ModelShape, precision: str) -> int:
+    """Bytes of all blocks' products as the native engine keeps them, scales among them."""
+    return int(12 * config.blocks * config.layers * config.width**2 * _PACKED[precision])
 
 
 def cache_row(config: ModelShape, precision: str) -> int:

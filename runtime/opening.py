@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from .errors import InputError
@@ -21,18 +21,20 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA and CPU that works here. "cuda:1" names a
-    GPU by its number or UUID; otherwise it is the first one that CUDA shows this process.
+    """``provider`` is one of PROVIDERS; "auto" is the first of TensorRT, CUDA, the native engine (where it is built and
+    not slower: docs/NATIVE.md) and ONNX Runtime on the CPU, "cpu", that works here. "cuda:1" names a GPU by its number
+    or UUID; otherwise it is the first one that CUDA shows this process.
 
     ``threads`` (None: one a core, as far as a quota allows) and ``spinning`` (False where cores are shared) go to ONNX
     Runtime. ``memory`` is a limit in bytes on the process, beside the samples themselves: it chooses batches,
     sub-batches of the gradient, and whether one block is open at a time; "least" is always one block. ``cuda_graph``
     False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. ``precision``
-    is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8 for a bundle of int8, else fp32).
+    is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8 for a bundle of int8, else fp32);
+    with provider "auto" it asks for that engine.
     Raises InputError for what is none of these.
     """
 
-    provider: str = "cpu"
+    provider: str = "auto"
     threads: int | None = None
     spinning: bool | None = None
     memory: Memory = None
@@ -44,8 +46,19 @@ class Opening:
         return self.precision or ("int8" if PRECISIONS[exported].int8 else "fp32")
 
     def engine(self, exported: str) -> str | None:
-        """What computes the same bits on every machine, by name and precision; None for engines that do not."""
-        return f"native {self.weights_in(exported)}" if self.provider == "native" else None
+        """What computes the same bits on every machine, by name and precision; None for engines that do not, and for
+        "auto", which has to be settled first.
+        """
+        return f"native {self.weights_in(exported)}" if self.native else None
+
+    def else_on(self, provider: str) -> Opening:
+        """The same on ``provider``, where none was asked for."""
+        return replace(self, provider="native" if self.native else provider) if self.provider == "auto" else self
+
+    @property
+    def native(self) -> bool:
+        """Whether the native engine was asked for, by its name or by a precision of its own."""
+        return self.provider == "native" or self.precision is not None
 
     def __post_init__(self) -> None:
         check_field("provider", self.provider, "a string")
@@ -67,7 +80,7 @@ class Opening:
             raise InputError.of("memory", self.memory, "1 byte or more")
         if self.precision is not None and self.precision not in NATIVE_PRECISIONS:
             raise InputError.of("precision", f"'{self.precision}'", f"one of {', '.join(NATIVE_PRECISIONS)}")
-        if self.precision is not None and self.provider != "native":
+        if self.precision is not None and self.provider not in ("auto", "native"):
             advice = "others compute in the bundle's own; use `provider` native"
             raise InputError.of("precision", f"'{self.precision}'", "none but for the native engine", advice)
 

@@ -49,4 +49,14 @@ PRECISIONS = {
         Precision("int8", "float32", "float32", 1, None, Tolerance(5e-2, 5e-2, 5.0), "fp16 or fp32", int8=True),
     )
 }
+_INT16 = Tolerance(1e-3, 1e-4, 0.1)  # a precision of the native engine's alone
 ENGINE_PRECISIONS = {row.tensorrt: row.name for row in PRECISIONS.values() if row.tensorrt is not None}
+
+
+def native_tolerance(exported: str, precision: str) -> Tolerance:
+    """How far the native engine may be off in a precision, of a bundle that was ``exported`` in one: in each the wider
+    of both, as it works on the bundle's weights, and its samples are encoded in the bundle's.
+    """
+    own, theirs = PRECISIONS[exported].tolerance, _INT16 if precision == "int16" else PRECISIONS[precision].tolerance
+    wider = {name: max(getattr(own, name), getattr(theirs, name)) for name in Tolerance.__slots__}
+    return Tolerance(**wider)

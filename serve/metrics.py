@@ -17,7 +17,7 @@ _ERRORS = tuple(10.0**power for power in range(-7, 3))
 class Metrics:
     """Counters of one service; a registry of their own, so that two services in a process do not meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str = "") -> None:
         registry = self.registry = CollectorRegistry()
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
         timer = partial(histogram, buckets=_SECONDS)
@@ -29,6 +29,8 @@ class Metrics:
         self.abandoned = counter(
             "tarflow_abandoned_requests", "Requests whose client left or whose time ran out.", ["why"]
         )
+        info = Gauge("tarflow_engine_info", "1, of what decodes, and why not others.", ["engine"], registry=registry)
+        info.labels(engine).set(1)
         self.queue = Gauge("tarflow_queue_requests", "Requests waiting now.", registry=registry)
         self.batch_samples = histogram("tarflow_batch_samples", "Samples in a batch.", buckets=_ROWS)
         self.block_seconds = timer("tarflow_block_seconds", "Time to invert one flow block for one tile.", ["block"])

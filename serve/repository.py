@@ -20,13 +20,13 @@ from pathlib import Path
 from ..runtime.bundle import MANIFEST, Bundle, ModelShape
 from ..runtime.errors import InputError
 from ..runtime.files import check_replaceable, check_room, replacing_folder
-from ..runtime.opening import Opening
+from ..runtime.opening import ON_DEVICE, Opening
 
 TASKS = ("sample", "encode", "denoise")
 CONFIG = "config.pbtxt"
 FORMAT = "tarflow-triton"
 _MODEL = Path(__file__).with_name("repository_model.py")
-_ON_CPU = Opening()
+_ANY = Opening()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -43,7 +43,7 @@ class Serving:
     max_batch: int = 64
     delay: float = 0.005
     gpus: tuple[int, ...] = ()
-    opening: Opening = _ON_CPU
+    opening: Opening = _ANY
 
     def __post_init__(self) -> None:
         for name, value, most in (("instances", self.instances, 1024), ("max_batch", self.max_batch, 1 << 16)):
@@ -55,7 +55,7 @@ class Serving:
             raise InputError.of("gpus", ",".join(map(str, self.gpus)), "different device numbers, as in 0,1")
         if self.opening.device:
             raise InputError(f"`provider` {self.opening.provider} names a device; in a repository `gpus` do that")
-        if self.opening.provider != "cpu" and not self.gpus:
+        if self.opening.provider in ON_DEVICE and not self.gpus:
             raise InputError(f"`provider` {self.opening.provider} needs a GPU: name the devices in `gpus`, as in 0,1")
 
 

@@ -43,7 +43,7 @@ class Service:
 
     def __init__(self, flow: Flow, settings: Settings) -> None:
         self.flow, self.settings = flow, settings
-        self.metrics = Metrics()
+        self.metrics = Metrics(flow.backend.description)
         self.batcher, self.decoding = Batcher(flow, settings, self.metrics), Decoding()
         self.started = self.draining = False
 

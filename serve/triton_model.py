@@ -48,8 +48,8 @@ class TritonPythonModel:
         """
         _check_tensors()
         said = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
-        if args["model_instance_kind"] == "GPU":  # before anything loads CUDA: this process sees its own device only
-            os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+        on_gpu = args["model_instance_kind"] == "GPU"  # before anything loads CUDA: what this process may see, or none
+        os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"] if on_gpu else ""
         bundle = Bundle.open(self.bundle)
         if bundle.hash != said["bundle_sha256"]:
             raise BundleError(

@@ -78,6 +78,18 @@ def connected(address: str) -> Iterator[None]:
         _forget_token()
 
 
+def has_gpus(address: str) -> bool:
+    """Whether the cluster at ``address``, or for "" the one that RAY_ADDRESS names, has GPUs; False where Ray would be
+    started here. Raises as :func:`connected`.
+    """
+    address = address or os.environ.get("RAY_ADDRESS", "") or "local"
+    if address == "local":
+        return False
+    with connected(address):
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return bool(resources.get("GPU"))
+
+
 def _handle(handlers: Mapping[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)

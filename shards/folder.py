@@ -60,6 +60,23 @@ def claimed(folder: Path, job: Job) -> Iterator[None]:
                 folder.rmdir()
 
 
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The job in a folder, as its file has it; None if there is none. Raises InputError if it cannot be read."""
+    path = folder / JOB
+    if not path.is_file():
+        return None
+    reader = Reader(str(path), "job", "choose another folder")
+    try:
+        job: dict[str, Any] = reader.get(reader.read(path, LARGEST), "job", dict)
+        if "engine" in job:
+            reader.get(job, "engine", str)
+    except BundleError as error:
+        raise InputError(
+            f"this version cannot read the job in '{folder}' ({briefly(error)}); choose another folder, or remove it"
+        ) from None
+    return job
+
+
 def check_claim(folder: Path, job: Job) -> None:
     """Raise MachineError unless ``folder`` is the job's as seen from here: a worker may be on another machine."""
     if not _holds(folder, job):
@@ -111,8 +128,8 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"'{folder}' is a file; expected the name of a folder for the shards")
-    path = folder / JOB
-    if not path.exists():
+    other = recorded(folder)
+    if other is None:
         ours = (RECORDS, LOST_AND_FOUND)
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in ours)
         if names:
@@ -121,19 +138,12 @@ def _refuse_strangers(folder: Path, job: Job) -> None:
                 "an empty folder or one that this job began: choose another"
             )
         return
-    reader = Reader(str(path), "job", "choose another folder")
-    try:
-        other = reader.get(reader.read(path, LARGEST), "job", dict)
-    except BundleError as error:
-        raise InputError(
-            f"this version cannot read the job in '{folder}' ({briefly(error)}); choose another folder, or remove it"
-        ) from None
     begun = (folder / RECORDS).is_dir() and any((folder / RECORDS).glob("shard-*.json"))
     if begun and not _holds(folder, job):
         found = job.differences(other) or ["it was written by another version"]
         raise InputError(
             f"'{folder}' holds another job: {'; '.join(found[:4])}. To continue that one, give its options (they are "
-            f"in '{path}'); for this one, choose another folder, or remove this one: rm -r '{folder}'"
+            f"in '{folder / JOB}'); for this one, choose another folder, or remove this one: rm -r '{folder}'"
         )
 
 

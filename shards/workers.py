@@ -20,10 +20,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-from ..runtime.errors import BundleError, MachineError, TarflowError
+from ..runtime.bundle import Bundle
+from ..runtime.errors import BundleError, MachineError, TarflowError, briefly
 from ..runtime.flow import Flow
 from ..runtime.machine import cores
 from ..runtime.opening import Opening
+from ..runtime.providers import settled
 from ..runtime.samples import Progress
 from .draw import draw
 from .folder import check_claim
@@ -35,7 +37,8 @@ ATTEMPTS = 5  # losses of one shard's workers, or of workers that had not begun,
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """All that a worker needs to know: the job, where its bundle and its shards lie, and how to open the bundle.
+    """All that a worker needs to know: the job, where its bundle and its shards lie, and how to open the bundle: on
+    the job's engine, or with "auto", of a job that records none, on any but the native one.
 
     A limit of memory is each worker's own.
     """
@@ -88,9 +91,19 @@ class Worker:
         """Open the bundle, which must be the job's. Raises BundleError or MachineError where something is amiss."""
         task = self.task
         try:
-            flow = Flow.open(task.bundle, task.opening)
+            bundle, opening = Bundle.open(task.bundle), task.opening
+            if opening.provider == "auto":  # of a job that records no engine
+                opening = settled(bundle, opening, native=False)
+            flow = Flow.open(bundle, opening)
         except BundleError as error:
             raise BundleError(f"on {socket.gethostname()}: {error}", remedy=error.remedy) from None
+        except MachineError as error:
+            if task.job.engine is None:
+                raise
+            raise MachineError(
+                f"on {socket.gethostname()}, the job's engine, {task.job.engine}, is not to be had: {briefly(error)}; "
+                "install tarflow there with a C++ compiler at hand, or leave that machine out"
+            ) from None
         if flow.bundle.hash != task.job.bundle:
             found, expected = flow.bundle.hash[:16], task.job.bundle[:16]
             raise BundleError(

@@ -114,7 +114,7 @@ def open_flow(kind: str, folder: Path, opening: Opening = Opening()) -> Flow:  #
         return Flow(bundle, open_tensorrt(bundle, opening))
     if kind == "native":
         return Flow(bundle, NativeBackend(bundle, replace(opening, provider="native")))
-    return Flow(bundle, OrtBackend(bundle, opening, kind == "resident"))
+    return Flow(bundle, OrtBackend(bundle, replace(opening, provider="cpu"), kind == "resident"))
 
 
 def open_drawer(kind: str, folder: Path, opening: Opening = Opening()) -> Drawer:  # noqa: B008 (frozen)

@@ -41,6 +41,12 @@ def address(home: Path) -> Iterator[str]:
             yield ray.get_runtime_context().gcs_address
 
 
+@pytest.fixture(scope="module")
+def flow() -> Flow:
+    """The demo on ONNX Runtime, which draws jobs that record no engine."""
+    return Flow.open(DEMO, "cpu", threads=1)
+
+
 @pytest.fixture
 def job(flow: Flow) -> Job:
     return Job.of(flow.bundle, Request(80, (0, 1, 2), first_sample=20, certify=True), shard_size=16)

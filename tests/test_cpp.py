@@ -81,6 +81,17 @@ def test_native_decoding_reads_weights_of_other_bundles(
     assert 0 < largest(flow.sample(10, labels=range(10), denoise=0.0), expected) < limit
 
 
+@pytest.mark.parametrize("provider", [None, b"", b"auto"])
+def test_without_a_provider_it_is_the_native_engine_as_in_python(provider: bytes | None) -> None:
+    flow = CppFlow(DEMO, provider=provider)
+    assert flow.shape.backend.startswith(b"native fp32 (")
+    python = Flow.open(DEMO)
+    assert np.array_equal(
+        flow.sample(3, labels=[1, 2, 3], denoise=0.0), python.sample(3, labels=[1, 2, 3], denoise=False)
+    )
+    assert CppFlow(DEMO, provider=provider, precision=b"int16").shape.backend.startswith(b"native int16 (")
+
+
 def test_a_bf16_bundle_is_refused_on_a_cpu_with_what_to_do(bundle: Exported) -> None:
     with pytest.raises(CppError, match="no bf16 matrix product on CPUs; open it with `provider` cuda"):
         CppFlow(bundle("uncond", "bf16"))

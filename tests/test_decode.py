@@ -30,7 +30,7 @@ LABELS = np.array([3, 7, -1, 0, 9])
 
 @pytest.fixture(scope="module")
 def flow() -> Flow:
-    return Flow.open(DEMO)
+    return Flow.open(DEMO, "cpu")
 
 
 def whole(how: Parallel, flow: Flow, z: Array, branches: Branches) -> tuple[Array, int]:
@@ -157,11 +157,11 @@ def a_plan(flow: Flow, windows: tuple[int, ...]) -> Plan:
 
 
 def test_sampling_follows_the_plan(folder: Path) -> None:
-    flow = Flow.open(folder)
+    flow = Flow.open(folder, "cpu")
     plan = a_plan(flow, (4, 1, 8, 15))
     path = plan.write(flow.bundle)
     assert path.parent == folder / "plans"
-    flow = Flow.open(folder)
+    flow = Flow.open(folder, "cpu")
     assert flow.plan == plan
     assert flow.bundle.hash == Bundle.open(DEMO).hash  # a plan is no part of the bundle's identity
     report = report_of(flow.sample(1, labels=3))
@@ -185,10 +185,10 @@ def test_guided_samples_follow_a_row_of_their_own() -> None:
 
 
 def test_a_batch_in_lanes_is_the_batch(folder: Path) -> None:
-    flow = Flow.open(folder, threads=3)
+    flow = Flow.open(folder, "cpu", threads=3)
     rows = (replace(a_plan(flow, (1,) * 4).modes["exact"][1], lanes=3),)
     Plan(flow.bundle.hash, flow.backend.machine, 24, dict.fromkeys(("exact", "fast"), rows)).write(flow.bundle)
-    planned = Flow.open(folder, threads=3)
+    planned = Flow.open(folder, "cpu", threads=3)
     for n, labels in ((2, [3, -1]), (7, np.arange(7)), (20, np.arange(20) % 10)):  # the last: more than was measured
         how: dict[str, Any] = {"labels": labels, "guidance": Guidance(1.0), "seed": 4, "certify": True}
         found = planned.sample(n, **how)
@@ -201,7 +201,7 @@ def test_a_batch_in_lanes_is_the_batch(folder: Path) -> None:
 
 
 def test_lanes_end_together_when_one_is_stopped_or_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = Flow.open(folder, threads=2).lanes
+    lanes = Flow.open(folder, "cpu", threads=2).lanes
     assert lanes is not None
     z = np.zeros((4, 16, 4), np.float32)
     branches = Guidance().branches(16, LABELS[:4])
@@ -215,13 +215,13 @@ def test_lanes_end_together_when_one_is_stopped_or_fails(folder: Path, monkeypat
     )
     with pytest.raises(IndexError):
         lanes.solve(0, z, branches)
-    assert Flow.open(folder, threads=1).lanes is None
-    assert Flow.open(folder, memory="least").lanes is None
-    assert Flow.open(folder, memory=1 << 40).lanes is None, "which it would exceed unseen"
+    assert Flow.open(folder, "cpu", threads=1).lanes is None
+    assert Flow.open(folder, "cpu", memory="least").lanes is None
+    assert Flow.open(folder, "cpu", memory=1 << 40).lanes is None, "which it would exceed unseen"
 
 
 def test_a_plan_of_another_machine_or_bundle_is_not_followed(folder: Path) -> None:
-    flow = Flow.open(folder)
+    flow = Flow.open(folder, "cpu")
     plan = a_plan(flow, (4, 4, 4, 4))
     replace(plan, bundle="0" * 64).write(flow.bundle)
     assert find_plan(flow.bundle, flow.backend.machine) is None
@@ -237,7 +237,7 @@ DAMAGED_ROWS = [{"rows": 0}, {"windows": [4]}, {"seconds": [float("nan")] * 4}]
 
 @pytest.mark.parametrize("damage", [*DAMAGED, *DAMAGED_ROWS], ids=str)
 def test_a_damaged_plan_is_refused_with_the_cure(folder: Path, damage: str | dict[str, Any]) -> None:
-    flow = Flow.open(folder)
+    flow = Flow.open(folder, "cpu")
     path = a_plan(flow, (4, 4, 4, 4)).write(flow.bundle)
     if isinstance(damage, dict):
         document = json.loads(path.read_text())
@@ -245,7 +245,7 @@ def test_a_damaged_plan_is_refused_with_the_cure(folder: Path, damage: str | dic
         damage = json.dumps(document)
     path.write_text(damage)
     with pytest.raises(BundleError, match=r"measure again what is fastest here") as refusal:
-        Flow.open(folder)
+        Flow.open(folder, "cpu")
     assert spell(refusal.value).endswith(f"tarflow calibrate {folder}")
 
 
@@ -270,7 +270,7 @@ def test_calibration_chooses_by_the_times_it_is_given(
     monkeypatch.setattr(_Work, "time", timed)
     monkeypatch.setattr(_Work, "_pass_seconds", lambda work, window: 0.01)
     monkeypatch.setattr(_Work, "lanes", lambda work: lanes and _Outcome(1, 15, lanes, 1.0, 0.0))
-    flow = Flow.open(folder, threads=3)
+    flow = Flow.open(folder, "cpu", threads=3)
     plan = calibrate(flow, batches=(4,), samples=5)
     for mode in ("exact", "fast"):
         (row,) = plan.modes[mode]
@@ -281,7 +281,7 @@ def test_calibration_chooses_by_the_times_it_is_given(
 
 def test_a_measured_plan_is_kept_and_followed(folder: Path, cli: Cli) -> None:
     with pytest.raises(InputError, match="1 or more"):
-        calibrate(Flow.open(folder), batches=(0,))
+        calibrate(Flow.open(folder, "cpu"), batches=(0,))
     document = said(cli("calibrate", folder, "--batch", "2,1", "--samples", 2, "--json"))
     assert Path(document["plan"]).is_file()
     assert [(row["rows"], row["branches"]) for row in document["modes"]["fast"]] == [(1, 1), (2, 2), (2, 1)]

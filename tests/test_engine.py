@@ -290,7 +290,7 @@ def test_a_machine_without_a_driver_gets_one_clear_sentence(copy: Exported, cli:
     assert refused(done, 3).strip() == f"tarflow: error: {sentence}; {cure}"
     done = cli("generate", folder, "--provider", "auto", "--n", "1", "-o", folder.parent / "x.png")
     assert done.returncode == 0
-    assert "CPU; not tensorrt: no NVIDIA GPU can be used here" in done.stdout
+    assert "CPU; not tensorrt: no NVIDIA GPU; not cuda: no NVIDIA GPU" in done.stdout
 
 
 def test_doctor_says_why_each_provider_was_not_tried(cli: Cli) -> None:
@@ -424,7 +424,7 @@ def test_bf16_engines_get_a_parity_too_by_emulation(copy: Exported, monkeypatch:
     place, record = build_double(folder)
     opened = Bundle.open(folder)
     with runnable(opened) as here:  # what engines should compute; the device's double knows no bfloat16
-        backend = OrtBackend(here, Opening(memory="least"))
+        backend = OrtBackend(here, Opening("cpu", memory="least"))
         monkeypatch.setattr(parity, "open_tensorrt", lambda bundle, folder: backend)
         record, unverified = verify_engines(opened, place, record)
         assert unverified is None

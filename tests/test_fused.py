@@ -41,7 +41,7 @@ MODELS = {
     "volume-preserving": Config(8, 1, 2, width=64, blocks=2, layers=2, classes=2, nvp=False, noise_std=0.1),
 }
 Feeds = dict[str, NDArray[Any]]
-ALONE = Opening(threads=1)
+ALONE = Opening("cpu", threads=1)
 
 
 @pytest.fixture(autouse=True)

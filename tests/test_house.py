@@ -55,7 +55,10 @@ ROOMS = {
     "tarflow.runtime": Room(
         "numpy safetensors PIL",
         "",
-        {"hub": "huggingface_hub", "providers": "runtime.native.backend runtime.ort.backend runtime.tensorrt.backend"},
+        {
+            "hub": "huggingface_hub",
+            "providers": "runtime.native.backend runtime.native.choice runtime.ort.backend runtime.tensorrt.backend",
+        },
     ),
     "tarflow.runtime.ort": Room("numpy", "runtime*", {"library": "onnxruntime"}),
     "tarflow.runtime.native": Room("numpy", "runtime*"),

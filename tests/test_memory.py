@@ -11,10 +11,10 @@ from bench.weights import random_model
 from tarflow import checkpoint
 from tarflow.config import Config
 from tarflow.export.pipeline import export
-from tarflow.runtime.bundle import Bundle
+from tarflow.runtime.bundle import WEIGHTS, Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow
-from tarflow.runtime.memory import peak, spend
+from tarflow.runtime.memory import packed, peak, spend
 from tarflow.runtime.opening import parse_memory
 
 from .conftest import DEMO, Cli, python, report_of
@@ -94,7 +94,7 @@ elif which == "NPROC" and not os.getuid():
     os.setuid(65534)  # root has no such limit
 resource.setrlimit(getattr(resource, f"RLIMIT_{which}"), (value, value))
 try:
-    Flow.open(bundle, threads=2).sample(2)
+    Flow.open(bundle, "cpu", threads=2).sample(2)
 except (MachineError, MemoryError, OSError):
     sys.exit(3)
 """
@@ -108,3 +108,11 @@ def test_a_limit_of_the_machine_is_not_the_bundle_s_fault(limits: tuple[str, int
     for value in values:
         done = python("-c", _LIMITED, DEMO, which, value)
         assert done.returncode == 3, (which, value, done.stderr)
+
+
+def test_a_limit_knows_what_the_native_engine_packs() -> None:
+    opened = Bundle.open(DEMO)
+    weights = opened.manifest.files[WEIGHTS].size
+    assert 0.9 * weights < packed(opened.manifest.config, "fp32") < weights
+    one_block = {name: spend(opened, 274 * MIB, name).one_block for name in ("fp32", "int8")}
+    assert one_block == {"fp32": True, "int8": False}

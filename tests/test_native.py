@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import numpy as np
 import pytest
 
 from bench.elementary import errors
+from tarflow.runtime.bundle import MANIFEST, Bundle
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.native import library
+from tarflow.runtime.native.choice import on_cpus, vouched
 from tarflow.runtime.opening import Opening
 
-from .conftest import DEMO, python
+from .conftest import DEMO, Exported, python
 
 HASHES = {  # of 64 guided samples of the demo, before denoising: on any processor
     "fp32": "a879644a0b4f7130",
@@ -163,14 +167,59 @@ def test_an_exception_of_progress_cancels() -> None:
     assert np.isfinite(flow.sample(2)).all()
 
 
-def test_without_the_library_native_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """tarflow as it is installed where there is no compiler."""
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     library.load.cache_clear()
-    try:
-        with pytest.raises(MachineError, match="want of a C\\+\\+ compiler"):
-            Flow.open(DEMO, provider="native")
-    finally:
-        library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+@pytest.mark.parametrize("precision", [None, "int16"])
+def test_auto_is_the_native_engine_in_the_bundle_s_precision_or_the_one_asked_for(
+    whole: dict[str, np.ndarray[Any, Any]], precision: str | None
+) -> None:
+    flow = Flow.open(DEMO, precision=precision)
+    assert flow.backend.description.startswith(f"native {precision or 'fp32'} (")
+    assert np.array_equal(flow.sample(8, labels=LABELS[:8], **HOW), whole[precision or "fp32"][:8])
+
+
+@pytest.mark.usefixtures("not_built")
+def test_where_it_was_not_built_auto_is_onnx_runtime_and_says_why() -> None:
+    flow = Flow.open(DEMO)
+    assert re.match(r"ONNX Runtime \S+, CPU; not native: .* want of a C\+\+ compiler", flow.backend.description)
+    assert np.array_equal(flow.sample(2), Flow.open(DEMO, provider="cpu").sample(2))
+    with pytest.raises(MachineError, match="want of a C\\+\\+ compiler"):
+        Flow.open(DEMO, provider="native")
+    assert on_cpus(Bundle.open(DEMO)).startswith("ONNX Runtime; not native: ")
+
+
+def test_auto_does_not_take_what_is_slower() -> None:
+    script = f"from tarflow.runtime.flow import Flow\nprint(Flow.open({str(DEMO)!r}).backend.description)"
+    done = python("-c", script, env=os.environ | {"TARFLOW_ISA": "baseline"})
+    assert "CPU; not native: without AVX2 and FMA it is the slower one" in done.stdout, done.stderr
+
+
+def test_an_int8_bundle_is_decoded_in_int8_where_its_card_vouches_for_that(copy: Exported) -> None:
+    folder = copy("demo", "int8")
+    assert Flow.open(folder).backend.description.startswith("native int8 (")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["parity"]["native"]["int8"]["rms"] = 1.0
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert "CPU; not native: the bundle's parity card has no row within" in Flow.open(folder).backend.description
+    for card in ({}, {"native": 1}, {"native": {"int8": {"rms": "small"}}}):
+        assert not vouched(card, "int8")
+
+
+def test_the_limit_of_a_round_trip_is_that_of_the_precision_drawn_in() -> None:
+    manifest = Bundle.open(DEMO).manifest
+    limits = [manifest.certificate_limit(precision) for precision in ("fp32", "int16", "bf16", "int8")]
+    assert limits == sorted(limits)
+    assert limits[0] < limits[1] < limits[2]
+    row = {"native": {"int16": {"tolerance": {"certificate": 0.25}}}}
+    assert replace(manifest, parity={**manifest.parity, **row}).certificate_limit("int16") == 0.25
+    assert replace(manifest, precision="fp16", parity={}).certificate_limit("fp32") == 0.5  # encoded again in fp16
 
 
 @pytest.mark.parametrize("provider", ["native", "cpu"])

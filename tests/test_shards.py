@@ -30,19 +30,27 @@ from tarflow.runtime.chain import Chain
 from tarflow.runtime.errors import BundleError, InputError, MachineError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import to_uint8
+from tarflow.runtime.native import library
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.request import Request, Resolved
 from tarflow.runtime.samples import Samples
 from tarflow.shards.draw import draw
+from tarflow.shards.engine import on_engine
 from tarflow.shards.folder import INDEX, JOB, claimed, write_index
 from tarflow.shards.job import Job, Shard
 from tarflow.shards.record import Record, finished
-from tarflow.shards.workers import Local, Lost, Ready, Task, carry_out
+from tarflow.shards.workers import Local, Lost, Ready, Task, Worker, carry_out
 
 from .conftest import DEMO, GOLDEN, Cli, python, refused, report_of, said, until
 from .test_filesystems import mounts
 
 ARGUMENTS = ("generate", DEMO, "--labels", "0-9", "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def flow() -> Flow:
+    """The demo on ONNX Runtime, which draws jobs that record no engine."""
+    return Flow.open(DEMO, "cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +295,44 @@ def test_a_job_of_the_native_engine_is_continued_by_it_alone(cli: Cli, tmp_path:
     assert cli(*words, "--provider", "native", "--precision", "int16").returncode == 0
     assert json.loads((tmp_path / "s" / "job.json").read_text())["job"]["engine"] == "native int16"
     (tmp_path / "s" / "shard-000001.npy").unlink()
-    refused = cli(*words)
+    refused = cli(*words, "--provider", "cpu")
     assert refused.returncode == 2
     assert 'engine is "native int16" there, null here' in refused.stderr
-    assert cli(*words, "--provider", "native", "--precision", "int16", "--threads", 1).returncode == 0
+    assert cli(*words, "--threads", 1).returncode == 0  # auto: the engine that is recorded
     flow = Flow.open(DEMO, provider="native", precision="int16")
     assert np.array_equal(np.load(tmp_path / "s" / "shard-000001.npy"), flow.sample(16, first_sample=16, denoise=False))
+
+
+def test_under_auto_a_job_records_its_engine_and_one_that_records_none_stays_with_onnx_runtime(
+    cli: Cli, tmp_path: Path
+) -> None:
+    words = ("generate", DEMO, "--n", 32, "--shard-size", 16, "--no-denoise", "--no-certify", "--out")
+    assert cli(*words, tmp_path / "new").returncode == 0
+    assert json.loads((tmp_path / "new" / "job.json").read_text())["job"]["engine"] == "native fp32"
+    assert cli(*words, tmp_path / "old", "--provider", "cpu").returncode == 0
+    assert "engine" not in json.loads((tmp_path / "old" / "job.json").read_text())["job"]
+    before = contents(tmp_path / "old")
+    (tmp_path / "old" / "shard-000001.npy").unlink()
+    assert cli(*words, tmp_path / "old").returncode == 0
+    assert {name: before[name] for name in before if name.endswith(".npy")} == {
+        name: content for name, content in contents(tmp_path / "old").items() if name.endswith(".npy")
+    }
+
+
+def test_a_worker_without_the_job_s_engine_is_refused_in_a_sentence(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    library.load.cache_clear()
+    native = replace(job, engine="native int8")
+    task = Task(native, DEMO, tmp_path, on_engine(native.engine, Opening()))
+    try:
+        with pytest.raises(MachineError, match=r"on .*, the job's engine, native int8, is not to be had: .*compiler"):
+            Worker(task).open()
+    finally:
+        library.load.cache_clear()
+    with pytest.raises(InputError, match="drawn by 'abacus'; expected native and one of fp32, int16, bf16, int8"):
+        on_engine("abacus", Opening())
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(job: Job, drawn: Path, tmp_path: Path) -> None:
@@ -411,7 +451,7 @@ def test_an_index_says_when_kinds_of_machine_were_mixed(job: Job, drawn: Path, t
 
 
 def test_a_limit_of_memory_that_rounds_differently_is_another_kind_of_machine(flow: Flow) -> None:
-    enough, tight = (Flow.open(DEMO, memory=size << 20).backend.description for size in (400, 270))
+    enough, tight = (Flow.open(DEMO, "cpu", memory=size << 20).backend.description for size in (400, 270))
     assert (enough, tight) == (flow.backend.description, f"{enough}, within 270.0 MiB")
 
 

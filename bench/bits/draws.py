@@ -64,7 +64,7 @@ def ways(flow: Flow) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def drawn(folder: Path) -> Found:
     """What the runtime draws from a bundle, what it is told meanwhile, and what it says of images."""
-    flow = Flow.open(folder)
+    flow = Flow.open(folder, "cpu")
     for name, arguments in ways(flow):
         samples = flow.sample(**arguments)
         report = samples.report

@@ -36,7 +36,7 @@ def verify_engines(
     except (MachineError, BundleError) as error:
         return record, briefly(error)
     with _runnable(bundle) as here:
-        judge = OrtBackend(here, Opening(memory="least"))
+        judge = OrtBackend(here, Opening("cpu", memory="least"))
         parity = engine_parity(bundle, backend, judge, watch)
     against = "ONNX Runtime CPU" + (", bfloat16 emulated" if here is not bundle else "")
     return keep_parity(folder, record, parity, against), None

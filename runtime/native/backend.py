@@ -15,6 +15,7 @@ import numpy as np
 from ..backend import Array, Branches, Decoding, Labels
 from ..bundle import WEIGHTS, Bundle
 from ..machine import cores, processor
+from ..memory import spend
 from ..opening import Opening
 from ..ort.backend import OrtBackend
 from . import library
@@ -30,7 +31,7 @@ class Model:
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         weights = np.frombuffer(self._mapped, np.uint8)
         bundle.confirm()  # what is mapped is what was hashed
-        shape = library.Shape(nvp=config.nvp, **{name: getattr(config, name) for name in library.Shape.sizes})
+        shape = library.Shape.of(config)
         kinds = (ctypes.c_int32 * config.blocks)(*[library.PRECISIONS[precision]] * config.blocks)
         self.handle = ctypes.c_void_p()
         place = ctypes.byref(self.handle)
@@ -64,8 +65,9 @@ class NativeBackend:
         self.precision = opening.weights_in(bundle.manifest.precision)
         threads = min(opening.threads or cores(), library.MOST_THREADS)
         isa = library.isa()
-        self.graphs = OrtBackend(bundle, replace(opening, provider="cpu", precision=None))
-        self.model = Model(bundle, self.precision, threads, self.graphs.budget.one_block)
+        budget = spend(bundle, opening.memory, self.precision)
+        self.graphs = OrtBackend(bundle, replace(opening, provider="cpu", precision=None), budget=budget)
+        self.model = Model(bundle, self.precision, threads, budget.one_block)
         self.description = f"native {self.precision} ({isa}), {self.graphs.description}"
         self.machine = f"native {self.precision} {isa} {processor()}, {threads} threads"
         self.largest_batch: int | None = None

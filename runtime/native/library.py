@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, InputError, MachineError, Remedy, TarflowError
+from ..manifest import ModelShape
 from ..opening import NATIVE_PRECISIONS
 
 PRECISIONS = {name: number for number, name in enumerate(NATIVE_PRECISIONS)}  # native.h has them in this order
@@ -21,6 +22,10 @@ class Shape(Structure):
 
     sizes = ("tokens", "patch_dim", "width", "head_dim", "layers", "blocks", "classes")
     _fields_ = [*((name, c_int64) for name in sizes), ("nvp", c_int32)]
+
+    @classmethod
+    def of(cls, config: ModelShape) -> Shape:
+        return cls(nvp=config.nvp, **{name: getattr(config, name) for name in cls.sizes})
 
 
 class Batch(Structure):
@@ -61,8 +66,9 @@ def load() -> ctypes.CDLL:
         getattr(library, f"tarflow_native_{name}").argtypes = [c_void_p]
     library.tarflow_native_close.restype = library.tarflow_native_end.restype = None
     library.tarflow_native_x.restype = POINTER(c_float)
-    for name in ("message", "isa"):
+    for name in ("message", "isa", "slower"):
         getattr(library, f"tarflow_native_{name}").restype = c_char_p
+    library.tarflow_native_slower.argtypes = [POINTER(Shape), c_int32]
     return library
 
 
@@ -72,6 +78,13 @@ def isa() -> str:
     if found is None:
         raise InputError(_message())
     return found.decode()
+
+
+def slower(shape: Shape, precision: str) -> str | None:
+    """Why ONNX Runtime is the better choice for such a model here, or None. Raises MachineError and InputError."""
+    isa()
+    found: bytes | None = load().tarflow_native_slower(shape, PRECISIONS[precision])
+    return None if found is None else found.decode()
 
 
 def call(name: str, *arguments: Any) -> None:

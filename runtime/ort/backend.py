@@ -30,24 +30,30 @@ from .sessions import Sessions
 from .stepwise import StepwiseDecoding
 
 _CPU_WINDOW = 16  # costs two to three steps at batch 1, and finds about as many patches where a block is hard
-_ON_CPU = Opening()
+_ON_CPU = Opening("cpu")
 
 
 class OrtBackend:
     """Every block's graphs on ONNX Runtime's provider "cpu" or "cuda". Safe to use from several threads.
 
     ``resident`` keeps the state of decoding on the device; None does so on a GPU. ``fused`` lets it run graphs of ONNX
-    Runtime's own operators then; None does so on a GPU, whose provider has them in half precision. Raises MachineError
-    if the provider does not start, BundleError for a bundle without the graphs that it needs there.
+    Runtime's own operators then; None does so on a GPU, whose provider has them in half precision. ``budget`` is what
+    another engine, which decodes, leaves it. Raises MachineError if the provider does not start, BundleError for a
+    bundle without the graphs that it needs there.
     """
 
     portable = False
 
     def __init__(
-        self, bundle: Bundle, opening: Opening = _ON_CPU, resident: bool | None = None, fused: bool | None = None
+        self,
+        bundle: Bundle,
+        opening: Opening = _ON_CPU,
+        resident: bool | None = None,
+        fused: bool | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.bundle, self.config, self.opening = bundle, bundle.manifest.config, opening
-        self.budget = spend(bundle, opening.memory)
+        self.budget = spend(bundle, opening.memory) if budget is None else budget
         on_cpu = opening.provider_name == "cpu"
         self.resident = not on_cpu if resident is None else resident
         self.fused = not on_cpu if fused is None else fused

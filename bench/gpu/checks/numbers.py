@@ -20,7 +20,7 @@ TILE = 16
 
 def parity(case: Case) -> Outcome:
     """Samples in every mode, encodings and denoising beside the same bundle on a CPU's kernels."""
-    device, host = case.open(), Flow.open(case.bundle)
+    device, host = case.open(), Flow.open(case.bundle, "cpu")
     found: dict[str, Any] = {}
     ok = True
     for decode, bar in ON_CPU.items():

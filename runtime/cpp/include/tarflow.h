@@ -80,9 +80,9 @@ typedef int (*tarflow_preview)(void *user, int block, uint64_t first, int64_t co
    it. */
 typedef struct tarflow_open_options {
   size_t size;
-  const char *provider;    /* "cpu" (ONNX Runtime), "native", "cuda", "tensorrt", or "auto": the first of tensorrt, cuda, cpu
-                              that works here; "cuda:1", "tensorrt:GPU-..." name a GPU by number or UUID, as CUDA shows
-                              them */
+  const char *provider;    /* NULL, "" or "auto": the first that works here of "tensorrt", "cuda", "native" (where it is not
+                              slower: docs/NATIVE.md) and "cpu" (ONNX Runtime); or one of these; "cuda:1",
+                              "tensorrt:GPU-..." name a GPU by number or UUID, as CUDA shows them */
   const char *onnxruntime; /* the library's file; NULL: $TARFLOW_ONNXRUNTIME, else as the loader finds it */
   int32_t threads;         /* inside one operator; 0: one a core */
   int32_t spinning;        /* idle threads wait busily; 0 is better where cores are shared */
@@ -90,7 +90,8 @@ typedef struct tarflow_open_options {
   tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */
   void *user;              /* passed to `log` */
   int32_t cuda_graph;      /* on a GPU: record a step once and replay it; 0: launch every kernel of every step */
-  const char *precision;   /* native: "fp32", "int16", "bf16", "int8"; NULL: int8 for a bundle of int8, else fp32 */
+  const char *precision;   /* native, which it asks for if `provider` does not: "fp32", "int16", "bf16", "int8"; NULL: int8
+                              for a bundle of int8, else fp32 */
 } tarflow_open_options;
 
 typedef struct tarflow_shape {
@@ -123,7 +124,7 @@ typedef struct tarflow_sample_options {
 } tarflow_sample_options;
 
 static inline tarflow_open_options tarflow_open_defaults(void) {
-  tarflow_open_options options = {sizeof options, "cpu", NULL, 0, 1, 0, NULL, NULL, 1, NULL};
+  tarflow_open_options options = {sizeof options, "auto", NULL, 0, 1, 0, NULL, NULL, 1, NULL};
   return options;
 }
 

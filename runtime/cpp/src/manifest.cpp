@@ -141,6 +141,19 @@ struct Tensors {
   }
 };
 
+// Whether a parity card has a row for native decoding in int8, within tolerance. Nothing else of it is read.
+bool vouched_int8(const Json& card) {
+  const auto number = [&card](const std::string& name, double otherwise) {
+    return card.value(Json::json_pointer("/native/int8/" + name), otherwise);
+  };
+  try {  // a card of a large model has no round trip of a sample
+    return number("rms", HUGE_VAL) <= number("tolerance/rms", 0) &&
+           number("certificate", 0) <= number("tolerance/certificate", -1);
+  } catch (const Json::exception&) {  // something else is there
+    return false;
+  }
+}
+
 }  // namespace
 
 bool operator==(const ModelShape& a, const ModelShape& b) {
@@ -193,7 +206,7 @@ Manifest read_manifest(std::string_view content, const std::string& source) {
     throw reader.wrong("precision is " + shown(document["precision"]) + "; expected one of fp32, fp16, bf16, int8");
   }
   reader.natural(reader.get(document, "opset"), "opset", 1);
-  reader.object(document, "parity");
+  manifest.vouched_int8 = vouched_int8(reader.object(document, "parity"));
   for (const auto& [package, version] : reader.object(document, "exporter").items()) {
     if (!version.is_string())
       throw reader.wrong("exporter." + package + " is " + version.type_name() + "; expected a string");

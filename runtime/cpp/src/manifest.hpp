@@ -59,6 +59,7 @@ struct Manifest {
   std::map<std::string, FileEntry> files;
   std::set<std::string> graphs;    // names of all blocks' files that may be run
   std::set<std::string> for_cuda;  // and of those among them that the CUDA provider alone may run
+  bool vouched_int8 = false;       // the parity card found native decoding in int8 within its tolerance
 };
 
 // Throws Error(TARFLOW_BUNDLE) with `source` and the place in it.

@@ -28,7 +28,7 @@ std::string one_of(const std::array<const char*, N>& names) {
 
 // "cuda:1" is cuda, and 1.
 std::pair<std::string, std::string> checked_provider(const char* said) {
-  const std::string all = said != nullptr ? said : "cpu", provider = all.substr(0, all.find(':'));
+  const std::string all = said != nullptr && *said != '\0' ? said : "auto", provider = all.substr(0, all.find(':'));
   const std::string device = provider.size() < all.size() ? all.substr(provider.size() + 1) : "";
   const bool known = std::find(kProviders.begin(), kProviders.end(), provider) != kProviders.end();
   const bool on_device = provider == "cuda" || provider == "tensorrt";
@@ -38,12 +38,12 @@ std::pair<std::string, std::string> checked_provider(const char* said) {
 }
 
 std::string checked_precision(const char* said, const std::string& provider) {
-  if (said == nullptr) return "";
+  if (said == nullptr || *said == '\0') return "";
   const std::string precision = said;
   if (std::find(kNative.begin(), kNative.end(), precision) == kNative.end()) {
     throw field_error("precision", "'" + precision + "'", one_of(kNative));
   }
-  if (provider == "native") return precision;
+  if (provider == "native" || provider == "auto") return precision;
   throw field_error("precision", "'" + precision + "'",
                     "none but for the native engine: others compute in the bundle's own; use `provider` native");
 }

@@ -14,6 +14,9 @@ struct Opening {
   // The same on another provider: one that "auto" stands for.
   Opening(const Opening& like, const char* provider);
 
+  // Whether the native engine was asked for, by its name or by a precision of its own.
+  bool native() const { return provider == "native" || !precision.empty(); }
+
   bool on_cpu() const { return provider == "cpu"; }
 
   const std::string provider;     // without the device

@@ -95,7 +95,6 @@ TEST_CASE("native: options that others do not have are refused in words") {
   CHECK(said("native", "fp8").says("`precision` is 'fp8'; expected one of fp32, int16, bf16, int8"));
   CHECK(said("cpu", "int16").says("use `provider` native"));
   CHECK(said("cuda", "fp32").status == TARFLOW_INPUT);
-  CHECK(said("auto", "int16").status == TARFLOW_INPUT);
   const Lowered isa("abacus");
   const auto unknown = said("native", nullptr);
   CHECK(unknown.status == TARFLOW_INPUT);

@@ -160,6 +160,18 @@ const char* tarflow_native_isa() {
   return name;
 }
 
+const char* tarflow_native_slower(const tarflow_native_shape* shape, int32_t precision) {
+  constexpr double kBatch = 64, kNear = 16 << 20;  // bytes of keys and values that stay in a processor's caches
+  const char* isa = tarflow_native_isa();
+  if (isa == nullptr || isa == std::string("baseline")) return "without AVX2 and FMA it is the slower one";
+  if (isa == std::string("neon")) return "on Arm nobody has measured which is faster";
+  const double layers = static_cast<double>(shape->layers), tokens = static_cast<double>(shape->tokens);
+  const double cache = 2 * kBatch * layers * tokens * static_cast<double>(shape->width) * sizeof(float);
+  if (precision != TARFLOW_NATIVE_INT8 && cache > kNear)
+    return "in float32 it is slower for large batches of a model of this size";
+  return nullptr;
+}
+
 int tarflow_native_open(const void* file, uint64_t size, const tarflow_native_shape* shape, const int32_t* precisions,
                         int32_t threads, int32_t one_block, tarflow_native_model** model) {
   return guarded([&] {

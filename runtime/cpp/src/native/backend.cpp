@@ -29,6 +29,17 @@ const char* isa() {
   return name;
 }
 
+// What weights are kept in: what was asked for, or what suits what was exported.
+std::string precision_of(const Manifest& manifest, const std::string& asked) {
+  if (!asked.empty()) return asked;
+  return manifest.precision->int8 ? "int8" : "fp32";
+}
+
+tarflow_native_shape shape_of(const ModelShape& shape) {
+  return {shape.tokens(), shape.patch_dim(), shape.width,   shape.head_dim,
+          shape.layers,   shape.blocks,      shape.classes, shape.nvp ? 1 : 0};
+}
+
 // Throws what a function's code means; `where` says which of them it was.
 void check(int code, const std::string& where) {
   if (code == TARFLOW_NATIVE_OK) return;
@@ -52,16 +63,26 @@ void reorder(const ModelShape& shape, bool reversed, std::int64_t batch, const f
 
 }  // namespace
 
+std::string why_not_native(const Manifest& manifest) {
+  if (!manifest.precision->on_cpus) return "its certificate needs products that ONNX Runtime has not got on CPUs";
+  isa();
+  const std::string precision = precision_of(manifest, "");
+  const tarflow_native_shape shape = shape_of(manifest.shape);
+  const char* slower = tarflow_native_slower(&shape, number_of(precision));
+  if (slower != nullptr) return slower;
+  if (precision != "int8" || manifest.vouched_int8) return "";
+  return "the bundle's parity card has no row within tolerance for native int8; an export writes one";
+}
+
 NativeBackend::NativeBackend(const Bundle& bundle, const Opening& opening)
     : bundle_(bundle),
       shape_(bundle.manifest.shape),
-      precision_(!opening.precision.empty() ? opening.precision : bundle.manifest.precision->int8 ? "int8" : "fp32"),
+      precision_(precision_of(bundle.manifest, opening.precision)),
       threads_(threads_of(opening.threads)),
       graphs_(bundle, Opening(opening, "cpu"), false),
       weights_(bundle.weights()) {
   isa();
-  const tarflow_native_shape shape = {shape_.tokens(), shape_.patch_dim(), shape_.width,       shape_.head_dim,
-                                      shape_.layers,   shape_.blocks,      shape_.classes, shape_.nvp ? 1 : 0};
+  const tarflow_native_shape shape = shape_of(shape_);
   const std::vector<std::int32_t> precisions(size(shape_.blocks), number_of(precision_));
   tarflow_native_model* made = nullptr;
   check(tarflow_native_open(weights_.data(), weights_.size(), &shape, precisions.data(), threads_,

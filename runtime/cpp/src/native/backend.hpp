@@ -10,6 +10,10 @@
 
 namespace tarflow::internal {
 
+// Why "auto" leaves a bundle to ONNX Runtime, in a few words; empty where it takes the native engine. docs/NATIVE.md has
+// the rule. Throws Error(TARFLOW_INPUT) if TARFLOW_ISA names what is not here.
+std::string why_not_native(const Manifest& manifest);
+
 class NativeBackend final : public Backend {
  public:
   // Throws Error: TARFLOW_MACHINE where ONNX Runtime is not to be had, TARFLOW_INPUT if TARFLOW_ISA names an instruction
