@@ -101,8 +101,11 @@ def test_a_sample_is_the_flows_own_bit_for_bit_in_any_company(model: Model, flow
 
 
 def test_a_repository_that_was_written_before_still_runs(repository: Path, flow: Flow, tmp_path: Path) -> None:
-    """With the whole model.py that b0b510c copied into each model."""
+    """With the whole model.py that b0b510c copied into each model, and outputs as they were then."""
     shutil.copytree(repository / "digits-sample", tmp_path / "digits-sample")
+    config = tmp_path / "digits-sample" / "config.pbtxt"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if "log_prob" not in line))
     assert "from tarflow.serve" in (tmp_path / "digits-sample" / "1" / "model.py").read_text()
     shutil.copyfile(GOLDEN / "triton_model_b0b510c.txt", tmp_path / "digits-sample" / "1" / "model.py")
     (found,) = answered(Model(tmp_path / "digits-sample")(request(7, range(3, 8), label=4, guidance=1.5)))
