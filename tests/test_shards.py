@@ -473,7 +473,7 @@ def test_samples_that_are_not_finite_are_listed_and_fail_the_check(cli: Cli, tmp
         ("--out o --format zip", "expected one of npy"),
         ("--out o --workers 0", "expected 1 or more"),
         ("--out o --tolerance nan", "--tolerance is nan"),
-        ("--out o --labels 7-12", "label 12 is out of range"),
+        ("--out o --labels 7-12", "label 10 is out of range"),
         ("--out o --n 1000000000000", "--shard-size is 1024; expected 1000016 or more"),
     ],
 )
