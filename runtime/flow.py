@@ -7,7 +7,7 @@
     images.certificate.max(), images.log_prob
 
 Shapes: N images, T patches in a sequence, D numbers in a patch. Images are (N, channels, size, size) float32 in
-[-1, 1] units, unclipped. Everything is numpy; a Flow may be used from several threads.
+[-1, 1] units, which samples may leave: unclipped. Everything is numpy; a Flow may be used from several threads.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class Watch:
 
 
 class Samples(np.ndarray[Any, np.dtype[np.float32]]):
-    """Images (N, channels, size, size) float32, in [-1, 1] units, unclipped, that remember in ``report`` how they were
-    drawn.
+    """Images (N, channels, size, size) float32, in [-1, 1] units, which they may leave (nothing is clipped), that
+    remember in ``report`` how they were drawn.
 
     Rows of them (a slice, a list of indices, a mask), copies and pickles have the part of the report that is theirs.
     Of anything else that is made of them ``report`` is None: it is no samples any more. What is written into them in

@@ -232,6 +232,10 @@ def test_a_project_uses_the_installed_package_through_pkg_config(installed: Path
     command = ["cc", str(SOURCE / "examples" / "sample.c"), "-o", str(tmp_path / "sample"), *flags]
     subprocess.run(command, check=True)
     assert draws_a_three(tmp_path / "sample", tmp_path, pc.parent.parent)
+    strict = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", *flags]
+    (tmp_path / "both.hpp").write_text("#include <tarflow.hpp>\nint drawn(tarflow::Flow& flow);\n")
+    subprocess.run(["c++", "-std=c++17", "-x", "c++", str(tmp_path / "both.hpp"), *strict], check=True)
+    subprocess.run(["cc", "-std=c99", str(SOURCE / "examples" / "sample.c"), *strict], check=True)
 
 
 def test_only_the_c_api_is_exported() -> None:

@@ -6,7 +6,8 @@
 int main(int argc, char **argv) {
   if (argc != 5) return fprintf(stderr, "usage: %s BUNDLE LABEL SEED FILE\n", argv[0]), TARFLOW_INPUT;
   tarflow_flow *flow;
-  tarflow_shape shape = {sizeof shape};
+  tarflow_shape shape = {0};
+  shape.size = sizeof shape;
   tarflow_sample_options how = tarflow_sample_defaults();
   how.seed = strtoull(argv[3], NULL, 10);
   int64_t label = strtoll(argv[2], NULL, 10);

@@ -1,7 +1,7 @@
 // tarflow::Flow: the C API of tarflow.h as a class, with exceptions. Header only.
 //
 //     tarflow::Flow flow("tarflow-bundle");
-//     std::vector<float> images = flow.sample({0, 1, 2});  // (3, channels, size, size) in [-1, 1] units
+//     std::vector<float> images = flow.sample({0, 1, 2});  // (3, channels, size, size) in [-1, 1] units, unclipped
 #pragma once
 
 #include <cstdint>
@@ -154,10 +154,15 @@ class Flow {
   }
 
   std::size_t numbers(std::size_t n) const { return n * static_cast<std::size_t>(shape_.image_numbers); }
+  static tarflow_shape sized_shape() {
+    tarflow_shape shape{};
+    shape.size = sizeof shape;
+    return shape;
+  }
   static std::int64_t count(std::size_t n) { return static_cast<std::int64_t>(n); }
 
   std::unique_ptr<tarflow_flow, Close> handle_;
-  tarflow_shape shape_{sizeof(tarflow_shape)};
+  tarflow_shape shape_ = sized_shape();
 };
 
 }  // namespace tarflow
