@@ -54,5 +54,8 @@ def bisect(
         found = finding.to_json()
         emit(bundle=bundle, found={"graph": found.pop("kind"), **found}, repro=output)
     else:
-        print(f"{finding.reason}\nerror {finding.suspect.error:.3g}; repro in {output}")
+        print(finding.reason)
+        if finding.checkpoint_names:
+            print(f"in the checkpoint: {', '.join(finding.checkpoint_names)}")
+        print(f"error {finding.suspect.error:.3g}; repro in {output}")
     raise Exit(1)

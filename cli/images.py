@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Range = Annotated[str | None, Option(help="Of float images: -1,1, 0,1 or 0,255. Default: -1,1, where it is clear.")]
-Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W), .npy or .npz; unclipped, they may leave [-1, 1].")]
+Save = Annotated[Path | None, Option(help="Write float32 (N, C, H, W) as .npy or .npz: unclipped, some leave [-1, 1].")]
 _MOST_NOTES = 5
 ARRAYS = (".npy", ".npz")
 

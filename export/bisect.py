@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tarflow.checkpoint import reference_name
 from tarflow.model import TarFlow
 
 from ..quality.parity import Pairs, Watch
@@ -62,6 +63,12 @@ class Finding:
             why += "provider's own"
         return f"block {where.block}, {what}: {why}"
 
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """What the checkpoint calls the weights that the node reads, or the last ones read before it."""
+        names = (name.removeprefix("block.").replace("class_table", "class_embed") for name in self.evidence.weights)
+        return tuple(reference_name(f"blocks.{self.suspect.block}.{name}") for name in names)
+
     def to_json(self) -> dict[str, Any]:
         """Without tensors; ``node_error`` is the node's own, relative."""
         node, where = self.evidence.node, self.suspect
@@ -70,6 +77,7 @@ class Finding:
             "node": node and node.name,
             "op": node and node.op_type,
             "node_error": node and self.evidence.error,
+            "checkpoint_names": list(self.checkpoint_names),
             "reason": self.reason,
         }
 

@@ -38,6 +38,7 @@ class Evidence:
     reason: str = ""
     error: float = 0.0
     opset: int = 0
+    weights: tuple[str, ...] = ()  # by their names in the graph: the one that is wrong, else those behind the node
 
 
 def expose(path: Path, feeds: Feeds) -> Exposed:
@@ -78,8 +79,24 @@ def first_difference(shown: Exposed, truth: Exposed, feeds: Feeds, limit: float)
         else:
             continue
         read = {name: inputs[name] for name in node.input if name in inputs}
-        return Evidence(node, read, found, expected, reason, error, shown.graph.opset_import[0].version)
+        behind = tuple(changed[:1]) or _weights_behind(shown.graph, node)
+        return Evidence(node, read, found, expected, reason, error, shown.graph.opset_import[0].version, behind)
     return Evidence(None, feeds)
+
+
+def _weights_behind(graph: ModelProto, node: NodeProto) -> tuple[str, ...]:
+    """The weights that a node reads; where it reads none, those of the nearest nodes before it that do."""
+    stored = {tensor.name for tensor in graph.graph.initializer if tensor.external_data}
+    made = {output: node for node in graph.graph.node for output in node.output}
+    ahead, seen = [node], {node.name}
+    while ahead:
+        read = [name for one in ahead for name in one.input]
+        if found := tuple(dict.fromkeys(name for name in read if name in stored)):
+            return found
+        before = {made[name].name: made[name] for name in read if name in made}
+        ahead = [one for name, one in before.items() if name not in seen]
+        seen |= before.keys()
+    return ()
 
 
 def _run(graph: ModelProto, folder: Path, feeds: Feeds) -> Feeds:

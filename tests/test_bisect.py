@@ -39,6 +39,7 @@ def test_a_wrong_node_in_a_step_graph_is_named_and_reproduced(copy: Exported, cl
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)["found"]
     assert (found["block"], found["graph"], found["step"], found["node"]) == (2, "step", 0, planted)
+    assert found["checkpoint_names"] == ["blocks.2.proj_out.weight", "blocks.2.proj_out.bias"]
     session = onnxruntime.InferenceSession(str(tmp_path / "repro" / "node.onnx"))
     inputs = dict(np.load(tmp_path / "repro" / "inputs.npz"))
     (output,) = session.run(None, inputs)
@@ -84,5 +85,6 @@ def test_a_wrong_weight_is_named(copy: Exported, tmp_path: Path, bundle: Exporte
     assert found is not None
     assert found.suspect.block == 1
     assert "layers.1.up.bias is not the checkpoint's" in found.reason
+    assert found.checkpoint_names == ("blocks.1.attn_blocks.1.mlp.main.0.bias",)
     write_repro(tmp_path / "repro", found, force=False)
     assert json.loads((tmp_path / "repro" / "finding.json").read_text())["block"] == 1
