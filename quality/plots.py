@@ -17,6 +17,7 @@ from ..runtime.noise import normal_quantile
 Numbers = NDArray[np.float64]
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 48, 12, 12, 44  # of a plot, in its own units
 _BINS = 40
+_LETTER = 7.5  # of a number below an axis, in the plot's units
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,13 @@ def _up(low: float, high: float, height: int) -> Axis:
 def _grid(across: Axis, up: Axis, label: str, side: str = "") -> list[str]:
     """The frame: marks and numbers below, and, if that ``side`` has a label, at the left, with lines across."""
     parts = [f'<path class="frame" d="M{across.start} {up.start}H{across.stop}"/>']
-    for value, text in across.ticks():
-        x = across.at(value)
+    taken: list[tuple[float, float]] = []
+    for value, text in sorted(across.ticks(), key=lambda tick: not tick[1].startswith("1e")):  # whole decades first
+        x, half = across.at(value), _LETTER * (len(text) + 1) / 2
         parts.append(f'<path class="frame" d="M{x:.1f} {up.start}v5"/>')
-        parts.append(f'<text class="below" x="{x:.1f}" y="{up.start + 19:.1f}">{text}</text>')
+        if all(x + half < left or right < x - half for left, right in taken):  # else there is no room for a number
+            taken.append((x - half, x + half))
+            parts.append(f'<text class="below" x="{x:.1f}" y="{up.start + 19:.1f}">{text}</text>')
     middle = (across.start + across.stop) / 2
     parts.append(f'<text class="below label" x="{middle}" y="{up.start + 37:.1f}">{html.escape(label)}</text>')
     if not side:

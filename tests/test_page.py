@@ -23,6 +23,7 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
+from tarflow.quality import plots, report
 from tarflow.runtime.backend import Array
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import grid, png, to_uint8
@@ -470,6 +471,68 @@ def test_everything_can_be_done_with_the_keyboard(visit: Visit, server: Server) 
     expect(page.get_by_role("heading", name="Image 5, class 0")).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Permalink")).to_be_focused()
+
+
+def test_a_chosen_picture_can_be_downloaded(visit: Visit, server: Server, flow: PacedFlow) -> None:
+    page = visit.open(server.url)
+    page.get_by_label("Seed", exact=True).fill("3")
+    visit.draws(8)
+    page.locator(".cell").nth(5).click()
+    with page.expect_download() as arriving:
+        page.get_by_role("link", name="Download").click()
+    assert arriving.value.suggested_filename == "3-5.png"
+    with Image.open(arriving.value.path()) as saved:
+        assert saved.size == (48, 48)
+        shown = np.asarray(saved.convert("L"))[::6, ::6]
+    assert np.array_equal(shown, expected(flow, 8, seed=3)[5])
+
+
+@pytest.mark.parametrize("width", [1200, 800])
+@pytest.mark.parametrize("n", [8, 16])
+def test_the_keyboard_goes_through_the_page_as_it_is_seen(browser: Browser, server: Server, n: int, width: int) -> None:
+    """Column by column, and in a column from the top: never back to what was above."""
+    with visiting(browser, server, viewport={"width": width, "height": 800}) as visit:
+        page = visit.open(server.url)
+        page.get_by_label("Images", exact=True).fill(str(n))
+        visit.draws(n)
+        seen = []
+        page.get_by_role("tab", name="Draw").focus()
+        while (place := page.evaluate(WHERE)) is not None and place not in seen:
+            seen.append(place)
+            page.keyboard.press("Tab")
+        assert [name for name, *_ in seen][-1] == "sample-score"
+        for (_, left, top, column), (name, x, y, other) in pairwise(seen):
+            assert column != other or (y > top - 12 and (y > top + 12 or x > left)), f"{name} is above what came before"
+
+
+WHERE = """() => {
+    const focused = document.activeElement, box = focused.getBoundingClientRect();
+    const column = focused.closest("form, .stage, .sample, [role=tablist]");
+    if (!column) return null;
+    const name = focused.id || focused.getAttribute("aria-label") || focused.textContent;
+    return [name, box.left, box.top + scrollY, column.className || column.id];
+}"""
+
+
+def boxes(page: Page, selector: str) -> list[tuple[float, float]]:
+    """From where to where labels reach, from left to right."""
+    reach = "(all) => all.map((e) => e.getBoundingClientRect()).map((box) => [box.left, box.right])"
+    found = page.locator(selector).evaluate_all(reach)
+    return sorted((left, right) for left, right in found)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3, 0.75, 1.5, 3.0, 9.0, 40.0])
+def test_tick_labels_of_a_plot_do_not_overlap(browser: Browser, spread: float) -> None:
+    page = browser.new_context(viewport={"width": 700, "height": 500}).new_page()
+    for decades in (True, False):
+        values = 10 ** np.linspace(-5, -5 + spread, 50) if decades else 1234.5 + np.linspace(-spread, spread, 50) * 1e-4
+        plot = plots.histogram({"a": values}, "x", "plot", decades=decades)
+        page.set_content(f"<style>{report._STYLE}</style><figure class='plot'>{plot}</figure>")
+        reaches = boxes(page, "text.below:not(.label)")
+        assert len(reaches) >= 2
+        for (_, right), (left, _) in pairwise(reaches):
+            assert right + 2 < left, (spread, decades)
+    page.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

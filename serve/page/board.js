@@ -90,6 +90,8 @@ export class Board {
     this.#copyTo(at("sample-picture"), this.last, image);
     at("sample-link").href = this.finished.links[image];
     at("sample-copy").textContent = "Copy link";
+    at("sample-save").href = this.#enlarged(image).toDataURL("image/png");
+    at("sample-save").download = `${this.seed}-${this.first + image}.png`;
     const facts = [["Seed", this.seed], ["Round-trip error", error(this.finished.certificate[image])]];
     at("sample-facts").replaceChildren(...facts.flatMap(([term, value]) => [element("dt", term), element("dd", value)]));
     this.certificates.show(this.finished.certificate, image, (picked) => this.choose(picked));
@@ -200,6 +202,17 @@ export class Board {
     const x = (image % this.columns) * size, y = Math.floor(image / this.columns) * size;
     canvas.getContext("2d").drawImage(this.sheets[state], x, y, size, size, 0, 0, size, size);
     canvas.classList.toggle("crisp", size <= 32);
+    return canvas;
+  }
+
+  /** What is asked for, as large as the server's pictures of it: each pixel repeated. */
+  #enlarged(image) {
+    const size = this.size, side = size * Math.max(1, Math.floor(48 / size));
+    const canvas = Object.assign(element("canvas"), { width: side, height: side });
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    const x = (image % this.columns) * size, y = Math.floor(image / this.columns) * size;
+    context.drawImage(this.sheets[this.last], x, y, size, size, 0, 0, side, side);
     return canvas;
   }
 
