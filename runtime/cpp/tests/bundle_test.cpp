@@ -16,6 +16,13 @@ support::Failure opening(const fs::path& folder) {
   return failure([&] { tarflow::Flow flow(folder.string()); });
 }
 
+// ONNX Runtime, which decodes by graphs.
+tarflow::OpenOptions graphs() {
+  tarflow::OpenOptions options;
+  options.provider = "cpu";
+  return options;
+}
+
 }  // namespace
 
 TEST_CASE("what is no bundle is refused with what would help") {
@@ -98,20 +105,20 @@ TEST_CASE("a folder as a hub's cache lays it out is a bundle, with what lies bes
 
 TEST_CASE("a bundle that is replaced while it is open is never mixed with the other") {
   const Copy copy, other;
-  tarflow::Flow flow(copy.folder.string());
+  tarflow::Flow flow(copy.folder.string(), graphs());
   const std::vector<float> before = flow.sample({1});
   CHECK(flow.sample({1}) == before);
   const std::vector<float> images(64, 0.0F);
   fs::rename(copy.folder, copy.root / "old");
   fs::copy(other.folder, copy.folder);  // the same bytes, but who knows
   CHECK(flow.sample({1}) == before);    // all that this takes is open
-  tarflow::Flow late(other.folder.string());
+  tarflow::Flow late(other.folder.string(), graphs());
   support::write(other.folder / "block_03.step.onnx", support::read(other.folder / "block_01.step.onnx"));
   auto found = failure([&] { late.sample({1}); });
   CHECK(found.status == TARFLOW_BUNDLE);
   CHECK(found.says("block_03.step.onnx' was replaced or changed after its hash was checked; open the bundle again"));
   const Copy gone;
-  tarflow::Flow left(gone.folder.string());
+  tarflow::Flow left(gone.folder.string(), graphs());
   fs::remove_all(gone.folder);
   CHECK(failure([&] { left.sample({1}); }).says("was replaced or changed"));
 }
@@ -139,7 +146,7 @@ TEST_CASE("a graph that another is given for fails as a bundle, not as a crash")
   copy.edit([](Json& manifest) {
     for (Json& block : manifest["blocks"]) block["graphs"]["step"] = block["graphs"]["forward"];
   });
-  tarflow::Flow flow(copy.folder.string());
+  tarflow::Flow flow(copy.folder.string(), graphs());
   const auto found = failure([&] { flow.sample({1, 2}); });
   CHECK(found.status == TARFLOW_BUNDLE);
   CHECK(found.says("block 3's step graph"));
@@ -171,7 +178,10 @@ TEST_CASE("providers and libraries that are not to be had say what to do") {
   options.threads = -1;
   CHECK(open().status == TARFLOW_INPUT);
   options.threads = 1;
-  options.provider = "auto";
-  const tarflow::Flow flow(TARFLOW_DEMO, options);
-  CHECK(std::string(flow.shape().backend).find("; not tensorrt: ") != std::string::npos);
+  for (const char* any : {"auto", "", static_cast<const char*>(nullptr)}) {
+    options.provider = any;
+    const tarflow::Flow flow(TARFLOW_DEMO, options);
+    CHECK(std::string(flow.shape().backend).find("native fp32 (") == 0);
+    CHECK(std::string(flow.shape().backend).find("; not tensorrt: ") != std::string::npos);
+  }
 }
