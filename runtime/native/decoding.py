@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..backend import Array, Branches, Mask, block_order, check_window
 from . import library
 
-_LONGEST = 1e-3  # seconds of steps in one call: how long a cancellation may wait, and progress
+_LONGEST = 50e-3  # seconds of steps in one call, in which threads go their own ways: how long a cancellation may wait
 
 
 class NativeDecoding:
@@ -46,7 +46,7 @@ class NativeDecoding:
             self.x[:, position + 1 : position + 1 + window] = self.evaluate(position, window)
 
     def walk(self, stop: int, on_step: Callable[[int], None]) -> None:
-        """Steps from the first position to the one before ``stop``, as many in one call as take a millisecond."""
+        """Steps from the first position to the one before ``stop``, as many in one call as take 50 milliseconds."""
         position = 0
         while position < stop:
             end, started = min(position + self._together, stop), time.perf_counter()

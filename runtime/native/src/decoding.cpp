@@ -55,33 +55,37 @@ Slots Cache::slots(const Shape& shape, std::int64_t head) {
   return found;
 }
 
-Decoding::Decoding(std::shared_ptr<const Block> block, const Shape& shape, const Kernels& kernels, const Batch& batch,
-                   Cache cache, int threads)
+Held::Held(const Shape& shape, const Batch& batch, Cache kept, bool bytes)
+    : images(batch.images),
+      branches(batch.branches),
+      z(product({batch.images, shape.tokens, shape.patch_dim})),
+      x(z.count()),
+      mix(2 * batch.branches * shape.tokens),
+      query_scale(batch.branches),
+      cache(kept.fits(shape, images * branches, bytes) ? std::move(kept) : Cache(shape, images * branches, bytes)) {
+  std::copy_n(batch.z, z.count(), z.data());
+  std::copy_n(batch.z, z.count(), x.data());
+  std::copy_n(batch.mix, mix.count(), mix.data());
+  for (std::int64_t g = 0; g < branches; ++g)
+    query_scale[g] = batch.inverse_temperature[g] / std::sqrt(static_cast<float>(shape.head_dim));
+  for (std::int64_t i = 0; i < branches * images; ++i) {
+    const std::int64_t label = batch.labels[i];
+    if (label >= shape.classes && shape.classes > 0) throw Wrong("a label is no class of the model");
+    labels.push_back(label < 0 ? shape.classes : label);
+  }
+}
+
+Decoding::Decoding(std::shared_ptr<const Block> block, const Shape& shape, const Kernels& kernels, Held& batch,
+                   int threads)
     : block_(std::move(block)),
       shape_(shape),
       kernels_(kernels),
+      batch_(batch),
       images_(batch.images),
       branches_(batch.branches),
       stride_(padded(shape.width, kPanel)),
       bytes_(block_->precision == Precision::int8),
-      z_(product({batch.images, shape.tokens, shape.patch_dim})),
-      x_(z_.count()),
-      mix_(2 * batch.branches * shape.tokens),
-      query_scale_(batch.branches),
-      cache_(cache.fits(shape, batch.images * batch.branches, bytes_) ? std::move(cache)
-                                                                      : Cache(shape, batch.images * batch.branches, bytes_)),
-      scratch_(static_cast<std::size_t>(threads)) {
-  std::copy_n(batch.z, z_.count(), z_.data());
-  std::copy_n(batch.z, z_.count(), x_.data());
-  std::copy_n(batch.mix, mix_.count(), mix_.data());
-  for (std::int64_t g = 0; g < branches_; ++g)
-    query_scale_[g] = batch.inverse_temperature[g] / std::sqrt(static_cast<float>(shape.head_dim));
-  for (std::int64_t i = 0; i < branches_ * images_; ++i) {
-    const std::int64_t label = batch.labels[i];
-    if (label >= shape.classes && shape.classes > 0) throw Wrong("a label is no class of the model");
-    labels_.push_back(label < 0 ? shape.classes : label);
-  }
-}
+      scratch_(static_cast<std::size_t>(threads)) {}
 
 void Decoding::evaluate(std::int64_t position, std::int64_t window, const std::vector<std::int64_t>& images, Team& team,
                         float* found) {
@@ -156,7 +160,7 @@ double Decoding::cost(std::int64_t inputs, std::int64_t outputs) const {
 void Decoding::embed(Team& team) {
   const std::int64_t patch_dim = shape_.patch_dim, patches = chosen_ * window_;
   for (std::int64_t i = 0; i < chosen_; ++i)
-    std::copy_n(x_ + (chosen_images_[static_cast<std::size_t>(i)] * shape_.tokens + position_) * patch_dim,
+    std::copy_n(batch_.x + (chosen_images_[static_cast<std::size_t>(i)] * shape_.tokens + position_) * patch_dim,
                 window_ * patch_dim, patches_ + i * window_ * patch_dim);
   const Panels& panels = block_->in.panels();
   const auto work = [&](std::int64_t unit, int thread) {
@@ -173,7 +177,7 @@ void Decoding::embed(Team& team) {
         float* h = h_ + (g * patches + first + r) * stride_ + panel * kPanel;
         std::copy_n(out + r * kPanel, kPanel, h);
         if (shape_.classes == 0) continue;
-        const std::int64_t label = labels_[static_cast<std::size_t>(g * images_ + image)];
+        const std::int64_t label = batch_.labels[static_cast<std::size_t>(g * images_ + image)];
         kernels_.add(h, block_->classes + label * stride_ + panel * kPanel, kPanel);
       }
     }
@@ -239,7 +243,7 @@ void Decoding::attend_head(std::int64_t layer, std::int64_t head, std::int64_t f
       float *query = scratch.queries + (begin + r) * stride, *key = scratch.head.data(), *value = scratch.scores.data();
       std::fill(value, value + stride, 0.0f);
       for (std::int64_t i = 0; i < d; ++i) {
-        query[i] = number(r, i) * query_scale_[branch];
+        query[i] = number(r, i) * batch_.query_scale[branch];
         key[i] = number(r, d + i);
         value[i] = number(r, 2 * d + i);
       }
@@ -257,7 +261,7 @@ void Decoding::attend_head(std::int64_t layer, std::int64_t head, std::int64_t f
 }
 
 Slots Decoding::slots(std::int64_t layer, std::int64_t sequence, std::int64_t head) {
-  return cache_.slots(shape_, (layer * images_ * branches_ + sequence) * shape_.heads() + head);
+  return batch_.cache.slots(shape_, (layer * images_ * branches_ + sequence) * shape_.heads() + head);
 }
 
 // Rows of what a product multiplies: floats, or the bytes that were made of them.
@@ -295,8 +299,8 @@ void Decoding::read_out(Team& team, float* found) {
   const std::int64_t patches = chosen_ * window_;
   for (std::int64_t i = 0; i < patches; ++i) {
     const std::int64_t image = chosen_images_[static_cast<std::size_t>(i / window_)], at = position_ + i % window_;
-    const Outputs all = {out_ + i * outputs, branches_, patches * outputs, mix_ + at, shape_.tokens, shape_.nvp};
-    kernels_.affine(all, patch_dim, z_ + (image * shape_.tokens + at + 1) * patch_dim, found + i * patch_dim);
+    const Outputs all = {out_ + i * outputs, branches_, patches * outputs, batch_.mix + at, shape_.tokens, shape_.nvp};
+    kernels_.affine(all, patch_dim, batch_.z + (image * shape_.tokens + at + 1) * patch_dim, found + i * patch_dim);
   }
 }
 

@@ -41,19 +41,22 @@ struct Cache {
   Buffer<std::uint8_t> bytes;
 };
 
+// A batch while it is decoded: a copy of what was given, and what is found. `cache` is one that fits, or empty. Throws
+// Wrong for a label that is no class, std::bad_alloc.
+struct Held {
+  Held(const Shape& shape, const Batch& batch, Cache cache, bool bytes);
+
+  const std::int64_t images, branches;
+  Buffer<float> z, x, mix, query_scale;  // x: the patches found so far, (B, T, D) in block order, at first z
+  std::vector<std::int64_t> labels;      // (G, B), classes for the null class
+  Cache cache;
+};
+
+// Who decodes: all of a batch, or some images of it while others decode the rest.
 class Decoding {
  public:
-  // Copies the batch; `cache` is one that fits, or empty. Throws Wrong for a label that is no class, std::bad_alloc.
-  Decoding(std::shared_ptr<const Block> block, const Shape& shape, const Kernels& kernels, const Batch& batch,
-           Cache cache, int threads);
-
-  // Its cache, for the next. The decoding must not be used afterwards.
-  Cache leave() { return std::move(cache_); }
-
-  // The patches found so far, (B, T, D) in block order, at first z.
-  float* x() { return x_.data(); }
-  std::int64_t images() const { return images_; }
-  const Shape& shape() const { return shape_; }
+  // Refers to the batch.
+  Decoding(std::shared_ptr<const Block> block, const Shape& shape, const Kernels& kernels, Held& batch, int threads);
 
   // From the patches at position ... position + window - 1 of some images, in growing order, the next ones: (n, W, D) in
   // `found`, n the images chosen. Keys and values are kept. The caller has checked the bounds.
@@ -85,11 +88,9 @@ class Decoding {
   const std::shared_ptr<const Block> block_;
   const Shape shape_;
   const Kernels& kernels_;
+  Held& batch_;
   const std::int64_t images_, branches_, stride_;  // stride_: C padded to whole panels
   const bool bytes_;                               // products and cache of int8
-  Buffer<float> z_, x_, mix_, query_scale_;
-  std::vector<std::int64_t> labels_;  // (G, B), classes for the null class
-  Cache cache_;
   std::vector<Scratch> scratch_;
 
   // Of the call in progress.

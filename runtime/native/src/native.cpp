@@ -124,15 +124,60 @@ struct tarflow_native_model {
 };
 
 struct tarflow_native_decoding {
+  tarflow_native_decoding(tarflow_native_model& of, std::shared_ptr<const Block> part, const Batch& given)
+      : model(of),
+        block(std::move(part)),
+        batch(of.shape, given, of.own().take(), block->precision == Precision::int8),
+        whole(block, of.shape, of.kernels, batch, of.threads) {}
+
+  // Patches start + 1 ... stop of some images, from those before each.
+  void run(Decoding& decoding, std::int64_t start, std::int64_t stop, const std::vector<std::int64_t>& images, Team& team) {
+    const std::int64_t patch_dim = model.shape.patch_dim, tokens = model.shape.tokens;
+    std::vector<float> found(images.size() * static_cast<std::size_t>(patch_dim));
+    for (std::int64_t position = start; position < stop; ++position) {
+      decoding.evaluate(position, 1, images, team, found.data());
+      const float* from = found.data();
+      for (const std::int64_t image : images) {
+        std::copy_n(from, patch_dim, batch.x + (image * tokens + position + 1) * patch_dim);
+        from += patch_dim;
+      }
+    }
+  }
+
+  // With the model's threads, or alone where they are busy: the bits are the same. Many images are divided among the
+  // threads, none of which waits for another until all is done: while one reads keys, another multiplies.
+  void run(std::int64_t start, std::int64_t stop) {
+    constexpr std::int64_t kLane = 16;  // rows: fewer gain more from sharing each product
+    Crew& crew = model.own();
+    const std::unique_lock<std::mutex> turn(crew.sharing, std::try_to_lock);
+    const std::int64_t rows = batch.images * batch.branches;
+    const std::int64_t count = turn.owns_lock() ? std::min(std::int64_t{model.threads}, batch.images) : 1;
+    const bool divided = count > 1 && rows >= kLane * count;
+    std::vector<std::vector<std::int64_t>> images(static_cast<std::size_t>(divided ? count : 1));
+    for (std::int64_t image = 0; image < batch.images; ++image)
+      images[static_cast<std::size_t>(image * std::int64_t(images.size()) / batch.images)].push_back(image);
+    if (!divided) return run(whole, start, stop, images[0], turn.owns_lock() ? crew.team : model.alone);
+    while (std::int64_t(lanes.size()) < count)
+      lanes.push_back(std::make_unique<Decoding>(block, model.shape, model.kernels, batch, 1));
+    const double forever = 1e15;  // multiplications: a thread that is put aside for a while is waited for
+    crew.team.run(count, forever, [&](std::int64_t lane, int) {
+      const auto at = static_cast<std::size_t>(lane);
+      run(*lanes[at], start, stop, images[at], model.alone);
+    });
+  }
+
   // evaluate() with the model's threads, or alone where they are busy: the bits are the same.
   void evaluate(std::int64_t position, std::int64_t window, const std::vector<std::int64_t>& images, float* found) {
     Crew& crew = model.own();
     const std::unique_lock<std::mutex> turn(crew.sharing, std::try_to_lock);
-    decoding.evaluate(position, window, images, turn.owns_lock() ? crew.team : model.alone, found);
+    whole.evaluate(position, window, images, turn.owns_lock() ? crew.team : model.alone, found);
   }
 
   tarflow_native_model& model;
-  Decoding decoding;
+  const std::shared_ptr<const Block> block;
+  Held batch;
+  Decoding whole;
+  std::vector<std::unique_ptr<Decoding>> lanes;
 };
 
 namespace {
@@ -144,8 +189,8 @@ Shape checked(const tarflow_native_shape& given) {
   return shape;
 }
 
-void check_window(const Decoding& decoding, std::int64_t position, std::int64_t window) {
-  const std::int64_t tokens = decoding.shape().tokens;
+void check_window(const Shape& shape, std::int64_t position, std::int64_t window) {
+  const std::int64_t tokens = shape.tokens;
   if (position < 0 || window < 1 || window >= tokens || position >= tokens - window)
     throw Wrong("a window's last position has no next patch");
 }
@@ -161,14 +206,12 @@ const char* tarflow_native_isa() {
 }
 
 const char* tarflow_native_slower(const tarflow_native_shape* shape, int32_t precision) {
-  constexpr double kBatch = 64, kNear = 16 << 20;  // bytes of keys and values that stay in a processor's caches
+  constexpr std::int64_t kWidest = 256;  // in float32; in bytes it was faster at every width
   const char* isa = tarflow_native_isa();
   if (isa == nullptr || isa == std::string("baseline")) return "without AVX2 and FMA it is the slower one";
   if (isa == std::string("neon")) return "on Arm nobody has measured which is faster";
-  const double layers = static_cast<double>(shape->layers), tokens = static_cast<double>(shape->tokens);
-  const double cache = 2 * kBatch * layers * tokens * static_cast<double>(shape->width) * sizeof(float);
-  if (precision != TARFLOW_NATIVE_INT8 && cache > kNear)
-    return "in float32 it is slower for large batches of a model of this size";
+  if (precision != TARFLOW_NATIVE_INT8 && shape->width > kWidest)
+    return "in float32 it is the slower one for large batches of a model as wide as this";
   return nullptr;
 }
 
@@ -197,47 +240,38 @@ int tarflow_native_begin(tarflow_native_model* model, int64_t block, const tarfl
     if (batch->images < 1 || batch->images > kMost || batch->branches < 1 || batch->branches > 64)
       throw Wrong("a batch of so many images or branches cannot be decoded");
     const Batch given = {batch->images, batch->branches, batch->z, batch->labels, batch->mix, batch->inverse_temperature};
-    *decoding = new tarflow_native_decoding{
-        *model, Decoding(model->block(block), model->shape, model->kernels, given, model->own().take(), model->threads)};
+    *decoding = new tarflow_native_decoding(*model, model->block(block), given);
   });
 }
 
 void tarflow_native_end(tarflow_native_decoding* decoding) {
   if (decoding == nullptr) return;
-  if (!decoding->model.one_block) guarded([&] { decoding->model.own().give(decoding->decoding.leave()); });
+  if (!decoding->model.one_block) guarded([&] { decoding->model.own().give(std::move(decoding->batch.cache)); });
   delete decoding;
 }
 
-float* tarflow_native_x(tarflow_native_decoding* decoding) { return decoding->decoding.x(); }
+float* tarflow_native_x(tarflow_native_decoding* decoding) { return decoding->batch.x.data(); }
 
 int tarflow_native_run(tarflow_native_decoding* decoding, int64_t start, int64_t stop) {
   return guarded([&] {
-    Decoding& own = decoding->decoding;
     if (start >= stop) return;
-    check_window(own, start, stop - start);
-    const std::int64_t patch_dim = own.shape().patch_dim, tokens = own.shape().tokens;
-    std::vector<std::int64_t> all;
-    for (std::int64_t image = 0; image < own.images(); ++image) all.push_back(image);
-    std::vector<float> found(static_cast<std::size_t>(own.images() * patch_dim));
-    for (std::int64_t position = start; position < stop; ++position) {
-      decoding->evaluate(position, 1, all, found.data());
-      for (std::int64_t image = 0; image < own.images(); ++image)
-        std::copy_n(found.data() + image * patch_dim, patch_dim, own.x() + (image * tokens + position + 1) * patch_dim);
-    }
+    check_window(decoding->model.shape, start, stop - start);
+    decoding->run(start, stop);
   });
 }
 
 int tarflow_native_evaluate(tarflow_native_decoding* decoding, int64_t position, int64_t window, const uint8_t* rows,
                             float* found) {
   return guarded([&] {
-    Decoding& own = decoding->decoding;
-    check_window(own, position, window);
-    const std::int64_t size = window * own.shape().patch_dim;
+    const tarflow_native_model& model = decoding->model;
+    const std::int64_t images = decoding->batch.images;
+    check_window(model.shape, position, window);
+    const std::int64_t size = window * model.shape.patch_dim;
     std::vector<std::int64_t> chosen;
-    for (std::int64_t image = 0; image < own.images(); ++image)
+    for (std::int64_t image = 0; image < images; ++image)
       if (rows == nullptr || rows[image] != 0) chosen.push_back(image);
     if (chosen.empty()) return;
-    const bool all = static_cast<std::int64_t>(chosen.size()) == own.images();
+    const bool all = static_cast<std::int64_t>(chosen.size()) == images;
     std::vector<float> some(all ? 0 : chosen.size() * static_cast<std::size_t>(size));
     decoding->evaluate(position, window, chosen, all ? found : some.data());
     for (std::size_t i = 0; i < chosen.size() && !all; ++i)

@@ -1,6 +1,7 @@
 #include "native/backend.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <thread>
 
@@ -11,6 +12,7 @@ namespace tarflow::internal {
 namespace {
 
 constexpr int kMostThreads = 64;
+constexpr auto kLongest = std::chrono::milliseconds(50);  // of steps in one call: how long a cancellation may wait
 
 std::int32_t number_of(const std::string& precision) {
   if (precision == "int16") return TARFLOW_NATIVE_INT16;
@@ -106,9 +108,13 @@ void NativeBackend::invert(const Pass& pass, const float* z, float* x, const OnS
   const std::unique_ptr<tarflow_native_decoding, void (*)(tarflow_native_decoding*)> decoding(made, tarflow_native_end);
   bundle_.weights().require_unchanged();  // after they were read, so that what was read is what was hashed
   check(code, where);
-  for (std::int64_t position = 0; position + 1 < shape_.tokens(); ++position) {
-    check(tarflow_native_run(decoding.get(), position, position + 1), where);
-    on_step(position);
+  std::int64_t together = 1;  // steps in one call
+  for (std::int64_t position = 0, end = 0; end + 1 < shape_.tokens();) {
+    end = std::min(position + together, shape_.tokens() - 1);
+    const auto begun = std::chrono::steady_clock::now();
+    check(tarflow_native_run(decoding.get(), position, end), where);
+    if (2 * (std::chrono::steady_clock::now() - begun) < kLongest) together *= 2;
+    for (; position < end; ++position) on_step(position);
   }
   reorder(shape_, reversed, branches.batch, tarflow_native_x(decoding.get()), x);
 }
