@@ -21,7 +21,7 @@ test: ## everything that is checked before a change lands
 	$(MAKE) -j 2 prepare
 	$(MAKE) unit cpp-test
 
-prepare: lint types $(DEV)/chromium $(NEWEST)/done $(STANDIN) cpp-dev # what needs no idle machine: one core each
+prepare: lint types $(DEV)/chromium $(NEWEST)/done $(STANDIN) build/debian.tar cpp-dev # what needs no idle machine: one core each
 
 lint: $(DEV)/done
 	$(DEV)/bin/ruff check .
@@ -30,7 +30,7 @@ lint: $(DEV)/done
 types: $(DEV)/done
 	$(DEV)/bin/mypy
 
-unit: $(DEV)/done $(DEV)/chromium $(OLDEST)/done $(NEWEST)/done $(STANDIN) cpp-dev
+unit: $(DEV)/done $(DEV)/chromium $(OLDEST)/done $(NEWEST)/done $(STANDIN) build/debian.tar cpp-dev
 	$(DEV)/bin/pytest -n 2 --dist worksteal --durations=12
 
 cpp: $(CPP_BUILD)/needs ## libtarflow, in runtime/cpp/build/release
@@ -107,6 +107,11 @@ $(NEWEST)/done: pyproject.toml constraints.txt | $(OLDEST)/done
 $(STANDIN): $(wildcard bench/gpu/standin/src/*) bench/gpu/standin/build.py bench/gpu/wheels.py | $(DEV)/done
 	$(DEV)/bin/python -m bench.gpu.standin.build
 	touch $@
+
+# A fresh Debian, for what builds an image in it. Where it cannot be had, those tests are skipped, and say so.
+build/debian.tar:
+	mkdir -p build
+	-$(CPP)/cmake/debian-packages.sh mmdebstrap iproute2 && mmdebstrap --quiet --variant=minbase bookworm $@.partial http://deb.debian.org/debian && mv $@.partial $@
 
 clean:
 	rm -rf $(RUN) $(DEV) $(OLDEST) $(NEWEST) $(CPP_BUILD) build dist *.egg-info runtime/native/_decoder*.so samples.png

@@ -64,11 +64,11 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, *arguments: object, shell: str = 'exec "$@"', code: str = "", **environment: str
+    folder: Path, *arguments: object, shell: str = 'exec "$@"', code: str = "", bundle: Path = DEMO, **environment: str
 ) -> Iterator[Running]:
     """``tarflow serve`` of the demo on a free port, started by a line of ``shell``, after some ``code``."""
     start = ["bash", "-c", shell, "bash", sys.executable, "-c", f"{code}\nfrom tarflow.cli.main import main\nmain()"]
-    command = [*start, "serve", str(DEMO), "--port", "0", *map(str, arguments)]
+    command = [*start, "serve", str(bundle), "--port", "0", *map(str, arguments)]
     log = folder / "serve.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
