@@ -111,7 +111,7 @@ $(STANDIN): $(wildcard bench/gpu/standin/src/*) bench/gpu/standin/build.py bench
 # A fresh Debian, for what builds an image in it. Where it cannot be had, those tests are skipped, and say so.
 build/debian.tar:
 	mkdir -p build
-	-$(CPP)/cmake/debian-packages.sh mmdebstrap iproute2 && mmdebstrap --quiet --variant=minbase bookworm $@.partial http://deb.debian.org/debian && mv $@.partial $@
+	-$(CPP)/cmake/debian-packages.sh mmdebstrap iproute2 && mmdebstrap --quiet --variant=minbase bookworm build/debian.partial.tar http://deb.debian.org/debian && mv build/debian.partial.tar $@
 
 clean:
 	rm -rf $(RUN) $(DEV) $(OLDEST) $(NEWEST) $(CPP_BUILD) build dist *.egg-info runtime/native/_decoder*.so samples.png
