@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import noise as noise_source
+from .backend import CLOSED, Array, Backend, Branches, check_batch
 from .backend import REPRODUCIBLE_TILE as REPRODUCIBLE_TILE
-from .backend import Array, Backend, Branches, check_batch, closed
 from .bundle import Bundle, ModelShape
 from .chain import Chain
 from .classify import Classification, Question, classify
@@ -92,7 +92,7 @@ class Flow:
         """Let go of the engine: its memory and threads are free when the calls that run have ended. To draw, encode or
         denoise from then on is an InputError; to close again is none.
         """
-        self.backend = self.chain.backend = closed(self.backend)
+        self.backend = self.chain.backend = CLOSED
         self.__dict__.pop("lanes", None)  # whose threads end with it
 
     def __enter__(self) -> Self:
@@ -103,7 +103,8 @@ class Flow:
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
-        return f"<Flow of '{manifest.name}', {manifest.precision}, on {self.backend.description}>"
+        engine = self.backend.description.partition("; ")[0]  # without why it is no other
+        return f"<Flow of '{manifest.name}', {manifest.precision}, on {engine}>"
 
     def __reduce__(self) -> Any:
         """Pickled as what it takes to open the same bundle, in the same place, in the same way; its hash is checked."""

@@ -18,13 +18,14 @@ import numpy as np
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.flow import Flow, Guidance
 
-flow = Flow.open({str(DEMO)!r}, threads=2)
+flow = Flow.open({str(DEMO)!r}, sys.argv[1], threads=2)
 z, branches = flow.noise(0, range(8)), Branches.plain(np.full(8, 3), flow.config.tokens)
 
 def everything():
     drawn = flow.sample(20, labels=3, guidance=Guidance(1.0), seed=7, certify=True, reproducible=True)
     latent, _ = flow.encode(drawn, 3)
-    return [np.asarray(drawn), drawn.report.certificate, latent, flow.lanes.solve(0, z, branches)]
+    divided = [flow.lanes.solve(0, z, branches)] if flow.lanes else []
+    return [np.asarray(drawn), drawn.certificate, drawn.log_prob, latent, *divided]
 
 def same(found):
     return all(map(np.array_equal, found, expected))
@@ -40,19 +41,21 @@ assert same(everything())
 """
 
 
+LIVES = {
+    "used": "assert same(everything())\n    os._exit(0)",  # as multiprocessing ends its children
+    "used and ended": "assert same(everything())\n    sys.exit()",
+    "dropped": "del flow\n    gc.collect()\n    sys.exit()",
+    "ended": "sys.exit()",
+}
+
+
 @pytest.mark.parametrize(
-    "life",
-    [
-        "assert same(everything())\n    os._exit(0)",  # as multiprocessing ends its children
-        "assert same(everything())\n    sys.exit()",
-        "del flow\n    gc.collect()\n    sys.exit()",
-        "sys.exit()",
-    ],
-    ids=["used", "used and ended", "dropped", "ended"],
+    ("provider", "life"), [*(("cpu", life) for life in LIVES), ("native", "used and ended"), ("native", "dropped")]
 )
-def test_a_flow_that_was_used_is_whole_in_a_forked_process(life: str) -> None:
+def test_a_flow_that_was_used_is_whole_in_a_forked_process(provider: str, life: str) -> None:
     quiet = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}  # it has threads of its own, for which a child waits at its end
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", f"{USED}    {life}\n{PARENT}"]
+    code = f"{USED}    {LIVES[life]}\n{PARENT}"
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, provider]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet, start_new_session=True)
     try:
         _, told = process.communicate(timeout=1800)  # a child that hangs, however busy the machine is
