@@ -11,7 +11,7 @@ from ..config import Hints
 from ..runtime.files import check_replaceable
 from ..runtime.opening import Opening
 from .console import emit
-from .options import BundlePath, Json, hinted, opens
+from .options import BundlePath, Json, Quiet, hinted, opens
 from .progress import stages
 
 
@@ -26,6 +26,7 @@ def bisect(
     *,
     hints: Hints,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Name the first block, step and graph node that leaves tolerance of PyTorch, and write a folder that shows it.
@@ -39,7 +40,7 @@ def bisect(
     from ..export.repro import MARKER, write_repro
 
     check_replaceable(output, force, MARKER)
-    with stages(quiet=json) as watch:
+    with stages(quiet=json or quiet) as watch:
         comparison = Comparison(bundle, checkpoint, hints, opening)
         finding = bisect_bundle(comparison, tolerance, watch)
         if finding is not None:

@@ -15,7 +15,7 @@ from typer import Option
 from ..runtime.errors import InputError
 from ..runtime.files import size_text
 from .console import emit, numbers, say
-from .options import BundleArgument, Json
+from .options import BundleArgument, Json, Quiet
 from .progress import stages, status_line
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def build(
     timing_cache: Annotated[Path | None, Option(help="Keep TensorRT's timings here; only makes builds faster.")] = None,
     level: Annotated[int | None, Option(metavar="N", help="TensorRT's optimisation level, 0 to 5.")] = None,
     verify: Annotated[bool, Option(help="Run every engine against ONNX Runtime, if a GPU is here.")] = True,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Build TensorRT engines from a bundle, on the machine that will run them: one per block and graph.
@@ -53,10 +54,10 @@ def build(
 
     ranges = _range("batch", batch), _range("window", window)
     options = Options(*ranges, _capabilities(device), timing_cache=timing_cache, level=level)
-    with shown(quiet=json) as watch:
+    with shown(quiet=json or quiet) as watch:
         folder, record = build_engines(bundle, engine, options, watch)
     if verify:
-        with stages(quiet=json) as tell:
+        with stages(quiet=json or quiet) as tell:
             record, unverified = verify_engines(bundle, folder, record, tell)
     else:
         unverified = "not asked for"

@@ -10,13 +10,14 @@ from typer import Option
 
 from ..runtime.errors import CheckFailed, Remedy
 from .console import emit
-from .options import BundleArgument, Json
+from .options import BundleArgument, Json, Quiet
 from .progress import stages
 
 
 def check_engine(
     bundle: BundleArgument,
     nodes: Annotated[bool, Option("--nodes", help="List every node, not only the refused ones.")] = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Ask TensorRT's parser about every node of every graph, and build every graph, keeping nothing. Needs no GPU.
@@ -29,7 +30,7 @@ def check_engine(
     """
     from ..export.engines.check import check
 
-    with stages(quiet=json) as watch:
+    with stages(quiet=json or quiet) as watch:
         tensorrt, verdicts = check(bundle, watch=watch)
     failed = [verdict for verdict in verdicts if not verdict.built]
     if json:

@@ -15,7 +15,7 @@ from ..runtime.files import size_text
 from .console import DEFAULT_BUNDLE, DEMO, emit, identity, say, show
 from .inspect import model_rows
 from .messages import command
-from .options import Json, hinted
+from .options import Json, Quiet, hinted
 from .progress import stages
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def export(
     ] = None,
     force: Annotated[bool, Option("--force", help="Replace an existing bundle.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be written, and stop.")] = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs, one set per flow block, verified against PyTorch.
@@ -55,9 +56,9 @@ def export(
     from ..export.pipeline import export as export_bundle
     from ..quality.card import Card
 
-    with stages() as watch:
+    with stages(quiet) as watch:
         bundle = export_bundle(source, output, engine, hints, force, verify, watch)
-    engines, why_not, unverified = _engines(bundle, quiet=json) if build else (None, "not asked for", None)
+    engines, why_not, unverified = _engines(bundle, quiet=json or quiet) if build else (None, "not asked for", None)
     files, parity = {name: entry.size for name, entry in bundle.manifest.files.items()}, bundle.manifest.parity
     total = sum(files.values())
     if json:

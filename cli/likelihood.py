@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -57,12 +57,7 @@ def likelihood(
     x = as_trained_on(flow, given.pixels, seed)
     names = given.folder.names if given.folder else None
     _, classes = check_images(flow.config, x, given.classes(labels, flow.bundle.manifest))
-    parts = []
-    with share_bar("encoding", quiet) as tell:
-        for start in builtins.range(0, len(x), _PART):
-            tell(start / len(x))
-            rows = slice(start, start + _PART)
-            parts.append(flow.encode(x[rows], classes[rows], AS_THEY_ARE))
+    parts = [flow.encode(x[rows], classes[rows], AS_THEY_ARE) for rows in _parts(len(x), "encoding", quiet)]
     z, log_det = (np.concatenate(part) for part in zip(*parts, strict=True))
     bits = flow.bits_of(z, log_det)
     broken = nonfinite(z, log_det, bits)
@@ -96,6 +91,7 @@ def denoise(
     ] = None,
     *,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Remove the model's training noise from images: one step along the gradient of their likelihood.
@@ -105,7 +101,7 @@ def denoise(
     import numpy as np
 
     from ..runtime.flow import Flow
-    from ..runtime.inputs import AS_THEY_ARE
+    from ..runtime.inputs import AS_THEY_ARE, check_images
     from ..runtime.samples import nonfinite
 
     files = files_asked(save, output, "denoised.png")
@@ -115,7 +111,9 @@ def denoise(
     if save is not None:
         check_room(save, 4 * stored.size)
     x = np.asarray(stored.astype(np.float32) / 127.5 - 1) if stored.dtype == np.uint8 else stored
-    result = flow.denoise(x, given.classes(labels, flow.bundle.manifest), strength, AS_THEY_ARE)
+    _, classes = check_images(flow.config, x, given.classes(labels, flow.bundle.manifest))
+    parts = _parts(len(x), "denoising", quiet)
+    result = np.concatenate([flow.denoise(x[rows], classes[rows], strength, AS_THEY_ARE) for rows in parts])
     write_images(result, files, flow.bundle, {})
     change, broken = float(np.sqrt(np.mean((result - x) ** 2))), nonfinite(result)
     if json:
@@ -123,6 +121,14 @@ def denoise(
     else:
         print(f"{len(x)} images denoised, changed by {change:.3g} rms: {', '.join(map(str, files.values()))}")
     judge(broken, len(x), "are not finite once denoised")
+
+
+def _parts(count: int, what: str, quiet: bool) -> Iterator[slice]:
+    """The images part by part, telling how far it is."""
+    with share_bar(what, quiet) as tell:
+        for start in builtins.range(0, count, _PART):
+            tell(start / count)
+            yield slice(start, start + _PART)
 
 
 def judge(broken: Sequence[int], count: int, what: str) -> None:

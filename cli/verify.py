@@ -12,7 +12,7 @@ from ..config import Hints
 from ..runtime.errors import CheckFailed, Remedy
 from ..runtime.opening import Opening
 from .console import emit
-from .options import BundlePath, Json, hinted, opens
+from .options import BundlePath, Json, Quiet, hinted, opens
 from .progress import stages
 
 
@@ -24,6 +24,7 @@ def verify(
     *,
     hints: Hints,
     opening: Opening,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Compare a bundle with PyTorch where it is installed, else with its golden pairs, and certify round trips.
@@ -34,7 +35,7 @@ def verify(
     """
     from .card import print_card
 
-    with stages(quiet=json) as watch:
+    with stages(quiet=json or quiet) as watch:
         if checkpoint is not None or all(map(find_spec, ("torch", "onnx", "onnxscript", "onnx_ir"))):
             from ..export.comparison import Comparison, verify_bundle
 

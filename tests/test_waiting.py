@@ -20,6 +20,7 @@ COMMANDS = {
     "generate demo --n 2": "sampling",
     "generate demo --n 2 --out shards": "samples",
     "likelihood demo in.npy": "encoding",
+    "denoise demo in.npy --save out.npy": "denoising",
     "classify demo in.npy --classes 0-1": "classifying",
     "evaluate demo --n 70 --resamples 2": "resampling 2 times",
     "bench demo --batch 1 --guidance 0 --repeats 1": "measuring",
