@@ -25,6 +25,7 @@ COMMANDS = (
     "generate my-bundle --n 64 --labels 0-9 --guidance 1 -o grid.png --save samples.npy",
     "generate my-bundle --n 64 --shard-size 16 --out samples --workers 2",
     "likelihood my-bundle samples.npy --labels 3",
+    "classify my-bundle samples.npy --classes 0-4 --top 1",
     "denoise my-bundle samples.npy --save denoised.npz",
     "evaluate my-bundle --against samples.npy --n 64",
     "report my-bundle -o report.html --n 16",
