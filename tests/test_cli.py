@@ -153,7 +153,7 @@ def test_a_path_to_nothing_is_refused(command: str, name: str, tarflow: Cli) -> 
 
 
 REFUSED = [
-    ("--labels 0-9", "label 9 0 to 4 -1"),
+    ("--labels 0-9", "label 5 0 to 4 -1"),
     ("--labels=", "labels a class (3)"),
     ("--labels y.npy", "y.npy labels"),
     ("--n 0", "--n 1 or more"),
