@@ -80,7 +80,7 @@ def test_the_weights_are_a_quarter_and_a_checkpoint(int8: Path, tmp_path: Path) 
 
 
 def test_every_int8_product_of_a_step_is_fused(int8: Path, tmp_path: Path) -> None:
-    flow, optimised = Flow.open(int8), tmp_path / "optimised.onnx"
+    flow, optimised = Flow.open(int8, "cpu"), tmp_path / "optimised.onnx"
     sessions = flow.backend.sessions  # type: ignore[attr-defined]
     usual = sessions._options
 
@@ -119,7 +119,7 @@ def test_the_certificate_sees_what_int8_steps_do(int8: Path) -> None:
 
 
 def test_parallel_decoding_does_not_settle_on_onnx_runtime_and_is_serial_there(int8: Path) -> None:
-    flow = Flow.open(int8)
+    flow = Flow.open(int8, "cpu")
     serial = flow.sample(1, labels=3, denoise=False, decode="serial")
     for how in ({"decode": "fast"}, {"decode": "exact"}, {"tolerance": 1e-4}):
         drawn = flow.sample(1, labels=3, denoise=False, **how)
