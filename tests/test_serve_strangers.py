@@ -98,8 +98,8 @@ def test_names_are_asked_for_where_loopback_is_bound_or_some_are_given() -> None
 
 
 def test_a_server_has_its_names_and_minds_no_variables_of_others(tmp_path: Path) -> None:
-    others = {"WEB_CONCURRENCY": "auto", "PROMETHEUS_MULTIPROC_DIR": "/nonexistent"}
-    with running(tmp_path, "--allowed-hosts", "tarflow.example", **others) as service:
+    names = ("--allowed-hosts", "tarflow.example")
+    with running(tmp_path, *names, WEB_CONCURRENCY="auto", PROMETHEUS_MULTIPROC_DIR="/nonexistent") as service:
         for host, status in (("evil.example", 403), ("tarflow.example:443", 200), (f"127.0.0.1:{service.port}", 200)):
             assert service.ask("GET", "/v1/model", headers={"Host": host})[0] == status
         status, headers, _ = service.ask("GET", "/docs/?a=b")
