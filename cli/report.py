@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 import sys
@@ -17,7 +18,7 @@ from ..runtime.opening import Opening
 from .console import emit, identity
 from .doctor import versions_of
 from .images import Range, as_trained_on, read_images
-from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, draws, opens
+from .options import GUIDANCE, BundleArgument, Drawing, Json, Labels, Quiet, draws, opens
 from .progress import status_line
 from .verdict import Strict, Verdict, round_trip_text
 
@@ -40,6 +41,7 @@ def report(
     data_labels: Annotated[str | None, Option(help="Their labels, as in --labels. Default: sub-folders.")] = None,
     opening: Opening,
     strict: Strict = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Draw samples and write a page about them: pictures, latents, likelihoods, round trips, times, parity, versions.
@@ -61,7 +63,7 @@ def report(
     if data is not None:
         given = read_images(data, flow.config, range)
         images = as_trained_on(flow, given.pixels, request.seed), given.classes(data_labels, flow.bundle.manifest)
-    with status_line(f"drawing and examining {n} samples"):
+    with contextlib.nullcontext() if quiet else status_line(f"drawing and examining {n} samples"):
         found = examine(flow, request, images)
     versions = {**versions_of(PACKAGES), "python": platform.python_version(), "system": platform.platform()}
     page = render(found, Making(shlex.join(["tarflow", *sys.argv[1:]]), time.strftime("%Y-%m-%d"), versions))

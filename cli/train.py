@@ -16,7 +16,7 @@ from ..config import Config, parse_noise
 from ..runtime.errors import InputError
 from ..runtime.machine import cores, cpu_quota
 from .console import emit, say
-from .options import Json, Threads
+from .options import Json, Quiet, Threads
 from .progress import bar, duration_text
 
 Watch = Callable[[dict[str, Any]], None]  # is told each line of the log
@@ -56,6 +56,7 @@ def train(
     threads: Threads = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out, with the same options.")] = False,
     force: Annotated[bool, Option("--force", help="Start over, replacing the run in --out.")] = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Train a model: checkpoints (.pth and .safetensors), sample grids and a log in --out.
@@ -89,7 +90,7 @@ def train(
     shape = (dataset.image_size, dataset.channels, patch_size, width, blocks, layers)
     config = Config(*shape, len(dataset.classes), nvp=not volume_preserving, noise_std=parse_noise(noise_std))
     try:
-        with log_lines(steps) as watch:
+        with log_lines(steps, quiet) as watch:
             result = carry_out(config, dataset, recipe, run, watch)
     except KeyboardInterrupt:
         if run.state.exists() and leads():
@@ -115,9 +116,9 @@ def leads() -> bool:
 
 
 @contextlib.contextmanager
-def log_lines(steps: int) -> Iterator[Watch]:
+def log_lines(steps: int, quiet: bool = False) -> Iterator[Watch]:
     """Shows the log on stderr: a bar on a terminal, a line each elsewhere, nothing on ranks other than 0."""
-    if not leads():
+    if quiet or not leads():
         yield lambda line: None
     elif not sys.stderr.isatty():
         yield lambda line: say(f"step {line['step']}/{steps}  {summary(line)}")

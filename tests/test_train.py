@@ -302,6 +302,9 @@ def test_command_prints_one_json_document(tarflow: Cli) -> None:
     assert document["held_out_bits_per_dim"] > 0
     assert all(Path(file).is_file() for file in document["files"])
     assert "step 2/4" in done.stderr
+    again = tarflow("train", *SMALL.split(), "--sample-every", 0, "--json", "--log-every", 2, "--force", "--quiet")
+    assert said(again)["steps"] == 4
+    assert "step" not in again.stderr
 
 
 def test_command_says_what_a_user_can_mend(tarflow: Cli) -> None:
