@@ -25,7 +25,7 @@ from tarflow.runtime.ort.stepwise import StepwiseDecoding
 from tarflow.runtime.request import Request
 from tarflow.runtime.samples import Preview, Progress
 
-from .conftest import Exported, Goldens, largest, report_of
+from .conftest import DEMO, Exported, Goldens, largest, report_of
 
 GUIDED = Guidance(1.5)
 
@@ -123,10 +123,8 @@ def test_progress_counts_every_step_and_previews_show_every_tile_after_every_blo
     assert np.array_equal(seen[-1].images, seen[7].images), "what is shown is never denoised"
 
 
-def test_noise_of_the_next_batch_is_made_before_the_last_steps_are_waited_for(
-    flow: Flow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
+def test_noise_of_the_next_batch_is_made_before_the_last_steps_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, made = Flow.open(DEMO, provider="cpu"), list[str]()
 
     def noting(name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:

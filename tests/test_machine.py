@@ -72,7 +72,7 @@ def group() -> Iterator[Path]:
 def test_a_real_quota_decides_how_many_threads_a_bundle_is_opened_with(group: Path) -> None:
     code = (
         "import json\nfrom tarflow.runtime.flow import Flow\nfrom tarflow.runtime.machine import cores, cpu_quota\n"
-        f"backend = Flow.open({str(DEMO)!r}).backend\n"
+        f"backend = Flow.open({str(DEMO)!r}, provider='cpu').backend\n"
         "threads = backend.sessions.get(0, 'step').get_session_options().intra_op_num_threads\n"
         "print(json.dumps([cpu_quota(), cores(), threads, backend.machine]))"
     )

@@ -337,7 +337,7 @@ def test_classes_are_called_by_their_names(browser: Browser, tmp_path: Path) -> 
     (folder / "manifest.json").write_text(json.dumps(manifest | {"class_names": names}))
     with serving(Flow.open(folder, spinning=False)) as server, visiting(browser, server) as visit:
         page = visit.open(server.url)
-        page.get_by_text("<b>three</b>").click()
+        page.get_by_role("radio", name="<b>three</b>").check(force=True)
         visit.draws(8)
         expect(page.locator(".cell").first).to_have_attribute("aria-label", re.compile("class <b>three</b>"))
         page.get_by_role("button", name="Likelihood").click()

@@ -90,7 +90,7 @@ def test_a_captured_graph_gives_the_same_bits_and_nothing_crosses_the_bus_in_the
 def test_batches_that_change_by_turns_are_captured_once(device: Device, built: Exported) -> None:
     """All batch sizes share a context, which loads what a size needs when it runs, not while it is captured."""
     folder = built()
-    flow, cpu = Flow.open(folder, provider="tensorrt"), Flow.open(folder)
+    flow, cpu = Flow.open(folder, provider="tensorrt"), Flow.open(folder, provider="cpu")
     blocks = flow.config.blocks
     for turn in range(6):
         n, guidance = 2 + turn % 2, Guidance(0.5 * (turn % 3))
@@ -132,7 +132,7 @@ def _fail() -> None:
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
 def test_any_number_of_samples_and_images_fits_a_batch_range(built: Exported, n: int) -> None:
     folder = built(batch=(2, 3, 4))  # at least 2: single rows are padded; at most 4: more go in turns
-    flow, cpu, labels = Flow.open(folder, provider="tensorrt"), Flow.open(folder), np.arange(n) % 5
+    flow, cpu, labels = Flow.open(folder, provider="tensorrt"), Flow.open(folder, provider="cpu"), np.arange(n) % 5
     samples = cpu.sample(n, labels=labels, guidance=Guidance(0.5))
     assert largest(flow.sample(n, labels=labels, guidance=Guidance(0.5)), samples) < 1e-5
     images = np.tanh(samples)
@@ -151,7 +151,7 @@ def test_a_captured_graph_does_not_outlive_the_engine_that_the_least_memory_lets
 ) -> None:
     """What two threads do: each decodes a block, and each step loads its engine in place of the other's."""
     folder = built()
-    flow, cpu = Flow.open(folder, provider="tensorrt", memory="least"), Flow.open(folder)
+    flow, cpu = Flow.open(folder, provider="tensorrt", memory="least"), Flow.open(folder, provider="cpu")
     z, plain = cpu.noise(0, range(2)), Branches.plain(np.array([0, 1]), cpu.config.tokens)
     decodings = {block: flow.backend.decoding(block, z, plain) for block in (3, 2)}
     for start in range(0, cpu.config.tokens - 1, 5):
@@ -387,7 +387,7 @@ def test_a_damaged_folder_does_not_keep_good_engines_from_running(built: Exporte
     damaged, good = folder / "engines" / "a damaged one", folder / "engines" / "double"
     shutil.copytree(good, damaged)
     (damaged / "engines.json").write_bytes(b"{")
-    assert largest(Flow.open(folder, provider="tensorrt").sample(1), Flow.open(folder).sample(1)) < 1e-5
+    assert largest(Flow.open(folder, provider="tensorrt").sample(1), Flow.open(folder, provider="cpu").sample(1)) < 1e-5
     damage(folder, "version", "11.3.0.99")
     said = refusal_of(folder, "a damaged one: ")
     assert "double: they need tensorrt 11.3.0.99 exactly" in said

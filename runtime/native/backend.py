@@ -36,7 +36,7 @@ class Model:
         self.handle = ctypes.c_void_p()
         place = ctypes.byref(self.handle)
         library.call("open", weights.ctypes.data, len(weights), ctypes.byref(shape), kinds, threads, one_block, place)
-        self._close = weakref.finalize(self, _close, self.handle, weights)
+        self._close = weakref.finalize(self, _close, library.load(), self.handle, weights)
         self._packed: set[int] = set()  # blocks
 
     def packed(self, block: int) -> None:
@@ -50,9 +50,9 @@ class Model:
                 self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _close(handle: ctypes.c_void_p, weights: object) -> None:
+def _close(loaded: ctypes.CDLL, handle: ctypes.c_void_p, weights: object) -> None:
     """End the library's threads; only then may the ``weights`` be unmapped."""
-    library.load().tarflow_native_close(handle)
+    loaded.tarflow_native_close(handle)
 
 
 class NativeBackend:
