@@ -8,6 +8,7 @@ TEST_CASE("the graph for devices solves every block as the step graph does, guid
   const Bundle bundle(TARFLOW_DEMO);
   tarflow_open_options options = tarflow_open_defaults();
   options.threads = 1;
+  options.provider = "cpu";
   OrtBackend steps(bundle, Opening(options), false);
   OrtBackend resident(bundle, Opening(options), true);
   Call call, other;
