@@ -109,8 +109,9 @@ def infer(shapes: Mapping[str, tuple[int, ...]], file_name: str, hints: Hints) -
         missing["noise_std"] = "the training noise, or 'uniform' for uniform dequantisation"
     if missing:
         found = wrong or "does not say everything about its model"
+        likely = f"imagenet_model_{_likely_side(patch_dim)}_{width}_{blocks}_{layers}_0.05.pth"
         raise ConfigError(
-            f"'{file_name}' {found}; expected a name like imagenet_model_2_{width}_{blocks}_{layers}_0.05.pth. Pass\n  "
+            f"'{file_name}' {found}; expected a name like {likely}. Pass\n  "
             + "\n  ".join(f"`{field}`: {meaning}" for field, meaning in missing.items()),
             field=next(iter(missing)),
         )
@@ -158,6 +159,12 @@ def parse_noise(noise: float | str) -> float | None:
         return float(noise)
     except ValueError:
         raise ConfigError.of("noise_std", f"'{noise}'", "a number, or 'uniform'") from None
+
+
+def _likely_side(patch_dim: int) -> int:
+    """The side of a patch that makes pictures of patches of so many numbers; the reference's, 2, where none does."""
+    sides = {patch_dim / (p * p): p for p in range(1, math.isqrt(patch_dim) + 1)}
+    return next((sides[channels] for channels in (3, 1, 4) if channels in sides), 2)
 
 
 def _patch_choices(patch_dim: int) -> str:

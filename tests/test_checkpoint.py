@@ -119,7 +119,7 @@ def test_a_name_whose_patches_make_no_picture_is_not_believed_and_the_hint_is(
     with pytest.raises(ConfigError) as asked:
         load(path)
     assert (asked.value.field, asked.value.exit_code) == ("patch_size", 2)
-    for words in (f"names patches of {patch}", found, "1 (48 channels), 2 (12 channels), 4 (3 channels)"):
+    for words in (f"names patches of {patch}", found, "model_4_64", "1 (48 channels), 2 (12 channels), 4 (3 channels)"):
         assert words in str(asked.value)
     assert "noise_std" not in str(asked.value)
     assert load(path, Hints(patch_size=4)).config == config
