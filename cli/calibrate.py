@@ -38,8 +38,7 @@ def calibrate(
     flow = Flow.open(bundle, opening)
     path = check_place(flow.bundle, flow.backend.machine)  # now, not after the measurements
     with share_bar("calibrating", quiet) as tell:
-        stages = lambda done, total, stage: tell(done / total, f"{done} of {total}: {stage}")  # noqa: E731
-        plan = measure(flow, sizes, samples, stages)
+        plan = measure(flow, sizes, samples, lambda done, total, now: tell(done / total, f"{done} of {total}: {now}"))
     plan.write(flow.bundle)
     if json:
         emit(plan=path, **asdict(plan))

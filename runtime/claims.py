@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,17 +59,13 @@ def read_npz(path: Path, name: str) -> NDArray[Any]:
     """An array of a .npz file, never unpickled. Raises OSError, and ValueError for a file that holds none so called."""
     import numpy as np
 
-    try:
+    with _damage_told():
         check_archive(path)
         with np.load(path, allow_pickle=False) as file:
             if name not in file:
                 raise ValueError(f"it holds no '{name}'")
             found: NDArray[Any] = file[name]
             return found
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of damage zipfile and numpy raise almost anything
-        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 
 def read_npy(path: Path) -> NDArray[Any]:
@@ -81,9 +78,16 @@ def read_npy(path: Path) -> NDArray[Any]:
         raise ValueError("it is an archive of several arrays")
     if start != b"\x93NUMPY":
         raise ValueError("it does not begin as one does")
-    try:  # mapped: numpy compares the size it says with the file's
+    with _damage_told():  # mapped: numpy compares the size it says with the file's
         return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """A ValueError of one line for whatever a damaged file makes numpy, zipfile and Python's parser raise."""
+    try:
+        yield
     except OSError:
         raise
-    except Exception as error:  # of a damaged header numpy, and Python's parser for it, raise almost anything
+    except Exception as error:
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None

@@ -148,7 +148,7 @@ def _explained(client: Any, error: Exception, there: _There, name: str) -> Tarfl
     """What the client raised, as one sentence."""
     kinds = client.errors
     at = f"revision '{there.revision}'" if there.revision else "its main branch"
-    unknown = client.errors.LocalEntryNotFoundError
+    unknown = kinds.LocalEntryNotFoundError
     cause = error.__cause__ if isinstance(error, unknown) else None  # the answer, where there was one
     status = getattr(getattr(cause or error, "response", None), "status_code", None)
     if isinstance(error, kinds.GatedRepoError):
