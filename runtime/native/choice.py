@@ -22,7 +22,7 @@ def why_not(bundle: Bundle, opening: Opening) -> str | None:
     if exported == "bf16":
         return "its certificate needs bf16 products, which ONNX Runtime has not got on CPUs"
     try:
-        slower = library.slower(library.Shape.of(bundle.manifest.config), precision)
+        slower = library.slower()
     except MachineError as error:
         return briefly(error)
     if slower is not None:

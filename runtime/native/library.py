@@ -68,7 +68,6 @@ def load() -> ctypes.CDLL:
     library.tarflow_native_x.restype = POINTER(c_float)
     for name in ("message", "isa", "slower"):
         getattr(library, f"tarflow_native_{name}").restype = c_char_p
-    library.tarflow_native_slower.argtypes = [POINTER(Shape), c_int32]
     return library
 
 
@@ -80,10 +79,10 @@ def isa() -> str:
     return found.decode()
 
 
-def slower(shape: Shape, precision: str) -> str | None:
-    """Why ONNX Runtime is the better choice for such a model here, or None. Raises MachineError and InputError."""
+def slower() -> str | None:
+    """Why ONNX Runtime is the better choice on this machine, or None. Raises MachineError and InputError."""
     isa()
-    found: bytes | None = load().tarflow_native_slower(shape, PRECISIONS[precision])
+    found: bytes | None = load().tarflow_native_slower()
     return None if found is None else found.decode()
 
 

@@ -79,6 +79,27 @@ TEST_CASE("what a unit throws reaches who asked, when no other is being worked o
   }
 }
 
+TEST_CASE("after a thread was put aside, what is short is done without it, and what is long still with it") {
+  Team team(2);
+  std::atomic<int> begun{0};
+  const auto meet = [&] {  // both threads, or ten seconds
+    ++begun;
+    for (int i = 0; begun < 2 && i < 10000; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return begun == 2;
+  };
+  team.run(2, kWorthIt, [&](std::int64_t, int thread) {
+    meet();
+    if (thread == 1) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  });
+  int strangers = 0;
+  team.run(2, kWorthIt, [&](std::int64_t, int thread) { strangers += thread; });
+  CHECK(strangers == 0);
+  begun = 0;
+  std::atomic<int> met{0};
+  team.run(2, 1e9, [&](std::int64_t, int) { met += meet(); });
+  CHECK(met == 2);
+}
+
 TEST_CASE("teams come and go, idle, asleep or never used") {
   for (int round = 0; round < 50; ++round) {
     Team team(1 + round % 4);

@@ -97,6 +97,21 @@ inline void keep_bytes(const Slots& slots, std::int64_t slot, std::int64_t head_
   }
 }
 
+// V times sixteen slots from `slot` on: their keys' products with the query, whose levels sum to `sum`.
+template <int V>
+inline void byte_scores_of(const Slots& slots, std::int64_t slot, std::int64_t quads, const std::int8_t* query,
+                           float query_scale, std::int32_t sum, float* scores) {
+  Dots dots[V];
+  for (int v = 0; v < V; ++v) no_dots(dots[v]);
+  const std::uint8_t* keys = slots.byte_keys + slot * quads * 4;
+  for (std::int64_t k = 0; k < quads; ++k)
+    for (int v = 0; v < V; ++v) dot4(dots[v], keys + (v * quads + k) * 4 * kLanes, query + 4 * k);
+  for (int v = 0; v < V; ++v) {
+    const F scale = mul(set(query_scale), load(slots.key_scales + slot + v * kLanes));
+    store(scores + slot + v * kLanes, mul(floats(sub(sums(dots[v]), set(kOffset * sum))), scale));
+  }
+}
+
 // Bytes of the query by bytes of the keys, exactly; then the exponentials, each with its value's scale, as fifteen bits by
 // bytes of the values, exactly in every group of slots.
 inline void attend_bytes(const Slots& slots, std::int64_t n, std::int64_t head_dim, const float* query, float* out,
@@ -110,14 +125,10 @@ inline void attend_bytes(const Slots& slots, std::int64_t n, std::int64_t head_d
   for (std::int64_t k = 0; k < stride; k += kLanes)
     store_bytes(levels + k, rounded(mul(load(query + k), set(inverse))));
   for (std::int64_t k = 0; k < head_dim; ++k) sum += levels[k];
-  for (std::int64_t block = 0; block * kLanes < n; ++block) {
-    Dots dots;
-    no_dots(dots);
-    const std::uint8_t* keys = slots.byte_keys + block * quads * 4 * kLanes;
-    for (std::int64_t k = 0; k < quads; ++k) dot4(dots, keys + k * 4 * kLanes, levels + 4 * k);
-    const F scale = mul(set(query_scale), load(slots.key_scales + block * kLanes));
-    store(scores + block * kLanes, mul(floats(sub(sums(dots), set(kOffset * sum))), scale));
-  }
+  std::int64_t slot = 0;
+  for (; slot + 4 * kLanes <= n; slot += 4 * kLanes)
+    byte_scores_of<4>(slots, slot, quads, levels, query_scale, sum, scores);
+  for (; slot < n; slot += kLanes) byte_scores_of<1>(slots, slot, quads, levels, query_scale, sum, scores);
   const F all = set(1.0f / exponentials(scores, n));
   for (std::int64_t j = 0; j < end; j += kLanes)
     store(scores + j, j < n ? mul(load(scores + j), first(load(slots.value_scales + j), n - j < kLanes ? int(n - j) : 16))

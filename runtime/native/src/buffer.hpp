@@ -31,7 +31,7 @@ class Buffer {
     constexpr std::size_t kHuge = std::size_t{2} << 20;
     if (count < 0 || count > std::int64_t{1} << 48) throw std::bad_alloc();
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    const bool large = bytes >= 4 * kHuge;
+    const bool large = bytes >= kHuge;
     void* memory = nullptr;
     if (posix_memalign(&memory, large ? kHuge : 64, bytes) != 0) throw std::bad_alloc();
 #if defined(__linux__)

@@ -143,7 +143,6 @@ void Decoding::make_room() {
   const std::int64_t head = padded(shape_.head_dim, kLanes);
   for (Scratch& scratch : scratch_) {
     scratch.outputs = Buffer<float>(kTogether * padded(3 * shape_.head_dim, kPanel) + kPanel);
-    scratch.unpacked = Buffer<float>(kUnpacked);
     scratch.scores = Buffer<float>(padded(shape_.tokens, kGroup) + head + kGroup);
     scratch.head = Buffer<float>(head);
     scratch.queries = Buffer<float>(room * head);
@@ -168,7 +167,7 @@ void Decoding::embed(Team& team) {
     const std::int64_t count = std::min(kTogether, patches - first);
     float* out = scratch_[static_cast<std::size_t>(thread)].outputs.data();
     const Rows rows = {count, patches_ + first * patch_dim, patch_dim, nullptr, nullptr, nullptr};
-    kernels_.multiply(panels, panel, rows, out, scratch_[static_cast<std::size_t>(thread)].unpacked.data());
+    kernels_.multiply(panels, panel, rows, out);
     for (std::int64_t r = 0; r < count; ++r) {
       const std::int64_t image = chosen_images_[static_cast<std::size_t>((first + r) / window_)];
       const std::int64_t i = position_ + (first + r) % window_, at = block_->reversed ? shape_.tokens - 1 - i : i;
@@ -232,21 +231,22 @@ void Decoding::attend_head(std::int64_t layer, std::int64_t head, std::int64_t f
     const std::int64_t begin = chunk * kTogether, some = in_chunk(chunk, rows);
     const Rows in = inputs_of(qkv, normal_, start + begin, some);
     for (std::int64_t panel = 0; panel < panels; ++panel)
-      kernels_.multiply(qkv.panels(), head * panels + panel, in, scratch.outputs + panel * kTogether * kPanel,
-                        scratch.unpacked.data());
-    const auto number = [&](std::int64_t r, std::int64_t n) {  // the n-th of query, key and value
-      return scratch.outputs[(n / kPanel * kTogether + r) * kPanel + n % kPanel];
+      kernels_.multiply(qkv.panels(), head * panels + panel, in, scratch.outputs + panel * kTogether * kPanel);
+    const auto take = [&](std::int64_t r, std::int64_t n, float* to) {  // d numbers from the n-th of query, key and value
+      for (std::int64_t i = 0, run; i < d; i += run, n += run) {
+        run = std::min(d - i, kPanel - n % kPanel);
+        std::copy_n(scratch.outputs + (n / kPanel * kTogether + r) * kPanel + n % kPanel, run, to + i);
+      }
     };
     for (std::int64_t r = 0; r < some; ++r) {
       const std::int64_t row = start + begin + r, sequence = row / window_;
       const std::int64_t branch = sequence / chosen_, image = chosen_images_[static_cast<std::size_t>(sequence % chosen_)];
       float *query = scratch.queries + (begin + r) * stride, *key = scratch.head.data(), *value = scratch.scores.data();
       std::fill(value, value + stride, 0.0f);
-      for (std::int64_t i = 0; i < d; ++i) {
-        query[i] = number(r, i) * batch_.query_scale[branch];
-        key[i] = number(r, d + i);
-        value[i] = number(r, 2 * d + i);
-      }
+      take(r, 0, query);
+      take(r, d, key);
+      take(r, 2 * d, value);
+      for (std::int64_t i = 0; i < d; ++i) query[i] *= batch_.query_scale[branch];
       kernels_.keep(slots(layer, branch * images_ + image, head), position_ + row % window_, d, key, value);
     }
   }
@@ -285,7 +285,7 @@ void Decoding::multiply(const Linear& linear, const Buffer<float>& x, Team& team
     const std::int64_t chunk = unit / panels.count, panel = unit % panels.count, first = chunk * kTogether;
     Scratch& scratch = scratch_[static_cast<std::size_t>(thread)];
     const Rows in = inputs_of(linear, x, first, in_chunk(chunk, rows()));
-    kernels_.multiply(panels, panel, in, scratch.outputs.data(), scratch.unpacked.data());
+    kernels_.multiply(panels, panel, in, scratch.outputs.data());
     for (std::int64_t r = 0; r < in.count; ++r) then(first + r, panel, scratch.outputs + r * kPanel);
   };
   team.run(panels.count * chunks(rows()), cost(panels.inputs, panels.count * kPanel), work);

@@ -65,8 +65,7 @@ class Decoding {
 
  private:
   struct Scratch {  // of one thread
-    Buffer<float> outputs, unpacked, scores, head;
-    Buffer<float> queries;
+    Buffer<float> outputs, scores, head, queries;
   };
 
   std::int64_t sequences() const { return chosen_ * branches_; }

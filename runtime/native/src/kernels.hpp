@@ -13,9 +13,11 @@
 #if defined(__clang__)
 #define TARFLOW_TARGET(names) TARFLOW_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
 #define TARFLOW_END_TARGET TARFLOW_PRAGMA(clang attribute pop)
+#define TARFLOW_UNROLLED _Pragma("unroll")
 #else
 #define TARFLOW_TARGET(names) TARFLOW_PRAGMA(GCC target(names))
 #define TARFLOW_END_TARGET
+#define TARFLOW_UNROLLED _Pragma("GCC unroll 8")  // early enough for sums in arrays to be kept in registers
 #endif
 
 namespace tarflow::native {
@@ -78,8 +80,8 @@ struct Kernels {
   void (*normalise)(const float* h, const float* gain, const float* bias, std::int64_t width, float* out);
   // A row of 64 n numbers -> whole numbers in -127 ... 127 and for each group of 64 its scale, nan if one is not finite.
   void (*to_bytes)(const float* x, std::int64_t groups, std::int8_t* levels, float* scales, std::int32_t* sums);
-  // One panel of a product and its bias: (rows, 64). `scratch` holds kUnpacked numbers.
-  void (*multiply)(const Panels& weights, std::int64_t panel, const Rows& rows, float* out, float* scratch);
+  // One panel of a product and its bias: (rows, 64).
+  void (*multiply)(const Panels& weights, std::int64_t panel, const Rows& rows, float* out);
   void (*gelu)(float* x, std::int64_t n);
   void (*add)(float* x, const float* y, std::int64_t n);  // x += y
   void (*keep)(const Slots& slots, std::int64_t slot, std::int64_t head_dim, const float* key, const float* value);
@@ -89,8 +91,6 @@ struct Kernels {
   // One patch of D numbers: z exp(log_scale) + shift.
   void (*affine)(const Outputs& outputs, std::int64_t patch_dim, const float* z, float* x);
 };
-
-constexpr std::int64_t kUnpacked = 128 * kPanel;
 
 // One for each instruction set, as kernels.inc defines them.
 namespace baseline {

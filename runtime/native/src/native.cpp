@@ -205,13 +205,10 @@ const char* tarflow_native_isa() {
   return name;
 }
 
-const char* tarflow_native_slower(const tarflow_native_shape* shape, int32_t precision) {
-  constexpr std::int64_t kWidest = 256;  // in float32; in bytes it was faster at every width
+const char* tarflow_native_slower() {
   const char* isa = tarflow_native_isa();
   if (isa == nullptr || isa == std::string("baseline")) return "without AVX2 and FMA it is the slower one";
   if (isa == std::string("neon")) return "on Arm nobody has measured which is faster";
-  if (precision != TARFLOW_NATIVE_INT8 && shape->width > kWidest)
-    return "in float32 it is the slower one for large batches of a model as wide as this";
   return nullptr;
 }
 

@@ -51,9 +51,9 @@ TARFLOW_NATIVE_API const char *tarflow_native_message(void); /* of this thread's
 /* The instruction set that is used, or NULL if TARFLOW_ISA names one that is not there. */
 TARFLOW_NATIVE_API const char *tarflow_native_isa(void);
 
-/* Why a caller who leaves the engine open had better have ONNX Runtime decode such a model, in a sentence's middle: at some
- * batch it was measured to be faster, or nobody has measured. NULL: it is slower at none. docs/NATIVE.md has the rule. */
-TARFLOW_NATIVE_API const char *tarflow_native_slower(const tarflow_native_shape *shape, int32_t precision);
+/* Why a caller who leaves the engine open had better have ONNX Runtime decode here, in a sentence's middle: it was measured to
+ * be faster with this instruction set, or nobody has measured. NULL: it is not. docs/NATIVE.md has the numbers. */
+TARFLOW_NATIVE_API const char *tarflow_native_slower(void);
 
 /* `file` is weights.safetensors in memory, and stays there until the model is closed. `precisions` has one for each block.
  * With `one_block`, the weights of one block are packed at a time, and no memory is kept. Threads: 1 to 64. */

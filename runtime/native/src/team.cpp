@@ -12,6 +12,7 @@ namespace tarflow::native {
 namespace {
 
 constexpr double kWorthSharing = 20e3;          // multiplications: about a microsecond, which is what sharing costs
+constexpr double kLong = 1e8;  // multiplications: in tens of milliseconds a thread that was put aside has its turn again
 constexpr auto kSpin = std::chrono::microseconds(50);      // then a thread sleeps: longer than any pause in a step
 constexpr double kPutAside = 100e3, kSlow = 0.3;  // nanoseconds that no unit takes, but for so many a multiplication
 constexpr std::uint32_t kLeastAlone = 256;  // works: some milliseconds; twice as many each time
@@ -62,8 +63,9 @@ void Team::end() {
 }
 
 void Team::share(std::int64_t units, double cost, Call call, const void* work) {
-  if (threads_ == 1 || units < 2 || cost < kWorthSharing || alone_ > 0) {
-    if (alone_ > 0) --alone_;
+  const bool alone = alone_ > 0 && cost < kLong;
+  if (threads_ == 1 || units < 2 || cost < kWorthSharing || alone) {
+    if (alone) --alone_;
     for (std::int64_t unit = 0; unit < units; ++unit) call(work, unit, 0);
     return;
   }

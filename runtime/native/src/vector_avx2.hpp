@@ -100,11 +100,9 @@ inline I dot2(I total, const std::int8_t* values, const std::int16_t* x) {
 
 constexpr std::int32_t kOffset = 128;  // what dot4 adds to a weight: bytes are stored with 128 added, and taken so
 
-template <int R>
-constexpr int kVectors = R == 1 ? 4 : R == 2 ? 2 : 1;
+constexpr int vectors(std::int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int kRows = 6;  // 12 sums, 2 weights, 1 input
-template <int R>
-constexpr int kByteVectors = R == 1 ? 2 : 1;
+constexpr int byte_vectors(std::int64_t rows) { return rows == 1 ? 2 : 1; }
 constexpr int kByteRows = 2;
 
 }  // namespace tarflow::native::TARFLOW_ISA

@@ -90,11 +90,9 @@ inline I dot2(I total, const std::int8_t* values, const std::int16_t* x) {
 
 constexpr std::int32_t kOffset = 0;  // dot4 takes off the 128 that bytes are stored with
 
-template <int R>
-constexpr int kVectors = R == 1 ? 4 : R == 2 ? 2 : 1;
+constexpr int vectors(std::int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int kRows = 6;  // 24 sums, 4 weights
-template <int R>
-constexpr int kByteVectors = R == 1 ? 4 : R == 2 ? 2 : 1;
+constexpr int byte_vectors(std::int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int kByteRows = 4;
 
 }  // namespace tarflow::native::TARFLOW_ISA

@@ -87,11 +87,9 @@ inline I dot2(I total, const std::int8_t* values, const std::int16_t* x) {
 
 constexpr std::int32_t kOffset = 128;  // what dot4 adds to a weight: bytes are stored with 128 added, and taken so
 
-template <int R>
-constexpr int kVectors = 4;  // of sixteen outputs that R rows are multiplied by at once
+constexpr int vectors(std::int64_t) { return 4; }  // of sixteen outputs that R rows are multiplied by at once
 constexpr int kRows = 1;     // of a tile
-template <int R>
-constexpr int kByteVectors = 4;
+constexpr int byte_vectors(std::int64_t) { return 4; }
 constexpr int kByteRows = 1;
 
 }  // namespace tarflow::native::TARFLOW_ISA

@@ -54,42 +54,54 @@ Norm norm_of(const Safetensors& file, const std::string& name, std::int64_t widt
           padded_rows(file.floats(name + ".bias", {width}), width)};
 }
 
+// What each output is multiplied by, in a bundle exported as int8.
+std::string scales_of(const std::string& name) { return "derived." + name + ".weight_scale"; }
+
+// (N, K), or (K, N) where there are scales. Throws Wrong.
+const Tensor& weights_of(const Safetensors& file, const std::string& name, std::int64_t outputs, std::int64_t inputs) {
+  if (!file.has(scales_of(name))) return file.get(name + ".weight", {outputs, inputs});
+  const Tensor& tensor = file.get(name + ".weight", {inputs, outputs});
+  if (tensor.type != Type::i8) throw Wrong("tensor '" + name + ".weight' has scales, and is not int8");
+  return tensor;
+}
+
 }  // namespace
 
 Linear::Linear(const Safetensors& file, const std::string& name, std::int64_t outputs, std::int64_t inputs,
-               const std::vector<std::int64_t>& order, Precision precision, Team& team) {
-  const std::string scales = "derived." + name + ".weight_scale";
-  const bool levels = file.has(scales);  // of an int8 bundle: (in, out), and what each output is multiplied by
-  const Tensor& tensor = levels ? file.get(name + ".weight", {inputs, outputs}) : file.get(name + ".weight", {outputs, inputs});
-  if (levels && tensor.type != Type::i8) throw Wrong("tensor '" + name + ".weight' has scales, and is not int8");
-  const std::vector<float> columns = levels ? file.floats(scales, {outputs}) : std::vector<float>();
+               std::vector<std::int64_t> order, Precision precision)
+    : name_(name), outputs_(outputs), order_(std::move(order)) {
+  weights_of(file, name, outputs, inputs);
   const std::vector<float> bias = file.floats(name + ".bias", {outputs});
-  const std::int64_t groups = groups_of(inputs), count = static_cast<std::int64_t>(order.size()) / kPanel;
+  const std::int64_t groups = groups_of(inputs), count = static_cast<std::int64_t>(order_.size()) / kPanel;
   panels_.precision = precision;
   panels_.inputs = inputs;
   panels_.count = count;
   panels_.stride = (precision == Precision::int8 ? groups * kGroup : inputs) * kPanel * bytes_of(precision);
-  weights_ = Buffer<std::uint8_t>(count * panels_.stride);
   if (precision == Precision::int16 || precision == Precision::int8) {
     scales_ = Buffer<float>(count * groups * kPanel);
     panels_.scales = scales_.data();
   }
   bias_ = Buffer<float>(count * kPanel);
-  for (std::size_t n = 0; n < order.size(); ++n)
-    if (order[n] >= 0) bias_[static_cast<std::int64_t>(n)] = bias[static_cast<std::size_t>(order[n])];
-  panels_.weights = weights_.data();
+  for (std::size_t n = 0; n < order_.size(); ++n)
+    if (order_[n] >= 0) bias_[static_cast<std::int64_t>(n)] = bias[static_cast<std::size_t>(order_[n])];
   panels_.bias = bias_.data();
-  team.run(count, static_cast<double>(inputs) * static_cast<double>(outputs) * 8,
-           [&](std::int64_t panel, int) { pack(tensor, columns, order, panel); });
+}
+
+void Linear::pack(const Safetensors& file, std::uint8_t* place, Team& team) {
+  const Tensor& tensor = weights_of(file, name_, outputs_, panels_.inputs);
+  const std::string scales = scales_of(name_);
+  const std::vector<float> columns = file.has(scales) ? file.floats(scales, {outputs_}) : std::vector<float>();
+  panels_.weights = weights_ = place;
+  team.run(panels_.count, static_cast<double>(panels_.inputs) * static_cast<double>(outputs_) * 8,
+           [&](std::int64_t panel, int) { pack_panel(tensor, columns, panel); });
 }
 
 // One panel: its 64 rows as floats, then as they are kept.
-void Linear::pack(const Tensor& tensor, const std::vector<float>& columns, const std::vector<std::int64_t>& order,
-                  std::int64_t panel) {
+void Linear::pack_panel(const Tensor& tensor, const std::vector<float>& columns, std::int64_t panel) {
   const std::int64_t inputs = panels_.inputs;
   std::vector<float> rows(static_cast<std::size_t>(kPanel * inputs)), own(kPanel, 0.0f);
   for (std::int64_t j = 0; j < kPanel; ++j) {
-    const std::int64_t n = order[static_cast<std::size_t>(panel * kPanel + j)];
+    const std::int64_t n = order_[static_cast<std::size_t>(panel * kPanel + j)];
     if (n < 0) continue;
     float* row = rows.data() + j * inputs;
     if (columns.empty()) {
@@ -156,7 +168,7 @@ Block::Block(const Safetensors& file, const Shape& shape, std::int64_t index, Pr
   const std::int64_t width = shape.width;
   const std::string name = "blocks." + std::to_string(index) + ".";
   const auto linear = [&](const std::string& of, std::int64_t outputs, std::int64_t inputs, Precision in) {
-    return Linear(file, name + of, outputs, inputs, as_they_are(outputs), in, team);
+    return Linear(file, name + of, outputs, inputs, as_they_are(outputs), in);
   };
   in = linear("proj_in", width, shape.patch_dim, Precision::fp32);
   out = linear("proj_out", shape.outputs(), width, Precision::fp32);
@@ -171,10 +183,20 @@ Block::Block(const Safetensors& file, const Shape& shape, std::int64_t index, Pr
     const std::string layer = "attn_blocks." + std::to_string(l) + ".";
     layers.push_back({norm_of(file, name + layer + "attention.norm", width),
                       norm_of(file, name + layer + "mlp.norm", width),
-                      Linear(file, name + layer + "attention.qkv", 3 * width, width, by_head(shape), kind, team),
+                      Linear(file, name + layer + "attention.qkv", 3 * width, width, by_head(shape), kind),
                       linear(layer + "attention.proj", width, width, kind),
                       linear(layer + "mlp.main.0", 4 * width, width, kind),
                       linear(layer + "mlp.main.2", width, 4 * width, kind)});
+  }
+  std::vector<Linear*> all = {&in, &out};
+  for (Layer& layer : layers) all.insert(all.end(), {&layer.qkv, &layer.proj, &layer.up, &layer.down});
+  std::int64_t bytes = 0;
+  for (const Linear* one : all) bytes += one->bytes();
+  memory_ = Buffer<std::uint8_t>(bytes);
+  std::uint8_t* place = memory_.data();
+  for (Linear* one : all) {
+    one->pack(file, place, team);
+    place += one->bytes();
   }
 }
 

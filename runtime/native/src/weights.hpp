@@ -17,20 +17,25 @@ namespace tarflow::native {
 class Linear {
  public:
   Linear() = default;
-  // From the (N, K) weights and the (N) bias called `name`. Throws Wrong.
+  // Of the (N, K) weights and the (N) bias called `name`, which are still to be packed. Throws Wrong.
   Linear(const Safetensors& file, const std::string& name, std::int64_t outputs, std::int64_t inputs,
-         const std::vector<std::int64_t>& order, Precision precision, Team& team);
+         std::vector<std::int64_t> order, Precision precision);
+
+  std::int64_t bytes() const { return panels_.count * panels_.stride; }
+  void pack(const Safetensors& file, std::uint8_t* place, Team& team);  // to where bytes() are free, a cache line's start
 
   const Panels& panels() const { return panels_; }
 
  private:
-  void pack(const Tensor& tensor, const std::vector<float>& columns, const std::vector<std::int64_t>& order,
-            std::int64_t panel);
+  void pack_panel(const Tensor& tensor, const std::vector<float>& columns, std::int64_t panel);
   void pack_numbers(const float* rows, std::int64_t panel);
   void pack_levels(const float* rows, const float* columns, std::int64_t panel);
 
+  std::string name_;
+  std::int64_t outputs_ = 0;
+  std::vector<std::int64_t> order_;
   Panels panels_;
-  Buffer<std::uint8_t> weights_;
+  std::uint8_t* weights_ = nullptr;
   Buffer<float> scales_, bias_;
 };
 
@@ -52,6 +57,9 @@ struct Block {
   Linear in, out;
   Buffer<float> positions, classes;  // (T, C) in patch order and (classes + 1, C), rows padded to whole panels
   std::vector<Layer> layers;
+
+ private:
+  Buffer<std::uint8_t> memory_;  // all packed weights: in a few large pages, where one by one they would be in many small
 };
 
 }  // namespace tarflow::native

@@ -68,11 +68,8 @@ void reorder(const ModelShape& shape, bool reversed, std::int64_t batch, const f
 std::string why_not_native(const Manifest& manifest) {
   if (!manifest.precision->on_cpus) return "its certificate needs products that ONNX Runtime has not got on CPUs";
   isa();
-  const std::string precision = precision_of(manifest, "");
-  const tarflow_native_shape shape = shape_of(manifest.shape);
-  const char* slower = tarflow_native_slower(&shape, number_of(precision));
-  if (slower != nullptr) return slower;
-  if (precision != "int8" || manifest.vouched_int8) return "";
+  if (const char* slower = tarflow_native_slower()) return slower;
+  if (precision_of(manifest, "") != "int8" || manifest.vouched_int8) return "";
   return "the bundle's parity card has no row within tolerance for native int8; an export writes one";
 }
 
