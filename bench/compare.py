@@ -1,10 +1,10 @@
 """Every way to draw the same samples, by turns in one run: PyTorch as published and compiled, and this runtime
-serially, in parallel, in int8 and from C++; medians, with error and certificate beside every time.
+serially, in parallel, in fewer bits, on ONNX Runtime and from C++; medians, each with its error and certificate.
 
-    python -m bench.compare [demo] [photos] [large] [--quick]
+    python -m bench.compare [demo] [photos] [wide] [large] [--quick]
 
 Writes its sections of bench/RESULTS.md. ``photos`` is trained by recipes/photos.sh, which takes a while; the weights of
-``large`` are random, so that nothing is said of parallel decoding there.
+``wide``, which has its shape, and ``large`` are random, so that nothing is said of parallel decoding there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,9 @@ class Case:
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    """The three models. ``quick`` leaves the smallest batch of each."""
+    """The models. ``quick`` leaves the smallest batch of each."""
     rounds = {"demo": {1: 21, 8: 15, 32: 9, 64: 9}, "photos": {1: 5, 8: 3, 32: 3}}
+    rounds["wide"] = rounds["photos"]
     rows = {
         name: [(batch, g, n) for batch, n in sizes.items() for g in (0.0, 1.0) if not quick or batch == 1]
         for name, sizes in rounds.items()
@@ -79,10 +81,17 @@ def cases(quick: bool) -> dict[str, Case]:
             rows["photos"],
             batches=(1, 8, 32),
         ),
+        "wide": Case(
+            "wide",
+            "Random weights: width 384, 4 layers, T 256, 4 blocks",
+            partial(random_weights, Config(32, 3, 2, 384, blocks=4, layers=4, classes=2, noise_std=0.1)),
+            rows["wide"],
+            trained=False,
+        ),
         "large": Case(
             "large",
             "One block of `2-768-8-8`, random weights: width 768, 8 layers, T 1024",
-            random_block,
+            partial(random_weights, Config(64, 3, 2, 768, blocks=1, layers=8, classes=10, noise_std=0.05)),
             [(1, 0.0, 3), (1, 1.0, 3), (8, 0.0, 3)][: 1 if quick else 3],
             trained=False,
         ),
@@ -96,11 +105,9 @@ def trained_photos(_: Path) -> Path:
     return PHOTOS
 
 
-def random_block(folder: Path) -> Path:
-    """One block with random weights."""
-    config = Config(64, 3, 2, 768, blocks=1, layers=8, classes=10, noise_std=0.05)
-    save(random_model(config), folder / "large.safetensors")
-    return folder / "large.safetensors"
+def random_weights(config: Config, folder: Path) -> Path:
+    save(random_model(config), folder / "random.safetensors")
+    return folder / "random.safetensors"
 
 
 def torch_draw(model: TarFlow, decode: Callable[..., torch.Tensor]) -> Draw:
@@ -116,7 +123,7 @@ def torch_draw(model: TarFlow, decode: Callable[..., torch.Tensor]) -> Draw:
 
 def cpp_draw(folder: Path) -> Draw:
     """libtarflow, serially."""
-    flow = CppFlow(folder)
+    flow = CppFlow(folder, provider=b"native")
 
     def draw(noise: Array, labels: NDArray[np.int64], guidance: Guidance) -> Array:
         return flow.sample(noise=noise, labels=labels, guidance=guidance.scale, denoise=0.0, batch_size=len(noise))
@@ -126,7 +133,7 @@ def cpp_draw(folder: Path) -> Draw:
 
 def whole_sequence(bundle: Path) -> Flow:
     """A flow that decodes all positions at once: the fewest dependent passes, whatever they cost here."""
-    flow = Flow.open(bundle)
+    flow = Flow.open(bundle, provider="native")
     blocks, window = flow.config.blocks, flow.config.tokens - 1
     ones = (1.0,) * blocks
     row = Row(1 << 20, (window,) * blocks, (window,) * blocks, ones, ones, ones)
@@ -136,14 +143,17 @@ def whole_sequence(bundle: Path) -> Flow:
 
 def contenders(case: Case, model: TarFlow, fp32: Path, int8: Path) -> list[Contender]:
     """The published method first: all are compared with it."""
-    flow, small = Flow.open(fp32), Flow.open(int8)
+    flow = Flow.open(fp32, provider="native")
     compiled = Compiled(model)
     found = [
         Contender(PUBLISHED, torch_draw(model, lambda *inputs: published(model, *inputs))),
         Contender(COMPILED, torch_draw(model, lambda *inputs: compiled(*inputs))),
+        of_flow(Flow.open(fp32, provider="cpu"), "ONNX Runtime", "serial"),
+        of_flow(Flow.open(int8, provider="cpu"), "ONNX Runtime, int8", "serial"),
         of_flow(flow, SERIAL, "serial"),
         Contender("serial, C++", cpp_draw(fp32)),
-        of_flow(small, "serial, int8", "serial"),
+        of_flow(Flow.open(fp32, provider="native", precision="int16"), "int16", "serial"),
+        of_flow(Flow.open(fp32, provider="native", precision="int8"), "int8", "serial"),
     ]
     if case.trained:
         found += [
@@ -162,7 +172,7 @@ def measure(case: Case, work: Path) -> Iterator[list[Result]]:
     for folder, engine in zip(bundles, ("fp32", "int8"), strict=True):
         export(checkpoint, folder, engine, check=case.trained)
     if case.batches:  # int8 rounds by more than fast mode's tolerance in every pass: it is decoded serially
-        flow = Flow.open(bundles[0])
+        flow = Flow.open(bundles[0], provider="native")
         calibrate(flow, case.batches, SAMPLES, lambda done, total, stage: print(f"  {stage}", flush=True)).write(
             flow.bundle
         )
@@ -213,9 +223,10 @@ def main() -> None:
         words = (
             "Seconds to decode one batch, denoising not included; rounds interleaved, times are medians, ratios "
             "medians over rounds, passes by block. Published: eager PyTorch, cache by concatenation, a second pass for "
-            "guidance. Compiled: torch.compile, cache of full length. Errors are from the published method's samples; "
-            "the certificate is the round trip through the float32 graphs. Ways that took more than 15 s for a batch "
-            "are left out of the rows that follow. Memory was read at "
+            "guidance. Compiled: torch.compile, cache of full length. ONNX Runtime: `--provider cpu`; all others are "
+            "native, in float32 unless said, `serial` being what `auto` takes. Errors are from the published "
+            "method's samples; the certificate is the round trip through the float32 graphs. Ways that took more than "
+            "15 s for a batch are left out of the rows that follow. Memory was read at "
             f"{read_bandwidth(torch.get_num_threads()) / 1e9:.1f} GB/s."
         )
         if not arguments.quick:
