@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 
-from bench.torture import clients, damage, kills
+from bench.torture import children, clients, damage, kills
+from bench.torture.children import Case
 from bench.torture.mutations import absurd_json, cut, flipped
 from bench.torture.scenes import SCENES
 from bench.torture.targets import TARGETS
@@ -41,3 +45,21 @@ def test_a_case_is_made_again_by_its_number() -> None:
     for change in (flipped, cut, absurd_json):
         assert change(content, damage.dice_of(target, 7)) == change(content, damage.dice_of(target, 7))
         assert len({change(content, damage.dice_of(target, number)) for number in range(20)}) > 5
+
+
+def waiting(folder: Path) -> Case:
+    """Case 1 waits for ever, the first time; case 2 always."""
+
+    def case(number: int) -> str:
+        if number == 2 or (number == 1 and not (folder / "once").exists()):
+            (folder / "once").touch()
+            time.sleep(3600)
+        return "right"
+
+    return case
+
+
+def test_what_waits_for_ever_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "_WAITING", 2.0)
+    found = list(children.play(functools.partial(waiting, tmp_path), count=3, children=1))
+    assert [(outcome.number, outcome.verdict) for outcome in found] == [(0, "right"), (1, "right"), (2, children.STILL)]

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 SECONDS = 10.0  # of the processor that a case may take
-_WAITING = 120.0  # seconds after which it waits for what never comes, however busy the machine is
+_WAITING = 120.0  # seconds after which it waits for what never comes, or everything was stopped: it is tried once more
+STILL = f"hang: nothing came of it in {_WAITING:g} s, twice"
 MEMORY = 300 << 20  # bytes that a case may take beyond what the whole file takes
 _FAR = 4 * MEMORY  # beyond which a child is not waited for
 _CHUNK = 1000  # cases a child; what leaks in one goes with it
@@ -50,8 +51,10 @@ class _Child:
         if not self.ready:
             return None
         waited, worked = time.monotonic() - self.since, _worked(self.process.pid or 0) - self.worked
-        if worked > SECONDS or waited > _WAITING:
+        if worked > SECONDS:
             return f"hang: it took more than {SECONDS:g} s"
+        if waited > _WAITING:
+            return STILL
         if _resident(self.process.pid or 0) - self.before > _FAR:
             return f"memory: more than {_FAR >> 20} MiB"
         return None
@@ -69,6 +72,7 @@ def play(prepare: Callable[[], Case], count: int, children: int = 2) -> Iterator
     """What comes of cases 0 to ``count`` - 1. ``prepare`` runs in each child and returns what does a case there."""
     chunks = [range(first, min(first + _CHUNK, count)) for first in reversed(range(0, count, _CHUNK))]
     running: list[_Child] = []
+    twice: set[int] = set()  # that are tried once more
     while chunks or running:
         while chunks and len(running) < children:
             running.append(_Child(prepare, chunks.pop()))
@@ -82,6 +86,10 @@ def play(prepare: Callable[[], Case], count: int, children: int = 2) -> Iterator
                 running.remove(child)
                 why = child.end(why)
                 if not child.left:
+                    continue
+                if why == STILL and child.left[0] not in twice:
+                    twice.add(child.left[0])
+                    running.append(_Child(prepare, child.left))
                     continue
                 if not child.ready:
                     raise SystemExit(f"a child of the torture ended before its first case: {why}")
