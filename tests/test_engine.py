@@ -81,7 +81,7 @@ def test_every_graph_of_the_demo_builds_in_every_precision(copy: Exported, preci
 @pytest.mark.parametrize(("patch", "width"), [(2, 768), (4, 1024)])  # ImageNet64: 1024 patches of 12 numbers, 256 of 48
 def test_every_graph_of_a_large_block_builds(tmp_path: Path, patch: int, width: int, name: str) -> None:
     torch.manual_seed(0)
-    model = TarFlow(Config(64, 3, patch, width, blocks=1, layers=8, classes=1000, noise_std=0.05))
+    model = TarFlow(Config(64, 3, patch, width, blocks=1, layers=2, classes=1000, noise_std=0.05))
     precision = PRECISIONS[name]
     block = typed(model.blocks[0], precision)
     shape, options = shape_of(model.config), replace(QUICK, window=(1, 16, 64), batch=(1, 8, 32))
