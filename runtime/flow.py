@@ -41,7 +41,7 @@ from .memory import USUAL, Budget, cache_row, spend
 from .opening import Opening, OpeningKeywords, opening_of
 from .plan import Plan, find_plan
 from .providers import open_backend
-from .request import UNGUIDED, DrawingKeywords, Request, Resolved, SampleKeywords, resolved
+from .request import DrawingKeywords, Request, Resolved, SampleKeywords, resolved
 from .samples import CertifiedSamples, Progress, Samples, Watch, suspect_limit
 from .ways import ways_of
 
@@ -143,9 +143,9 @@ class Flow:
         """
         for name in how.keys() - DrawingKeywords.__annotations__.keys():
             raise TypeError(f"Flow.sample() got an unexpected keyword argument '{name}'")
-        said: dict[str, Any] = {name: value for name, value in how.items() if value is not None}
+        said: dict[str, Any] = dict(how)
         watch = Watch(said.pop("progress", None), said.pop("preview", None))
-        guidance = Guidance.of(said.pop("guidance", UNGUIDED))
+        guidance = Guidance.of(said.pop("guidance", None))
         latents, count = check_noise(self.config, n, noise)
         dealt = None if labels is None else tuple(check_labels(self.config, labels, count).tolist())
         request = Request(count, dealt, guidance, certify=certify, **said)
@@ -188,8 +188,7 @@ class Flow:
         x, classes = check_images(self.config, images, labels)
         z, _ = check_noise(self.config, len(x), noise)
         assert z is not None
-        guided = UNGUIDED if guidance is None else Guidance.of(guidance)
-        states, _ = self.chain.encode(x, guided.branches(self.config.tokens, classes))
+        states, _ = self.chain.encode(x, Guidance.of(guidance).branches(self.config.tokens, classes))
         return self.chain.round_trip(states[-1], z)
 
     def encode(

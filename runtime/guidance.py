@@ -12,6 +12,8 @@ from .bundle import ModelShape
 from .errors import InputError
 from .fields import check_field, is_number, told
 
+_SCALES = "0 (none) or a positive number, 1 to 3 is usual"
+
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
@@ -33,19 +35,21 @@ class Guidance:
         check_field("annealed", self.annealed, "True or False")
         check_field("attention_temperature", self.attention_temperature, "a number")
         if not 0 <= self.scale < math.inf:
-            raise InputError.of("scale", self.scale, "0 (none) or a positive number, 1 to 3 is usual")
+            raise InputError.of("scale", self.scale, _SCALES)
         if self.what not in ("a", "b", "ab"):
             raise InputError.of("what", f"'{self.what}'", "ab, a (log_scale) or b (shift)")
         if not 0 < self.attention_temperature < math.inf:
             raise InputError.of("attention_temperature", self.attention_temperature, "a positive number")
 
     @classmethod
-    def of(cls, said: Guidance | float) -> Guidance:
-        """A guidance, or the one of this scale. Raises InputError for what is neither."""
-        if isinstance(said, Guidance):
-            return said
+    def of(cls, said: Guidance | float | None) -> Guidance:
+        """A guidance, or the one of this scale; None is none. Raises InputError for what is neither."""
+        if said is None or isinstance(said, Guidance):
+            return said or cls()
         if not is_number(said):
             raise InputError.of("guidance", told(said), "a Guidance, or a number: its scale")
+        if not 0 <= said < math.inf:
+            raise InputError.of("guidance", said, _SCALES)
         return cls(said)
 
     def branches(self, tokens: int, classes: Labels) -> Branches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -21,6 +22,7 @@ AS_THEY_ARE = SPANS["-1,1"]
 AMBIGUOUS = "no value is negative and none above 1: taken as images in [-1, 1], not in [0, 1]"
 
 _LARGEST_VALUE = 8.0  # of a picture in [-1, 1] units: noise and guidance leave the interval, but not as far
+_FARTHEST = 2.0  # of floats said to be in another range, in the same units: half its width beyond either end
 _LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
 
 
@@ -87,8 +89,8 @@ def in_units(images: ArrayLike, span: Span | None) -> NDArray[Any]:
     """Images in [-1, 1] units, of floats over a ``span``; integers are left as they are.
 
     Of no span, they are taken to be in these units, with a warning if they may be in [0, 1]. Floats said to be in
-    [-1, 1] are taken as they are, however large. Raises InputError for those that cannot be pictures, and for a span
-    that is not in SPANS.
+    [-1, 1] are taken as they are, however large. Raises InputError for those that cannot be pictures or are clearly
+    outside of the span, and for a span that is not in SPANS.
     """
     if span is not None and not (isinstance(span, tuple) and span in SPANS.values()):
         raise InputError.of("range", told(span), "(-1, 1), (0, 1) or (0, 255)")
@@ -97,10 +99,16 @@ def in_units(images: ArrayLike, span: Span | None) -> NDArray[Any]:
         return array
     if span is None:
         if is_ambiguous(array):
-            warnings.warn(AMBIGUOUS, stacklevel=3)
+            warnings.warn(AMBIGUOUS, stacklevel=_callers_level())
         return check_bounded(array)
     low, high = span
-    return check_bounded(((array - low) * (2 / (high - low)) - 1).astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite, elsewhere
+        found = ((array - low) * (2 / (high - low)) - 1).astype(np.float32)
+    if _is_beyond(_FARTHEST, found):
+        values = f"an array of {array.min():g} to {array.max():g}"
+        advice = "they may leave it by half its width at most"
+        raise InputError.of("images", values, f"floats in [{low:g}, {high:g}], the `range` that was given", advice)
+    return found
 
 
 def is_ambiguous(images: NDArray[Any]) -> bool:
@@ -110,10 +118,24 @@ def is_ambiguous(images: NDArray[Any]) -> bool:
 
 def check_bounded(images: NDArray[Any]) -> NDArray[Any]:
     """The images; InputError if they cannot be pictures in [-1, 1] units."""
-    largest = float(np.abs(images).max(initial=0))
-    if _LARGEST_VALUE < largest <= float(np.finfo(np.float32).max):  # what is not finite is refused elsewhere
-        raise InputError.of("images", f"an array up to {largest:g}", "floats in [-1, 1]", "scale them to that")
+    if _is_beyond(_LARGEST_VALUE, images):
+        raise InputError.of(
+            "images", f"an array up to {np.abs(images).max():g}", "floats in [-1, 1]", "scale them to that"
+        )
     return images
+
+
+def _is_beyond(most: float, images: NDArray[Any]) -> bool:
+    """Whether a value lies farther from 0 than ``most``. What is not finite in float32 is refused elsewhere."""
+    return most < float(np.abs(images).max(initial=0)) <= float(np.finfo(np.float32).max)
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` at which a warning of the function that asks points at the line that called this package."""
+    ours, level, frame = f"{__name__.partition('.')[0]}.", 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_strength(config: ModelShape, denoise: bool | float | None, field: str = "denoise") -> float | None:

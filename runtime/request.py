@@ -99,7 +99,7 @@ class Request:
 
 class RequestKeywords(TypedDict, total=False):
     """Fields of :class:`Request` but ``n``, ``labels`` and ``certify``, as keywords of ``Flow.sample``, where a number
-    is a guidance too; None is the default.
+    is a guidance too; None, where it may be, is the default.
     """
 
     guidance: Guidance | float | None

@@ -213,12 +213,12 @@ def test_what_cannot_be_meant_is_refused(flow: Flow, arguments: dict[str, Any], 
         ("noise", ["noise", [[1], [2, 3]]]),
         ("labels", ["three", 1.5, [1, [2]], True]),
         ("guidance", ["strong", True, (1, "ab")]),
-        ("seed", ["7", 7.0, True, [7]]),
-        ("first_sample", ["7", 0.5, True]),
+        ("seed", ["7", 7.0, True, [7], None]),
+        ("first_sample", ["7", 0.5, True, None]),
         ("denoise", ["yes", [1.0]]),
         ("certify", ["yes", 1, None]),
-        ("redraw_nonfinite", ["yes", 1]),
-        ("reproducible", ["yes", 1]),
+        ("redraw_nonfinite", ["yes", 1, None]),
+        ("reproducible", ["yes", 1, None]),
         ("decode", [5, True]),
         ("tolerance", ["1e-3", True]),
         ("batch_size", ["8", 8.0, True]),
@@ -260,6 +260,8 @@ def test_wrong_types_are_refused_by_every_other_method_too(flow: Flow, bundle: E
         ("samples", lambda: flow.noise(0, 5)),  # type: ignore[arg-type]
         ("seed", lambda: flow.noise("7", [5])),  # type: ignore[arg-type]
         ("seed", lambda: flow.noise(1.5, [5])),  # type: ignore[arg-type]
+        ("seed", lambda: flow.noise(None, [5])),  # type: ignore[arg-type]
+        ("seed", lambda: flow.classify(images, seed=None)),  # type: ignore[arg-type]
         ("scale", lambda: Guidance("1")),  # type: ignore[arg-type]
         ("what", lambda: Guidance(1.0, 5)),  # type: ignore[arg-type]
         ("annealed", lambda: Guidance(1.0, annealed="yes")),  # type: ignore[arg-type]

@@ -128,6 +128,32 @@ def test_python_takes_a_range_warns_where_it_may_be_another_and_refuses_what_is_
     assert np.isfinite(flow.encode(extreme(64)[:1] * 0 + 9, range=(-1, 1))[0]).all()
 
 
+def test_a_warning_points_at_the_line_of_whoever_called() -> None:
+    flow, images = Flow.open(DEMO), np.full((1, 1, 8, 8), 0.5, np.float32)
+    for method in (flow.encode, flow.denoise, flow.log_likelihood, flow.bits_per_dim, flow.classify):
+        with pytest.warns(UserWarning, match="none above 1") as warned:
+            method(images)
+        assert [found.filename for found in warned] == [__file__], method
+
+
+@pytest.mark.parametrize(
+    ("span", "inside", "outside"), [((0, 1), (-0.4, 1.4), (-0.6, 1.6)), ((0, 255), (-90, 380), (-150, 400))]
+)
+def test_floats_may_leave_the_range_they_are_said_to_be_in_by_half_its_width(
+    span: tuple[int, int], inside: tuple[float, float], outside: tuple[float, float]
+) -> None:
+    flow, images = Flow.open(DEMO), np.full((2, 1, 8, 8), span[1] / 2, np.float32)
+    for value in inside:
+        images[1, 0, 2, 3] = value
+        assert flow.encode(images, range=span)[0].shape[0] == 2
+    for value in outside:
+        images[1, 0, 2, 3] = value
+        for method in (flow.encode, flow.denoise, flow.log_likelihood, flow.bits_per_dim, flow.classify):
+            with pytest.raises(InputError, match=f"expected floats in .{span[0]}, {span[1]}., the `range`") as refused:
+                method(images, range=span)
+            assert f"{value:g}" in str(refused.value.found)
+
+
 def test_a_model_without_gaussian_noise_is_not_denoised() -> None:
     opened = Flow.open(DEMO)
     manifest = replace(opened.bundle.manifest, config=replace(opened.config, noise_std=None))
