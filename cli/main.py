@@ -41,9 +41,14 @@ EXIT_INTERRUPTED, EXIT_FAULT = 130, 70
 _MAKING = (export, build, check_engine, generate, train)  # in the order of the help
 _JUDGING = (verify, bisect, likelihood, classify, denoise, evaluate, report, inspect)
 _SERVING = (doctor, bench, calibrate, package, serve)
-_EXTRAS = {"sklearn": "train", "ray": "ray"} | dict.fromkeys(
-    ("fastapi", "uvicorn", "prometheus_client", "starlette"), "serve"
-)
+_EXTRAS = {  # what brings a package; others of ours come with export
+    "sklearn": "train",
+    "huggingface_hub": "hub",
+    **dict.fromkeys(("grpc", "ray"), "ray"),
+    **dict.fromkeys(("tensorrt", "cuda", "polygraphy"), "tensorrt"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"), "serve"),
+}
+_BROUGHT_BY = {"grpc": "ray", "starlette": "fastapi", "pydantic": "fastapi"}  # what nobody installs by itself
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,8 +97,8 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory; use a smaller --n or --batch-size, or --memory least", 3)
     except ModuleNotFoundError as error:
-        extra = _extra_of(error.name or "")
-        _fail(f"this command needs {error.name}, which is not installed; pip install 'tarflow[{extra}]'", 3)
+        package, extra = _missing(error.name or "")
+        _fail(f"this command needs {package}, which is not installed; pip install 'tarflow[{extra}]'", 3)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _fail("the disk is full: the output could not be written", 3)
@@ -109,12 +114,16 @@ def main() -> None:
         _leave(EXIT_FAULT)
 
 
-def _extra_of(package: str) -> str:
-    """The extra that has all that the command needs which missed a package."""
+def _missing(module: str) -> tuple[str, str]:
+    """The package that has a module, and the extra that has all that the command needs which missed it."""
+    top = module.partition(".")[0]
+    package, extra = _BROUGHT_BY.get(top, top), _EXTRAS.get(top, "export")
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if command == "train":
-        return "train"
-    return _EXTRAS.get(package, "export")
+        extra = "train"
+    elif extra == "serve" and any(word.split("=")[0] == "--ray" for word in sys.argv):
+        extra = "ray"  # which has serve's too
+    return package, extra
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -61,7 +61,7 @@ def serve(
     for name in _MULTIPROCESS:
         os.environ.pop(name, None)
     from ..runtime.flow import Flow
-    from ..runtime.machine import cores
+    from ..runtime.machine import cores, cores_each
     from ..runtime.providers import settled
     from ..serve.app import create_app
     from ..serve.server import listen, names_of
@@ -76,7 +76,7 @@ def serve(
     if workers is None:
         workers = 2 if on_cpu and cores() > 1 else 1
     if opening.threads is None and on_cpu and ray is None:
-        opening = replace(opening, threads=max(1, cores() // max(workers, 1)))
+        opening = replace(opening, threads=cores_each(workers))
     bounds = queue, batch, delay_ms / 1000, workers, timeout, max_n, max_body << 20
     settings = Settings(*bounds, _token(token_file), certify=certify, **drawing.said)
     listener = listen(host, port, stall=timeout)

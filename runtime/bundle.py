@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PARITY = "PARITY.md"
+_CHECKPOINTS = (".pth", ".pt", ".safetensors")  # by their suffixes
 _BESIDE = ("README.md", "LICENSE")  # what hubs and git put there, and hidden files: nothing reads it
 
 
@@ -62,6 +63,10 @@ class Bundle:
         """
         folder = bundle_at(folder)
         restore(folder)
+        if folder.is_file():
+            remedy = Remedy("export", {"checkpoint": folder}) if folder.suffix in _CHECKPOINTS else None
+            what = "; of a checkpoint one is made" if remedy else ""
+            raise BundleError(f"'{folder}' is a file; expected a bundle, a folder with {MANIFEST}{what}", remedy=remedy)
         if not folder.is_dir():
             raise BundleError(
                 f"no bundle at '{folder}': expected a folder with {MANIFEST}; check the name, or export a checkpoint",
@@ -122,7 +127,11 @@ class Bundle:
         return folder
 
     def check(self, *names: str) -> None:
-        """Compare SHA-256 of the named files (all of them by default) with the manifest. Raises BundleError."""
+        """Compare SHA-256 of the named files with the manifest; by default of all, among which is no stranger. Raises
+        BundleError.
+        """
+        if not names:
+            self._check_beside()
         for name in names or tuple(self.manifest.files):
             with self._place(name).open("rb") as file:
                 seen = _signature(os.fstat(file.fileno()))
@@ -166,14 +175,7 @@ class Bundle:
         from safetensors import safe_open
 
         self.check(*(name for name in self.manifest.files if name not in (GOLDEN, PARITY)))
-        named = {*self.manifest.files, MANIFEST, *_BESIDE}
-        beside = (path for path in self.folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-        strange = sorted(path.name for path in beside if path.name not in named)
-        if strange:  # a graph could read its weights from there, unhashed
-            raise BundleError(
-                f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
-                "copy the bundle again"
-            )
+        self._check_beside()
         with self._reading(WEIGHTS), safe_open(str(self.path(WEIGHTS)), framework="np") as file:
             said = json.loads((file.metadata() or {}).get("tarflow.config", "null"))
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -182,6 +184,19 @@ class Bundle:
         if wrong := unsupported(self.manifest.config, shapes):
             raise _damaged(self.folder, f"'{self.folder / WEIGHTS}' holds another model than it describes: {wrong}")
         self.check_graphs()
+
+    def _check_beside(self) -> None:
+        """Raise BundleError if the folder holds files that the manifest does not name: a graph could read its weights
+        from there, unhashed.
+        """
+        named = {*self.manifest.files, MANIFEST, *_BESIDE}
+        beside = (path for path in self.folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
+        strange = sorted(path.name for path in beside if path.name not in named)
+        if strange:
+            raise BundleError(
+                f"'{self.folder}' holds files its manifest does not name: {', '.join(strange[:4])}; remove them, or "
+                "copy the bundle again"
+            )
 
     def check_graphs(self) -> None:
         """Look into every graph, for what :func:`check_graph` refuses. Their hashes are right already."""

@@ -7,6 +7,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+MOST_THREADS = 64  # of the native engine; no share of the cores is larger
+
 _ROOT = Path("/")
 _GROUPS = "sys/fs/cgroup"
 
@@ -21,6 +23,11 @@ def cores(root: Path = _ROOT) -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
     return usable if quota is None else max(1, min(usable, int(quota)))
+
+
+def cores_each(count: int) -> int:
+    """The threads of each of ``count`` that share this process's cores: 1 to MOST_THREADS."""
+    return min(max(1, cores() // max(count, 1)), MOST_THREADS)
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:

@@ -26,7 +26,7 @@ from ..runtime.flow import Flow
 from ..runtime.guidance import Guidance
 from ..runtime.image import unpatchify
 from ..runtime.inputs import AMBIGUOUS, AS_THEY_ARE, check_bounded, check_labels, is_ambiguous
-from ..runtime.machine import cores
+from ..runtime.machine import cores_each
 from ..runtime.opening import Opening
 from ..runtime.samples import nonfinite
 from .words import http_words
@@ -56,7 +56,7 @@ class TritonPythonModel:
                 f"'{bundle.folder}' is the bundle {bundle.hash[:16]}..., but config.pbtxt was written for "
                 f"{said['bundle_sha256'][:16]}...; package the bundle again"
             )
-        share = max(1, cores() // int(said["instances"]))
+        share = cores_each(int(said["instances"]))
         threads = share if said["threads"] == "share" else int(said["threads"])
         self.shares = True
         self.flow = Flow.open(bundle, Opening(said["provider"], threads, spinning=False))

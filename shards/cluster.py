@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from ..runtime.errors import InputError, MachineError
-from ..runtime.machine import cores
+from ..runtime.machine import MOST_THREADS, cores
 from ..runtime.opening import ON_DEVICE, Opening
 from ..runtime.signals import ending
 from .job import Shard
@@ -183,7 +183,9 @@ def share(workers: int | None, opening: Opening, most: int) -> Share:
         raise MachineError.of("provider", provider, "cpu", f"{provider} needs GPUs, and Ray knows of none here")
     count = min(workers or (gpus if on_gpu else len(nodes)) or 1, most)
     sizes = [int(node["CPU"]) for node in nodes]
-    fitting = (t for t in range(max(sizes, default=1), 0, -1) if sum(size // t for size in sizes) >= count)
+    fitting = (
+        t for t in range(min(max(sizes, default=1), MOST_THREADS), 0, -1) if sum(size // t for size in sizes) >= count
+    )
     each = opening.threads or next(fitting, 1)  # a worker's cores are on one machine
     return Share(count, each, min(each, max(cpus, 1) / count), int(on_gpu))
 

@@ -23,7 +23,7 @@ from typing import Protocol
 from ..runtime.bundle import Bundle
 from ..runtime.errors import BundleError, MachineError, TarflowError, briefly
 from ..runtime.flow import Flow
-from ..runtime.machine import cores
+from ..runtime.machine import cores_each
 from ..runtime.opening import Opening
 from ..runtime.providers import settled
 from ..runtime.samples import Progress
@@ -187,7 +187,7 @@ class Local:
     """A crew of processes on this machine, each with its own copy of the bundle in memory."""
 
     def __init__(self, task: Task, size: int) -> None:
-        self._task = task.on(task.opening.threads or max(1, cores() // size))
+        self._task = task.on(task.opening.threads or cores_each(size))
         self._context = multiprocessing.get_context("spawn")  # engines do not survive a fork
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}
         for worker in range(size):

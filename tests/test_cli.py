@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import torch
 from PIL import Image
 
 from tarflow.cli.console import parse_labels
+from tarflow.cli.main import _missing
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.errors import InputError
+from tarflow.runtime.errors import BundleError, InputError
 from tarflow.runtime.flow import Flow, Guidance
 
 from .conftest import DEMO, Cli, Done, Exported, Goldens, largest, refused, said
@@ -403,6 +406,9 @@ def test_a_wrong_patch_size_in_a_name_is_not_believed(tarflow: Cli, golden: Gold
         ("bench --rivals", "torch", "export"),
         ("serve", "fastapi", "serve"),
         ("build", "polygraphy", "tensorrt-rtx"),
+        ("generate --out o --n 3 --ray", "ray", "ray"),
+        ("generate --out o --n 3 --ray", "grpc", "ray"),
+        ("serve --ray", "fastapi", "ray"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_the_extra_that_has_all(
@@ -414,6 +420,20 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_has_all(
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = cli(*command.split(), cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
     refused(done, MACHINE, "not installed", f"pip install 'tarflow[{extra}]'")
+    assert "grpc" not in done.stderr, "which nobody installs by itself"
+
+
+def test_every_package_of_an_extra_is_said_to_come_with_one_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tarflow", "generate"])
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    modules = {"scikit-learn": "sklearn", "onnx-ir": "onnx_ir", "tensorrt-cu13": "tensorrt", "cuda-python": "cuda"}
+    modules |= {"prometheus-client": "prometheus_client"}
+    for extra in ("export", "train", "tensorrt", "serve", "ray", "hub"):
+        for package in (re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"][extra]):  # type: ignore[index]
+            if package == "tarflow":
+                continue
+            brings = project["optional-dependencies"][_missing(f"{modules.get(package, package)}.part")[1]]
+            assert any(line.startswith(package) for line in brings), package
 
 
 def test_the_help_shows_whole_sentences(tarflow: Cli) -> None:
@@ -422,6 +442,24 @@ def test_the_help_shows_whole_sentences(tarflow: Cli) -> None:
     words = " ".join(listed.split())
     assert "Draw samples from a bundle: noise, inverted block by block, denoised, as a picture or an array." in words
     assert words.count(". ") + 1 >= 17
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate"])
+def test_a_file_that_the_manifest_does_not_name_is_refused(command: str, bundle: Exported, tarflow: Cli) -> None:
+    shutil.copytree(bundle("uncond"), "bundle")
+    Path("bundle/notes.txt").write_text("of a stranger")
+    words = "'bundle' holds files its manifest does not name: notes.txt; remove them, or copy the bundle again"
+    refused(tarflow(command, "bundle"), ARTIFACT, words)
+    with pytest.raises(BundleError, match=r"does not name: notes\.txt"):
+        Bundle.open("bundle").check()
+
+
+def test_a_file_is_not_taken_for_a_bundle(tarflow: Cli) -> None:
+    for name in ("model.pth", "model.safetensors", "notes.txt"):
+        Path(name).write_text("x")
+        message = refused(tarflow("inspect", name), ARTIFACT, f"'{name}' is a file; expected a bundle, a folder with")
+        assert ("tarflow export" in message) == (name != "notes.txt")
+        assert message.endswith(f"tarflow export {name} -o BUNDLE\n") or name == "notes.txt", message
 
 
 def test_a_missing_bundle_is_not_taken_for_one_to_be_made(tarflow: Cli) -> None:

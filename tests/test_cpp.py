@@ -157,6 +157,49 @@ def test_what_python_refuses_is_refused_in_the_same_words(demo: Path, options: d
     assert str(refused.value) == str(python.value).replace("`scale`", "`guidance`").replace("`what`", "`guided`")
 
 
+@pytest.mark.parametrize("verb", ["encode", "log_likelihood", "denoise"])
+def test_images_that_python_refuses_are_refused_in_the_same_words(demo: Path, verb: str) -> None:
+    python, cpp = Flow.open(demo), CppFlow(demo)
+    labels, images = np.arange(3), np.full((3, *python.config.image), -0.5, np.float32)
+    images[1, 0, 2, 3] = 8
+    getattr(python, verb)(images, labels)
+    getattr(cpp, verb)(images, labels)
+    for value in (8.5, -20, 200, 12345678, 3e38):
+        images[1, 0, 2, 3] = value
+        with pytest.raises(InputError) as said:
+            getattr(python, verb)(images, labels)
+        with pytest.raises(CppError) as refused:
+            getattr(cpp, verb)(images, labels)
+        assert (refused.value.status, str(refused.value)) == (cpp_library.INPUT, str(said.value))
+
+
+@pytest.mark.parametrize(("provider", "threads"), [("native", 65), ("native", 1000), ("cpu", 65537)])
+def test_more_threads_than_an_engine_has_are_refused_in_the_same_words(demo: Path, provider: str, threads: int) -> None:
+    with pytest.raises(InputError) as python:
+        Flow.open(demo, provider=provider, threads=threads)
+    with pytest.raises(CppError) as refused:
+        CppFlow(demo, provider=provider.encode(), threads=threads)
+    assert refused.value.status == cpp_library.INPUT
+    assert str(refused.value) == str(python.value).replace("nothing for", "0 for")
+
+
+def test_the_headers_example_compiles_without_a_warning(tmp_path: Path) -> None:
+    header = (SOURCE / "include" / "tarflow.h").read_text()
+    (tmp_path / "example.c").write_text(header[header.index("#include <stdio.h>") : header.index("   Threads: ")])
+    command = [
+        "cc",
+        "-std=c11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        "-I",
+        str(SOURCE / "include"),
+        "example.c",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+
 def test_the_header_says_what_this_file_believes(tmp_path: Path) -> None:
     """Sizes and offsets of the structs, as a C compiler sees them."""
     structs = {

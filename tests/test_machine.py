@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.runtime.machine import cores, cpu_quota
+from tarflow.runtime.machine import cores, cores_each, cpu_quota
 
 from .conftest import DEMO
 
@@ -123,3 +123,8 @@ def test_nothing_in_the_runtime_needs_linux(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["certificate"]["max"] < 1e-4
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "samples.npy"}
+
+
+def test_a_share_of_the_cores_is_one_that_every_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow.runtime.machine.cores", lambda: 200)
+    assert [cores_each(count) for count in (0, 1, 2, 10, 300)] == [64, 64, 64, 20, 1]

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..backend import Array, Branches, Decoding, Labels
 from ..bundle import WEIGHTS, Bundle
-from ..machine import cores, processor
+from ..errors import InputError
+from ..machine import MOST_THREADS, cores_each, processor
 from ..memory import spend
 from ..opening import Opening
 from ..ort.backend import OrtBackend
@@ -63,7 +64,10 @@ class NativeBackend:
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self.bundle, self.config = bundle, bundle.manifest.config
         self.precision = opening.weights_in(bundle.manifest.precision)
-        threads = min(opening.threads or cores(), library.MOST_THREADS)
+        if (opening.threads or 0) > MOST_THREADS:
+            expected = f"1 to {MOST_THREADS} on the native engine, or nothing for one a core"
+            raise InputError.of("threads", opening.threads, expected)
+        threads = opening.threads or cores_each(1)
         isa = library.isa()
         budget = spend(bundle, opening.memory, self.precision)
         self.graphs = OrtBackend(bundle, replace(opening, provider="cpu", precision=None), budget=budget)

@@ -13,7 +13,6 @@ from ..manifest import ModelShape
 from ..opening import NATIVE_PRECISIONS
 
 PRECISIONS = {name: number for number, name in enumerate(NATIVE_PRECISIONS)}  # native.h has them in this order
-MOST_THREADS = 64
 _WRONG, _MEMORY = 1, 2
 
 

@@ -7,7 +7,8 @@
        int main(void) {
          tarflow_flow *flow;
          tarflow_open_options options = tarflow_open_defaults();
-         tarflow_shape shape = {sizeof shape};
+         tarflow_shape shape;
+         shape.size = sizeof shape;
          if (tarflow_open("tarflow-bundle", &options, &flow) || tarflow_get_shape(flow, &shape)) {
            fprintf(stderr, "%s\n", tarflow_error(flow));
            tarflow_close(flow);
@@ -34,7 +35,7 @@
    belong to the handle, until its next call. Without a failure of the machine, no call ends the process.
 
    Arrays are row-major. Images are (n, channels, size, size) in [-1, 1] units, which drawn ones may leave: nothing is
-   clipped. Labels are (n), one class each, -1 (and no other number below 0) for none, the null class; NULL stands for
+   clipped, and given ones that reach beyond [-8, 8] are refused. Labels are (n), one class each, -1 (and no other number below 0) for none, the null class; NULL stands for
    all -1. Latents and noise are (n, tokens, patch_dim). */
 #ifndef TARFLOW_H
 #define TARFLOW_H
@@ -84,7 +85,7 @@ typedef struct tarflow_open_options {
                               slower: docs/NATIVE.md) and "cpu" (ONNX Runtime); or one of these; "cuda:1",
                               "tensorrt:GPU-..." name a GPU by number or UUID, as CUDA shows them */
   const char *onnxruntime; /* the library's file; NULL: $TARFLOW_ONNXRUNTIME, else as the loader finds it */
-  int32_t threads;         /* inside one operator; 0: one a core */
+  int32_t threads;         /* inside one operator, up to 65536, of the native engine 64; 0: one a core */
   int32_t spinning;        /* idle threads wait busily; 0 is better where cores are shared */
   int32_t low_memory;      /* the graphs of one block at a time in memory; kept for ABI 1 */
   tarflow_log log;         /* NULL: silence. Also called by handles shared from this one, in their threads */

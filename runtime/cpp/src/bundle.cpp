@@ -56,6 +56,9 @@ std::vector<std::filesystem::path> entries_of(const std::string& folder, std::er
 
 Bundle::Bundle(const std::string& folder) : folder(folder) {
   std::error_code error;
+  if (fs::is_regular_file(folder, error)) {
+    throw bundle_error("'" + folder + "' is a file; expected a bundle, a folder with " + kManifest);
+  }
   if (!fs::is_directory(folder, error)) {
     throw bundle_error("no bundle at '" + folder + "': expected a folder with " + kManifest + "; export one");
   }

@@ -49,7 +49,7 @@ std::string checked_precision(const char* said, const std::string& provider) {
 }
 
 int checked_threads(int threads) {
-  if (threads < 0) throw field_error("threads", threads, "1 or more, or 0 for one a core");
+  if (threads < 0 || threads > 65536) throw field_error("threads", threads, "1 to 65536, or 0 for one a core");
   return threads;
 }
 

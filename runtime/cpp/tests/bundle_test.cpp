@@ -30,7 +30,9 @@ TEST_CASE("what is no bundle is refused with what would help") {
   const auto missing = opening(copy.root / "nothing");
   CHECK(missing.status == TARFLOW_BUNDLE);
   CHECK(missing.says("; export one"));
-  CHECK(opening(copy.folder / "manifest.json").status == TARFLOW_BUNDLE);
+  const auto file = opening(copy.folder / "manifest.json");
+  CHECK(file.status == TARFLOW_BUNDLE);
+  CHECK(file.says("is a file; expected a bundle, a folder with manifest.json"));
   fs::remove(copy.folder / "manifest.json");
   CHECK(opening(copy.folder).says("has no manifest.json"));
   support::write(copy.folder / "manifest.json", std::string((16 << 20) + 1, ' '));

@@ -22,6 +22,7 @@ std::int32_t number_of(const std::string& precision) {
 
 int threads_of(int asked) {
   const int cores = static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
+  if (asked > kMostThreads) throw field_error("threads", asked, "1 to 64 on the native engine, or 0 for one a core");
   return std::min(asked > 0 ? asked : cores, kMostThreads);
 }
 
