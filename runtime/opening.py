@@ -27,10 +27,10 @@ class Opening:
 
     ``threads`` (1 to 65536, on the native engine to 64; None: one a core, as far as a quota allows) and ``spinning``
     (False where cores are shared) go to ONNX Runtime. ``memory`` is a limit in bytes on the process, beside the samples
-    themselves: it chooses batches, sub-batches of the gradient, and whether one block is open at a time; "least" is always one block. ``cuda_graph``
-    False launches every kernel of a step on a GPU anew, instead of replaying the step as one CUDA graph. ``precision``
-    is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8 for a bundle of int8, else fp32);
-    with provider "auto" it asks for that engine.
+    themselves: it chooses batches, sub-batches of the gradient, and whether one block is open at a time; "least" is
+    always one block. ``cuda_graph`` False launches every kernel of a step on a GPU anew, instead of replaying the step
+    as one CUDA graph. ``precision`` is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8
+    for a bundle of int8, else fp32); with provider "auto" it asks for that engine.
     Raises InputError for what is none of these.
     """
 
