@@ -106,7 +106,8 @@ class _Closed:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks whether it is there
             raise AttributeError(name)
-        raise InputError("this flow was closed; open the bundle again", field="flow")
+        message = "this flow was closed; open the bundle again"
+        raise InputError(message, field="flow", found="closed", expected="an open one")
 
 
 CLOSED = cast(Backend, _Closed())  # what to put in the place of an engine to let go of it

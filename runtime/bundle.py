@@ -70,12 +70,19 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(
                 f"no bundle at '{folder}': expected a folder with {MANIFEST}; check the name, or export a checkpoint",
+                field="bundle",
+                found=str(folder),
+                expected=f"a folder with {MANIFEST}",
                 remedy=Remedy("export", {"folder": folder}),
             )
         path = folder / MANIFEST
         if not path.is_symlink() and not path.exists():
             raise BundleError(
-                f"'{folder}' has no {MANIFEST}, so it is not a bundle; export one", remedy=Remedy("export")
+                f"'{folder}' has no {MANIFEST}, so it is not a bundle; export one",
+                field="bundle",
+                found=str(folder),
+                expected=f"a folder with {MANIFEST}",
+                remedy=Remedy("export"),
             )
         _require_inside(folder, path)
         content = reader_of(str(path)).content(path, MANIFEST_LIMIT)

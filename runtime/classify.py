@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import noise
 from .errors import InputError
-from .inputs import AS_THEY_ARE, Span, as_array, check_images, in_units
+from .inputs import AS_THEY_ARE, Span, as_array, check_images, in_units, integers
 from .samples import Progress
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def classify(
     flow: Flow, images: ArrayLike, asked: Question, progress: Callable[[Progress], None] | None = None
 ) -> Classification:
     """Images (N, channels, size, size), uint8 or floats, under each of some classes; see :meth:`Flow.classify`."""
-    classes = _check_classes(flow.config, asked.classes)
+    classes = _check_classes(flow.config, asked.classes, flow.class_names)
     noise.check(asked.seed, ())
     given = as_array(images, "images")
     if given.ndim != 4 or given.shape[1:] != flow.config.image or not len(given):
@@ -98,13 +98,13 @@ def posterior(log_likelihoods: Numbers) -> Numbers:
         return np.asarray(np.exp(log_likelihoods - np.logaddexp.reduce(log_likelihoods, axis=1, keepdims=True)))
 
 
-def _check_classes(config: ModelShape, classes: ArrayLike | None) -> NDArray[np.int64]:
-    """The classes to compare, (K,). Raises InputError."""
+def _check_classes(config: ModelShape, classes: ArrayLike | None, names: tuple[str, ...]) -> NDArray[np.int64]:
+    """The classes to compare, (K,); their ``names`` are for messages. Raises InputError."""
     if not config.classes:
         raise InputError.of("classes", "0 in this model", "a model with classes: this one is unconditional")
     if classes is None:
         return np.arange(config.classes)
-    array = as_array(classes, "classes")
+    array = as_array(classes, "classes", f"a list of {integers(names)}")
     if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
         raise InputError.of("classes", f"{array.dtype} of shape {array.shape}", "a list of integers")
     outside = array[(array < 0) | (array >= config.classes)]

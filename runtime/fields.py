@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 
 from .errors import InputError
@@ -42,6 +42,12 @@ def check_field(field: str, value: object, kind: str, optional: bool = False) ->
     """Raise InputError unless ``value`` is of this kind, one of _KINDS; or None, if that may be."""
     if not (optional and value is None) and not _KINDS[kind](value):
         raise InputError.of(field, told(value), f"{kind} or None" if optional else kind)
+
+
+def check_keywords(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError, as Python does, for a keyword that ``call`` does not have; and say which it has."""
+    for name in set(given).difference(known):
+        raise TypeError(f"{call}() got an unexpected keyword argument '{name}'; it has {', '.join(known)}")
 
 
 def told(value: object) -> str:

@@ -31,7 +31,7 @@ from .chain import Chain
 from .classify import Classification, Question, classify
 from .drawing import Drawing, tiles
 from .errors import InputError, Remedy
-from .fields import told
+from .fields import check_keywords, told
 from .guidance import Guidance as Guidance
 from .image import unpatchify
 from .inputs import Span, check_images, check_labels, check_noise, check_strength, in_units
@@ -55,8 +55,10 @@ class Flow:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, prior_variance: Array | None = None, budget: Budget = USUAL
+        self, bundle: Bundle, backend: Backend = CLOSED, prior_variance: Array | None = None, budget: Budget = USUAL
     ) -> None:
+        if backend is CLOSED:
+            raise TypeError("Flow() takes an opened bundle and an engine; Flow.open(bundle) opens both")
         self.bundle, self.backend, self.budget = bundle, backend, budget
         self.opening: Opening | None = None  # how it was opened; None if not by `open`
         self.plan: Plan | None = find_plan(bundle, backend.machine)
@@ -116,6 +118,11 @@ class Flow:
     def config(self) -> ModelShape:
         return self.bundle.manifest.config
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, one each; () where the bundle does not say."""
+        return self.bundle.manifest.class_names
+
     @overload
     def sample(
         self, n: int | None = None, *, certify: Literal[True], **how: Unpack[SampleKeywords]
@@ -141,13 +148,12 @@ class Flow:
         block, blocks last to first; an exception of either cancels. Returns :class:`Samples`, (N, channels, size,
         size) float32; raises InputError for inputs that cannot be what was meant.
         """
-        for name in how.keys() - DrawingKeywords.__annotations__.keys():
-            raise TypeError(f"Flow.sample() got an unexpected keyword argument '{name}'")
+        check_keywords("Flow.sample", how, ("n", "certify", *SampleKeywords.__annotations__))
         said: dict[str, Any] = dict(how)
         watch = Watch(said.pop("progress", None), said.pop("preview", None))
         guidance = Guidance.of(said.pop("guidance", None))
         latents, count = check_noise(self.config, n, noise)
-        dealt = None if labels is None else tuple(check_labels(self.config, labels, count).tolist())
+        dealt = None if labels is None else tuple(check_labels(self.config, labels, count, self.class_names).tolist())
         request = Request(count, dealt, guidance, certify=certify, **said)
         return self.draw(resolved(request, self.config), latents, watch)
 
@@ -158,7 +164,8 @@ class Flow:
         """
         request = resolved(request, self.config)
         if noise is not None and request.redraw_nonfinite:
-            raise InputError("samples of given noise cannot be redrawn: drop `redraw_nonfinite`, or draw by seed")
+            message = "samples of given noise cannot be redrawn: drop `redraw_nonfinite`, or draw by seed"
+            raise InputError(message, field="redraw_nonfinite", found=True, expected="False")
         size = REPRODUCIBLE_TILE if request.reproducible else (request.batch_size or self._default_batch(request))
         others = Remedy("build", {"bundle": self.bundle.folder, "batch": (1, size, size)})
         check_batch(size, self.backend.largest_batch, others)
@@ -172,9 +179,7 @@ class Flow:
         return drawing.samples(self.bundle.manifest.precision, seconds, limit)
 
     def noise(self, seed: int | Sequence[int], samples: Sequence[int], stream: int = noise_source.SAMPLING) -> Array:
-        """Noise of the given sample indices, of one seed or one each: (N, T, D) standard normal float32. Needs no
-        engine.
-        """
+        """Noise (N, T, D) of sample indices, of one seed or one each: standard normal float32. Needs no engine."""
         return noise_source.normal(seed, samples, (self.config.tokens, self.config.patch_dim), stream)
 
     def certify(
@@ -185,7 +190,7 @@ class Flow:
         guidance: Guidance | float | None = None,
     ) -> Array:
         """(N,): the round-trip error of raw samples, made anywhere from ``noise`` (N, T, D); see :class:`Report`."""
-        x, classes = check_images(self.config, images, labels)
+        x, classes = check_images(self.config, images, labels, self.class_names)
         z, _ = check_noise(self.config, len(x), noise)
         assert z is not None
         states, _ = self.chain.encode(x, Guidance.of(guidance).branches(self.config.tokens, classes))
@@ -196,11 +201,12 @@ class Flow:
     ) -> tuple[Array, Array]:
         """Images -> latent (N, T, D), and the log-determinant (N,) in nats per dimension, the reference's mean form.
 
-        ``range`` is the floats' own: (-1, 1) takes them as they are, (0, 1) and (0, 255) are scaled to that. Without
-        one, values beyond [-8, 8] are refused, and those that may be in [0, 1] warned of. Results of images nothing
-        like the model's may be infinite or nan. Raises InputError for what cannot be such images.
+        ``range`` is the floats' own: (-1, 1) takes them as they are, (0, 1) and (0, 255), which they may leave by half
+        the width, are scaled to that. Without one, values beyond [-8, 8] are refused, and those that may be in [0, 1]
+        warned of. Results of images nothing like the model's may be infinite or nan. Raises InputError for what cannot
+        be such images.
         """
-        x, classes = check_images(self.config, in_units(images, range), labels)
+        x, classes = check_images(self.config, in_units(images, range), labels, self.class_names)
         latents, log_det = np.empty_like(x), np.empty(len(x), np.float32)
         for rows in _batches(len(x)):
             (*_, latents[rows]), log_det[rows] = self.chain.encode(x[rows], Branches.plain(classes[rows], x.shape[1]))
@@ -219,16 +225,13 @@ class Flow:
         no Gaussian noise to remove.
         """
         checked = check_strength(self.config, strength, "strength")
-        x, classes = check_images(self.config, in_units(images, range), labels)
+        x, classes = check_images(self.config, in_units(images, range), labels, self.class_names)
         assert checked is not None
         found = np.concatenate([self.chain.denoise(x[rows], classes[rows], checked) for rows in _batches(len(x))])
         return unpatchify(found, self.config.patch_size, self.config.channels)
 
     def log_likelihood(self, images: ArrayLike, labels: ArrayLike | None = None, range: Span | None = None) -> Array:
-        """log p(image | label) in nats, (N,), as a density over [-1, 1] pixels, under the unit prior of training.
-
-        ``range`` is as in :meth:`encode`.
-        """
+        """log p(image | label), (N,) nats over [-1, 1] pixels, under the unit prior; ``range``: :meth:`encode`."""
         return self.nats_of(self.bits_per_dim(images, labels, range))
 
     def classify(
@@ -250,10 +253,7 @@ class Flow:
         return classify(self, images, Question(classes, seed, range), progress)
 
     def bits_per_dim(self, images: ArrayLike, labels: ArrayLike | None = None, range: Span | None = None) -> Array:
-        """Bits per dimension, (N,), of 8-bit images given in [-1, 1] units: see :meth:`dequantise`.
-
-        ``range`` is as in :meth:`encode`.
-        """
+        """Bits per dimension (N,) of :meth:`dequantise`'s 8-bit images in [-1, 1] units; ``range``: :meth:`encode`."""
         return self.bits_of(*self.encode(images, labels, range))
 
     def bits_of(self, latent: Array, log_det: Array) -> Array:

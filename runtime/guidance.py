@@ -71,16 +71,19 @@ class Guidance:
                 f"`attention_temperature` {self.attention_temperature:g} does nothing without guidance; give a `scale` "
                 "above 0 too",
                 field="attention_temperature",
+                found=self.attention_temperature,
+                expected="1 without guidance",
             )
         if self.scale and self.what == "a" and not config.nvp:
-            raise InputError(
-                "a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'", field="what"
-            )
+            message = "a volume-preserving model has no log_scale, so guiding 'a' does nothing; guide 'b'"
+            raise InputError(message, field="what", found="a", expected="b or ab")
         if self.scale and self.attention_temperature == 1 and (classes < 0).all():
             kind = "samples without a label" if config.classes else "an unconditional model"
             cure = "give `labels`, or " if config.classes else ""
             raise InputError(
                 f"guidance {self.scale:g} does nothing for {kind} at attention temperature 1: both branches are the "
                 f"same, at twice the cost; {cure}pass an `attention_temperature` other than 1, or guidance 0",
-                field="scale",
+                field="guidance",
+                found=self.scale,
+                expected=f"0 for {kind}",
             )

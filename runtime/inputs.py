@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ AMBIGUOUS = "no value is negative and none above 1: taken as images in [-1, 1], 
 
 _LARGEST_VALUE = 8.0  # of a picture in [-1, 1] units: noise and guidance leave the interval, but not as far
 _FARTHEST = 2.0  # of floats said to be in another range, in the same units: half its width beyond either end
+_MOST_NAMES = 20  # of classes in a message
 _LARGEST_RESULT = 1 << 40  # bytes; a slip of the keyboard, not a request
 
 
@@ -31,7 +34,8 @@ def check_noise(config: ModelShape, n: int | None, noise: ArrayLike | None) -> t
     shape = (config.tokens, config.patch_dim)
     if noise is None:
         if n is None:
-            raise InputError("nothing to draw: give `n`, the number of samples, or `noise`", field="n")
+            wanted = "`n`, the number of samples, or `noise`"
+            raise InputError(f"nothing to draw: give {wanted}", field="n", found="nothing", expected=wanted)
         check_field("n", n, "an integer")
         if n < 1:
             raise InputError.of("n", n, "1 or more samples")
@@ -51,17 +55,18 @@ def check_noise(config: ModelShape, n: int | None, noise: ArrayLike | None) -> t
     return _finite(array, "noise"), len(array)
 
 
-def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> Labels:
-    """A class for each of ``count`` samples, -1 for the null class."""
+def check_labels(config: ModelShape, labels: ArrayLike | None, count: int, names: Sequence[str] = ()) -> Labels:
+    """A class for each of ``count`` samples, -1 for the null class. ``names`` of classes are for messages."""
     if labels is None:
         return np.full(count, -1, np.int64)
-    array = as_array(labels, "labels")
-    if array.dtype.kind not in "iu" or array.dtype == bool:
-        raise InputError.of("labels", f"of type {array.dtype}", "integers")
+    array = as_array(labels, "labels", integers(names))
+    if array.dtype.kind not in "iu":
+        raise InputError.of("labels", f"of type {array.dtype}", integers(names))
     if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
         raise InputError.of("labels", f"of shape {array.shape}", f"one label or ({count},), one a sample")
     if not config.classes and (array != -1).any():
-        raise InputError("this model is unconditional and takes no `labels`; drop them", field="labels")
+        message, found = "this model is unconditional and takes no `labels`; drop them", int(array[array != -1].flat[0])
+        raise InputError(message, field="labels", found=found, expected="none")
     wrong = array[(array < -1) | (array >= config.classes)] if array.size else array
     if wrong.size:
         first = int(wrong.flat[0])
@@ -74,15 +79,17 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int) -> La
     return np.broadcast_to(array.astype(np.int64), (count,)).copy()
 
 
-def check_images(config: ModelShape, images: ArrayLike, labels: ArrayLike | None) -> tuple[Array, Labels]:
-    """Images as patches (N, T, D), and a class for each."""
+def check_images(
+    config: ModelShape, images: ArrayLike, labels: ArrayLike | None, names: Sequence[str] = ()
+) -> tuple[Array, Labels]:
+    """Images as patches (N, T, D), and a class for each; ``names`` as of :func:`check_labels`."""
     array = as_array(images, "images")
     if array.ndim != 4 or array.shape[1:] != config.image or not len(array):
         raise InputError.of("images", f"of shape {array.shape}", f"(N, {', '.join(map(str, config.image))})")
     if array.dtype.kind != "f":
         raise InputError.of("images", f"of type {array.dtype}", "floats in [-1, 1]", "dequantise 8-bit images first")
     patches = patchify(_finite(array, "images"), config.patch_size)
-    return patches, check_labels(config, labels, len(array))
+    return patches, check_labels(config, labels, len(array), names)
 
 
 def in_units(images: ArrayLike, span: Span | None) -> NDArray[Any]:
@@ -158,12 +165,28 @@ def check_strength(config: ModelShape, denoise: bool | float | None, field: str 
     return float(denoise)
 
 
-def as_array(given: ArrayLike, field: str) -> NDArray[Any]:
-    """What was given, as numpy has it. Raises InputError for what is no array, such as rows of different lengths."""
+def as_array(given: ArrayLike, field: str, expected: str = "an array") -> NDArray[Any]:
+    """What was given, as numpy has it. Raises InputError for what is no array, such as text, None, or rows of
+    different lengths.
+    """
+    if field == "images":
+        expected = "an array of images, (N, channels, size, size); read pictures into one first"
     try:
-        return np.asarray(given)
+        found = np.asarray(given)
+        if given is None or found.dtype.kind in "SU" or isinstance(given, os.PathLike):
+            raise InputError.of(field, told(given), expected)
+        return found
+    except InputError:
+        raise
     except (ValueError, TypeError) as error:
         raise InputError.of(field, told(given), "an array", str(error).splitlines()[0]) from None
+
+
+def integers(names: Sequence[str]) -> str:
+    """What is expected of classes: integers, and which of them the first of ``names`` are."""
+    listed = [f"{label} {name}" for label, name in enumerate(names[:_MOST_NAMES])]
+    more = [f"... {len(names) - 1} {names[-1]}"] if len(names) > _MOST_NAMES else []
+    return "integers" + (f": {', '.join(listed + more)}" if names else "")
 
 
 def _finite(array: NDArray[Any], field: str) -> Array:
@@ -173,6 +196,9 @@ def _finite(array: NDArray[Any], field: str) -> Array:
     rows = np.flatnonzero(~np.isfinite(found).all(tuple(range(1, found.ndim))))
     if len(rows):
         raise InputError(
-            f"{len(rows)} of {len(found)} samples in `{field}` are not finite, the first at row {rows[0]}", field=field
+            f"{len(rows)} of {len(found)} samples in `{field}` are not finite, the first at row {rows[0]}",
+            field=field,
+            found=f"not finite in {len(rows)} of {len(found)} rows",
+            expected="finite numbers",
         )
     return found

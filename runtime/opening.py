@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict
 
 from .errors import InputError
-from .fields import check_field, is_flag, told
+from .fields import check_field, check_keywords, is_flag, told
 from .precision import PRECISIONS
 
 PROVIDERS = ("auto", "native", "cpu", "cuda", "tensorrt")
@@ -16,6 +16,7 @@ _MOST_THREADS = 1 << 16
 ON_DEVICE = ("cuda", "tensorrt")
 _DEVICE = re.compile(r"[0-9]{1,4}|((GPU|MIG)-)?[0-9a-f-]{4,36}", re.IGNORECASE)
 Memory = int | Literal["least"] | None
+_SIZES = "a number of bytes, a size such as 8GiB or 512MiB, or least"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -26,11 +27,11 @@ class Opening:
     or UUID; otherwise it is the first one that CUDA shows this process.
 
     ``threads`` (1 to 65536, on the native engine to 64; None: one a core, as far as a quota allows) and ``spinning``
-    (False where cores are shared) go to ONNX Runtime. ``memory`` is a limit in bytes on the process, beside the samples
-    themselves: it chooses batches, sub-batches of the gradient, and whether one block is open at a time; "least" is
-    always one block. ``cuda_graph`` False launches every kernel of a step on a GPU anew, instead of replaying the step
-    as one CUDA graph. ``precision`` is what the native engine keeps weights in, one of NATIVE_PRECISIONS (None: int8
-    for a bundle of int8, else fp32); with provider "auto" it asks for that engine.
+    (False where cores are shared) go to ONNX Runtime. ``memory`` is a limit on the process, in bytes or such as "8GiB",
+    beside the samples themselves: it chooses batches, sub-batches of the gradient, and whether one block is open at a
+    time; "least" is always one block. ``cuda_graph`` False launches every kernel of a step on a GPU anew, instead of
+    replaying the step as one CUDA graph. ``precision`` is what the native engine keeps weights in, one of
+    NATIVE_PRECISIONS (None: int8 for a bundle of int8, else fp32); with provider "auto" it asks for that engine.
     Raises InputError for what is none of these.
     """
 
@@ -67,15 +68,15 @@ class Opening:
         check_field("cuda_graph", self.cuda_graph, "True or False")
         check_field("precision", self.precision, "a string", optional=True)
         if not (self.memory is None or (isinstance(self.memory, (str, int)) and not is_flag(self.memory))):
-            raise InputError.of("memory", told(self.memory), "a number of bytes, or 'least'")
+            raise InputError.of("memory", told(self.memory), _SIZES)
         name, colon, device = self.provider.partition(":")
         if name not in PROVIDERS or (colon and (name not in ON_DEVICE or not _DEVICE.fullmatch(device))):
             expected = f"one of {', '.join(PROVIDERS)}; {' and '.join(ON_DEVICE)} may name a GPU, as in cuda:1"
             raise InputError.of("provider", f"'{self.provider}'", expected)
         if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
             raise InputError.of("threads", self.threads, f"1 to {_MOST_THREADS}, or nothing for one a core")
-        if isinstance(self.memory, str) and self.memory != "least":
-            raise InputError.of("memory", f"'{self.memory}'", "a number of bytes, or 'least'")
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_memory(self.memory))  # frozen, but not yet
         if isinstance(self.memory, int) and self.memory < 1:
             raise InputError.of("memory", self.memory, "1 byte or more")
         if self.precision is not None and self.precision not in NATIVE_PRECISIONS:
@@ -99,18 +100,21 @@ class OpeningKeywords(TypedDict, total=False):
     """Fields of :class:`Opening` but the first two, as keywords of ``Flow.open``."""
 
     spinning: bool | None
-    memory: Memory
+    memory: int | str | None
     cuda_graph: bool
     precision: str | None
 
 
 def opening_of(provider: str | Opening, threads: int | None, keywords: OpeningKeywords) -> Opening:
     """An opening that was given whole, or the one that its provider and other fields make. Raises InputError."""
+    check_keywords("Flow.open", keywords, ("bundle", *(field.name for field in fields(Opening))))
     if not isinstance(provider, Opening):
-        return Opening(provider, threads, **keywords)
+        given: dict[str, Any] = dict(keywords)
+        return Opening(provider, threads, **given)
     also = [*(["threads"] if threads is not None else []), *keywords]
     if also:
-        raise InputError(f"an Opening says all there is to say; drop {', '.join(f'`{name}`' for name in also)}")
+        message = f"an Opening says all there is to say; drop {', '.join(f'`{name}`' for name in also)}"
+        raise InputError(message, field=also[0], found="given beside an Opening", expected="none")
     return provider
 
 
@@ -120,5 +124,5 @@ def parse_memory(text: str | None) -> Memory:
         return text  # type: ignore[return-value]  # mypy does not narrow a string to a literal by comparison
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
-        raise InputError.of("memory", f"'{text}'", "a size such as 8GiB or 512MiB, or least")
+        raise InputError.of("memory", f"'{text}'", _SIZES)
     return int(float(match[1]) * _UNITS[match[2].upper()])

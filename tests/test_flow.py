@@ -7,6 +7,7 @@ import json
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import pytest
 from tarflow.runtime import noise
 from tarflow.runtime.backend import Branches
 from tarflow.runtime.bundle import Bundle
-from tarflow.runtime.errors import BundleError, InputError, MachineError
+from tarflow.runtime.errors import BundleError, InputError, MachineError, TarflowError
 from tarflow.runtime.flow import Flow, Guidance
 from tarflow.runtime.image import patchify
+from tarflow.runtime.inputs import integers
 from tarflow.runtime.opening import Opening
 from tarflow.runtime.ort.stepwise import StepwiseDecoding
 from tarflow.runtime.request import Request
@@ -273,6 +275,75 @@ def test_wrong_types_are_refused_by_every_other_method_too(flow: Flow, bundle: E
         assert refused.value.field == field
     with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
         flow.sample(2, sede=None)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("given", ["a.png", None, Path("a.png"), b"a"])
+def test_what_is_no_array_of_images_is_named_as_it_was_given(flow: Flow, given: Any) -> None:
+    for verb in (flow.encode, flow.denoise, flow.log_likelihood, flow.bits_per_dim, flow.classify, flow.dequantise):
+        with pytest.raises(InputError, match=r"an array of images, \(N, channels, size, size\); read") as refused:
+            verb(given)
+        assert (refused.value.field, refused.value.found) == ("images", repr(given))
+
+
+def test_a_class_that_is_no_number_is_told_the_names_and_numbers_there_are(flow: Flow) -> None:
+    names = ("cat", "dog", "emu", "fox", "gnu")
+    named = Flow(replace(flow.bundle, manifest=replace(flow.bundle.manifest, class_names=names)), flow.backend)
+    assert (named.class_names, flow.class_names) == (names, ())
+    images = np.full((2, *flow.config.image), -0.5, np.float32)
+    known, said = "integers: 0 cat, 1 dog, 2 emu, 3 fox, 4 gnu", list[InputError]()
+    for call in (
+        lambda: named.sample(2, labels="cats"),
+        lambda: named.encode(images, ["cat", "dog"]),
+        lambda: named.denoise(images, "cats"),
+        lambda: named.classify(images, "cats"),
+    ):
+        with pytest.raises(InputError) as refused:
+            call()
+        assert (refused.value.expected or "").endswith(known)
+        said.append(refused.value)
+    assert [error.found for error in said] == ["'cats'", "['cat', 'dog']", "'cats'", "'cats'"]
+    with pytest.raises(InputError, match=r"`labels` is 'cats'; expected integers$"):
+        flow.sample(2, labels="cats")
+    assert integers([str(k) for k in range(1000)]).endswith("19 19, ... 999 999")
+
+
+def test_errors_carry_the_field_as_it_was_written_what_was_found_and_what_was_expected(
+    flow: Flow, bundle: Exported, tmp_path: Path
+) -> None:
+    noise, images = flow.noise(0, range(2)), np.full((2, *flow.config.image), np.nan, np.float32)
+    closed = Flow.open(bundle("cond"))
+    closed.close()
+    wrong: list[tuple[str, object, Callable[[], object]]] = [
+        ("guidance", -1, lambda: flow.sample(2, labels=1, guidance=-1)),
+        ("guidance", 1.0, lambda: flow.sample(2, guidance=1.0)),
+        ("attention_temperature", 0.5, lambda: flow.sample(2, guidance=Guidance(0, attention_temperature=0.5))),
+        ("n", "nothing", lambda: flow.sample()),
+        ("labels", 3, lambda: Flow.open(bundle("uncond")).sample(2, labels=[-1, 3])),
+        ("redraw_nonfinite", True, lambda: flow.sample(noise=noise, redraw_nonfinite=True)),
+        ("images", "not finite in 2 of 2 rows", lambda: flow.encode(images)),
+        ("flow", "closed", lambda: closed.sample(1)),
+        ("bundle", str(tmp_path / "none"), lambda: Flow.open(tmp_path / "none")),
+        ("bundle", str(tmp_path), lambda: Flow.open(tmp_path)),
+        ("threads", "given beside an Opening", lambda: Flow.open(bundle("cond"), Opening(), threads=2)),
+    ]
+    for field, found, call in wrong:
+        with pytest.raises(TarflowError) as refused:
+            call()
+        assert (refused.value.field, refused.value.found) == (field, found)
+        assert refused.value.expected
+
+
+def test_python_is_told_the_way_in_and_the_keywords_there_are(flow: Flow, bundle: Exported) -> None:
+    with pytest.raises(TypeError, match=r"Flow\.open\(bundle\)"):
+        Flow(bundle("cond"))  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"Flow.open\(\) .* argument 'device'; it has bundle, provider, threads, .*memory"
+    ):
+        Flow.open(bundle("cond"), device="cpu")  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"Flow.sample\(\) .* argument 'foo'; it has n, certify, guidance, seed.* labels"
+    ):
+        flow.sample(2, foo=1)  # type: ignore[call-overload]
 
 
 def test_a_number_is_a_guidance_and_numpy_s_numbers_are_numbers(flow: Flow) -> None:

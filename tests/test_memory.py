@@ -15,7 +15,7 @@ from tarflow.runtime.bundle import WEIGHTS, Bundle
 from tarflow.runtime.errors import InputError
 from tarflow.runtime.flow import Flow
 from tarflow.runtime.memory import packed, peak, spend
-from tarflow.runtime.opening import parse_memory
+from tarflow.runtime.opening import Opening, parse_memory
 
 from .conftest import DEMO, Cli, python, report_of
 
@@ -37,6 +37,13 @@ def test_sizes_are_read(text: str | None, size: int | str | None) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="8GiB"):
         parse_memory(text)
+
+
+def test_an_opening_takes_the_sizes_that_the_command_line_takes() -> None:
+    assert Opening(memory="1.5GiB") == Opening(memory=3 << 29)  # type: ignore[arg-type]
+    assert Flow.open(DEMO, memory="400MiB").budget == Flow.open(DEMO, memory=400 * MIB).budget
+    with pytest.raises(InputError, match="`memory` is 'little'; expected a number of bytes, a size such as 8GiB"):
+        Flow.open(DEMO, memory="little")
 
 
 def test_a_limit_shrinks_batches_then_keeps_one_block_and_at_last_refuses() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import http.client
 import os
 import re
@@ -10,8 +12,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tarflow.runtime.guidance import Guidance
+from tarflow.runtime.opening import Opening
+from tarflow.runtime.request import Request, SampleKeywords
 
 from .conftest import DEMO, until
 
@@ -75,6 +82,27 @@ def test_the_snippets_pass_mypy_strict(folder: Path) -> None:
     assert len(revealed) == 3
     assert "numpy.float64" in revealed[0] or "floating[numpy._typing._nbit_base._64Bit]" in revealed[0], revealed[0]
     assert [kind.rpartition(".")[2] for kind in revealed[1:]] == ["Samples", "Report"]
+
+
+@pytest.mark.parametrize(
+    ("table", "fields", "names"),
+    [
+        ("opening", Opening, [field.name for field in dataclasses.fields(Opening)]),
+        ("drawing", Request, ["n", "certify", *SampleKeywords.__annotations__]),
+    ],
+)
+def test_the_tables_have_every_argument_and_its_default(table: str, fields: Any, names: list[str]) -> None:
+    rows = re.search(rf"^\| {table} \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.M)
+    assert rows
+    told = {name: ast.literal_eval(value) for name, value in re.findall(r"^\| `(\w+)` .*`(.+)` \|$", rows[1], re.M)}
+    assert sorted(told) == sorted(names)
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(fields) if field.name not in ("n", "guidance")
+    }
+    assert {name: told[name] for name in defaults} == defaults
+    assert set(told.items()) - set(defaults.items()) <= {(name, None) for name in names}, "the rest is None"
+    for name in re.findall(r"Guidance\(([^)]+)\)`, or its scale", rows[1]):
+        assert name.split(", ") == [field.name for field in dataclasses.fields(Guidance)]
 
 
 def commands() -> list[str]:
