@@ -80,7 +80,7 @@ def tell_of_classes(bundle: Bundle, labels: Sequence[int] | None) -> None:
         say(f"no labels given: drawing from the null class; --labels 0-{classes - 1} deals out all classes")
 
 
-def few(indices: Sequence[int]) -> str:
+def few(indices: Sequence[object]) -> str:
     """The first of some indices, and how many more there are."""
     return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")
 

@@ -84,10 +84,15 @@ def read_images(path: Path, config: ModelShape, values: str | None) -> GivenImag
         if len(done) > _MOST_NOTES:
             say(f"and {sum(done.values()) - sum(n for _, n in done.most_common(_MOST_NOTES))} alike, of other sizes")
         return GivenImages(pixels, found)
+    expected = "a picture, a folder of pictures, or an array saved with numpy.save"
     if not path.exists():
-        expected = "a picture, a folder of pictures, or an array saved with numpy.save"
         raise InputError(f"no images at '{path}'; expected {expected}")
-    stored = read_array(path, "images")
+    try:
+        stored = read_array(path, "images")
+    except InputError as error:
+        if path.suffix.lower() in ARRAYS or path.is_dir():
+            raise
+        raise InputError(f"'{path}' holds no images; expected {expected}") from error
     known = stored.dtype.kind == "f" or stored.dtype == "uint8"
     if stored.ndim != 4 or stored.shape[1:] != config.image or not len(stored) or not known:
         expected = f"(N, {', '.join(map(str, config.image))}), uint8 or floats in [-1, 1]"

@@ -38,7 +38,7 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
             ("hash", bundle.hash),
             ("precision", m.precision),
             *model_rows(c, m.noise_from, m.class_names),
-            ("files", f"{len(m.files)}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
+            ("files", f"{len(m.files) + 1}, {size_text(sum(f.size for f in m.files.values()))}, all hashes match"),
             *((("came from", came),) if (came := origin(bundle.folder)) else ()),
             *((("exported from", m.source),) if m.source else ()),
             ("on CPUs", f"decoded by {on_cpus(bundle)}"),

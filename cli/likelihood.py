@@ -74,6 +74,10 @@ def likelihood(
         for i, (b, d) in enumerate(zip(bits, log_det, strict=True)):
             print(f"{names[i] if names else i:>8}  {b:8.4f} bits/dim  log-determinant {d:8.4f}")
         print(f"mean {bits.mean():.4f} bits/dim over {len(x)} images")
+        if labels is None and flow.config.classes and given.folder and given.folder.labels is not None:
+            taken = zip(given.folder.labels, classes, strict=True)
+            used = [f"'{given.folder.classes[folder]}' {label}" for folder, label in sorted(set(taken))]
+            print(f"under the classes of the sub-folders: {few(used)}")
     judge(broken, len(x), "have no finite likelihood")
 
 

@@ -117,4 +117,5 @@ def _token(file: Path | None) -> str | None:
     try:
         return file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"`token_file` '{file}' cannot be read ({error}); expected a file with one line") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"`token_file` '{file}' cannot be read ({why}); expected a file with one line") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -122,7 +123,8 @@ class Manifest:
 
 def reader_of(source: str) -> Reader:
     """What reads a manifest."""
-    return Reader(source, "manifest", AGAIN, Remedy("export"))
+    folder = os.path.dirname(source)
+    return Reader(source, "manifest", AGAIN, Remedy("export", {"folder": folder, "force": True} if folder else {}))
 
 
 def read_manifest(content: bytes, source: str = MANIFEST) -> Manifest:

@@ -61,7 +61,7 @@ def names_of(listener: socket.socket, given: tuple[str, ...]) -> tuple[str, ...]
     """The names a server goes by: those given, those of loopback if it listens there, any if nothing is known."""
     bound = listener.getsockname()[0]
     if ipaddress.ip_address(bound).is_loopback:
-        return *LOOPBACK_HOSTS, f"[{bound}]" if ":" in bound else bound, *given
+        return tuple(dict.fromkeys((*LOOPBACK_HOSTS, f"[{bound}]" if ":" in bound else bound, *given)))
     return given or (ANY_HOST,)
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,8 @@ _FAMILY = re.compile(
 )
 _MASK = re.compile(r"^blocks\.\d+\.attn_mask$")  # a buffer of the reference: causal, 33 MB at T = 1024, ignored
 _IMAGE = 16  # numbers of an image for each weight: real models have far fewer
+_STATE = {"step", "model", "average", "optimizer", "identity"}  # what training resumes from has
+_LONGEST_QUOTE = 120  # characters
 _UNWRITTEN = re.compile(rf"inline_container|os error ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b")
 _RELATIVES = {
     "STARFlow": ("sos_embed", "gate_proj", "proj_txt", "q_norm", "k_norm", "rope", "feature_map"),
@@ -74,6 +77,7 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     """
     path, hints = _file_at(checkpoint_at(path)), hints or Hints()
     document, config = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
+    _refuse_resume_state(document, path)
     try:
         state = weights_of(document, _FAMILY.pattern, hints.weights, str(path))
     except LookupError as error:
@@ -91,6 +95,13 @@ def load(path: str | os.PathLike[str], hints: Hints | None = None) -> TarFlow:
     model = build(config, state, str(path))
     model.noise_from = noise_from
     return model
+
+
+def _refuse_resume_state(document: object, path: Path) -> None:
+    if isinstance(document, dict) and set(document) == _STATE:
+        found = sorted(each.name for kind in ("*.pth", "*.safetensors") for each in path.parent.glob(kind))
+        beside = f"the checkpoint beside it, '{path.parent / found[0]}'" if found else "the checkpoint of that run"
+        raise CheckpointError(f"'{path}' is the state that training resumes from, not a checkpoint; use {beside}")
 
 
 def _file_at(path: Path) -> Path:
@@ -198,6 +209,10 @@ def _read_pickle(path: Path) -> object:
         raise
     except Exception as error:  # damage makes torch raise almost anything: struct.error, OSError, IndexError ...
         if isinstance(error, pickle.UnpicklingError) and ("weights_only" in str(error) or "Unsupported" in str(error)):
+            if not _is_pickle(path):
+                raise CheckpointError(
+                    f"'{path}' is no PyTorch checkpoint and no safetensors file; expected weights in one of these"
+                ) from None
             raise CheckpointError(
                 f"'{path}' holds more than tensors and was not loaded: unpickling it could run code. Expected a "
                 "state_dict of tensors; save one with torch.save(model.state_dict(), path)"
@@ -206,6 +221,18 @@ def _read_pickle(path: Path) -> object:
             f"'{path}' is truncated, damaged or no PyTorch checkpoint ({_first_line(error)}); "
             "copy it again and compare checksums"
         ) from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as PyTorch's do, or is a pickle throughout; looked at, never run."""
+    with path.open("rb") as file:
+        if file.read(2) in (b"PK", b"\x80\x02"):
+            return True
+        file.seek(0)
+        try:
+            return all(True for _ in pickletools.genops(file))
+        except Exception:  # damage makes it raise almost anything
+            return False
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], Config | None]:
@@ -310,7 +337,12 @@ def _relative(state: Mapping[str, Tensor]) -> tuple[str | None, list[str]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    """What another library says, up to the end of a sentence, or of a word if that one is long."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if len(text) <= _LONGEST_QUOTE:
+        return text
+    sentences, _, _ = text[:_LONGEST_QUOTE].rpartition(". ")
+    return sentences or f"{text[:_LONGEST_QUOTE].rpartition(' ')[0] or text[:_LONGEST_QUOTE]} ..."
 
 
 def _foreign(source: str, missing: list[str], extra: list[str], relative: str | None) -> str:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tarflow.checkpoint import CONFIG_KEY, CheckpointError, load, reference_state, save
+from tarflow.checkpoint import CONFIG_KEY, CheckpointError, _first_line, load, reference_state, save
 from tarflow.cli.messages import spell
 from tarflow.config import Config, ConfigError, Hints
 from tarflow.model import TarFlow
@@ -431,3 +431,21 @@ def test_a_checkpoint_with_any_byte_damaged_never_ends_in_a_traceback(container:
         path.write_bytes(spoiled)
         with contextlib.suppress(CheckpointError, ConfigError):  # or it loads: not every byte matters
             load(path)
+
+
+def test_a_text_is_no_checkpoint_rather_than_a_dangerous_one(tmp_path: Path) -> None:
+    for name in ("README.md", "notes.pth"):
+        (tmp_path / name).write_text("# TarFlow\n\nThis is what it is: a text.\n")
+        with pytest.raises(CheckpointError, match="is no PyTorch checkpoint and no safetensors file"):
+            load(tmp_path / name)
+    (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(CheckpointError, match="could run code"):
+        load(tmp_path / "code.pth")
+
+
+def test_what_another_library_says_ends_with_a_sentence_or_a_word() -> None:
+    long = "PyTorch failed to read the archive of this file. " + "If you can, look at it with a tool for archives " * 3
+    assert _first_line(ValueError(long)) == "PyTorch failed to read the archive of this file"
+    words = _first_line(ValueError("one word after another " * 9))
+    assert words.endswith((" one ...", " word ...", " after ...", " another ..."))
+    assert _first_line(ValueError("short")) == "short"

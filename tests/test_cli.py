@@ -104,6 +104,8 @@ def test_sub_folders_are_classes_where_they_are_as_many(cli: Cli, tmp_path: Path
     by_label = cli("likelihood", DEMO, "in.npy", "--labels", "0-9", "--json", cwd=tmp_path)
     assert by_folder.returncode == by_label.returncode == 0, by_folder.stderr
     assert json.loads(by_folder.stdout)["bits_per_dim"] == json.loads(by_label.stdout)["bits_per_dim"]
+    shown = cli("likelihood", DEMO, "in", cwd=tmp_path).stdout
+    assert "under the classes of the sub-folders: '0' 0, '1' 1, '2' 2," in shown
     shutil.rmtree(tmp_path / "in" / "9")
     (tmp_path / "in" / "0" / "x.heic").touch()
     done = cli("likelihood", DEMO, "in", cwd=tmp_path)
@@ -482,3 +484,27 @@ def test_an_interrupted_generate_leaves_nothing(number: signal.Signals, code: in
     assert not any(tmp_path.iterdir())
     if number == signal.SIGINT:
         assert "tarflow: interrupted" in done.stderr
+
+
+def test_a_text_given_as_images_is_told_what_images_are(tarflow: Cli) -> None:
+    Path("README.md").write_text("words")
+    words = "'README.md' holds no images; expected a picture, a folder of pictures, or an array saved with numpy.save"
+    refused(tarflow("likelihood", DEMO, "README.md"), USAGE, words)
+
+
+def test_a_token_file_that_cannot_be_read_is_named_once(cli: Cli) -> None:
+    message = refused(cli("serve", DEMO, "--token-file", "none.txt"), USAGE, "No such file or directory")
+    assert message.count("none.txt") == 1
+    assert "Errno" not in message
+
+
+def test_a_broken_manifest_is_to_be_exported_again_where_it_is(bundle: Exported, tarflow: Cli) -> None:
+    shutil.copytree(bundle("uncond"), "broken")
+    Path("broken/manifest.json").write_text("{")
+    refused(tarflow("inspect", "broken"), ARTIFACT, "tarflow export CHECKPOINT -o broken --force")
+
+
+def test_inspect_counts_the_files_that_export_wrote(bundle: Exported, tarflow: Cli) -> None:
+    folder = bundle("uncond")
+    count = len([path for path in folder.iterdir() if path.is_file()])
+    assert f"{count}, " in next(line for line in tarflow("inspect", folder).stdout.splitlines() if "  files" in line)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from tarflow import checkpoint
+from tarflow.checkpoint import CheckpointError
 from tarflow.config import Config
 from tarflow.runtime.errors import InputError, MachineError
 from tarflow.train import loop
@@ -99,6 +101,11 @@ def test_loss_falls_and_the_average_is_what_is_saved(tmp_path: Path) -> None:
     assert result.held_out_bits_per_dim == pytest.approx(measured, abs=1e-6)
     assert result.held_out_bits_per_dim == pytest.approx(records[-1]["held_out_bits_per_dim"], abs=0.1)
     assert all(path.is_file() for path in result.files)
+    assert set(result.files) == {path for path in tmp_path.iterdir() if not path.match("samples_*.png")}
+    with pytest.raises(
+        CheckpointError, match=rf"state that training resumes from.* beside it, '.*{re.escape(NAME)}\.pth'"
+    ):
+        checkpoint.load(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize(("stop_at", "number"), [(4, signal.SIGINT), (8, signal.SIGHUP)])

@@ -171,7 +171,7 @@ class Journal:
             held_out_bits_per_dim=measure(trainer.average, held_out, draws) if draws else None,
             held_out_draws=draws,
             seconds=round(time.monotonic() - self.began, 1),
-            files=[*trainer.models, trainer.run.state, trainer.run.log],
+            files=[*trainer.models, *trainer.class_names, trainer.run.state, trainer.run.log],
         )
 
 

@@ -89,6 +89,11 @@ class Trainer:
         """The checkpoints: as the reference trainer names them, and the same as safetensors."""
         return [self.run.out / self.config.file_name(self.data.name, suffix) for suffix in (".pth", ".safetensors")]
 
+    @property
+    def class_names(self) -> list[Path]:
+        """The file of what the classes are called, beside the checkpoints, where there are classes."""
+        return [class_names.beside(self.models[0])] if self.data.classes else []
+
     def save(self) -> None:
         """Write the state to resume from and the checkpoints: all, or none where one cannot be written.
 
@@ -112,8 +117,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for path in self.models:
                 checkpoint.write(portable, stack.enter_context(replacing_by_name(path)), path.suffix)
-            if self.data.classes:
-                names = stack.enter_context(replacing_by_name(class_names.beside(self.models[0])))
+            for path in self.class_names:
+                names = stack.enter_context(replacing_by_name(path))
                 names.write_bytes(class_names.lines(self.data.classes))
             yield
 
