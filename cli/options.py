@@ -15,7 +15,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 from typer.core import TyperCommand
 
 from ..config import Hints
@@ -70,6 +70,7 @@ Ray = Annotated[
         help="Use Ray: a cluster (auto, HOST:PORT or ray://HOST:PORT), or alone the one of RAY_ADDRESS, else one here.",
     ),
 ]
+_UNLIKE = "Input should be "
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
 
 OPENING: Flags = {
@@ -212,4 +213,12 @@ class RayCommand(TyperCommand):
                 break
             if word == "--ray" and not _ADDRESS.fullmatch("".join(words[i + 1 : i + 2])):
                 words[i] = "--ray="
-        return super().parse_args(ctx, words)
+        given = list(words)
+        try:
+            return super().parse_args(ctx, words)
+        except BadParameter as error:  # in words that name a type, and not what was found
+            found = self.make_parser(ctx).parse_args(given)[0].get(error.param.name) if error.param else None
+            if isinstance(found, str) and error.message.startswith(_UNLIKE):
+                expected = error.message.removeprefix(_UNLIKE).split(", unable")[0]
+                error.message = f"it is '{found}'; expected {expected}"
+            raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -125,6 +126,28 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+_BRANCH = re.compile(r"(bool|int|float|str|constrained-\w+|list\[.*\])")
+_SHOULD = "Input should be "
+_LONGEST_FOUND = 40  # characters of what was sent
+
+
 def validation_message(errors: Sequence[Any]) -> str:
-    """What pydantic found wrong, and where; never what was sent, which may be large or no JSON."""
-    return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors[:5])[:1000]
+    """What pydantic found wrong, each field once, and of what was sent a short word or number."""
+    by_field: dict[str, list[Any]] = {}
+    for error in errors:
+        by_field.setdefault(".".join(str(part) for part in error["loc"] if not _is_branch(part)), []).append(error)
+    return "; ".join(f"{field}: {_told(found)}" for field, found in [*by_field.items()][:5])[:1000]
+
+
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a place is pydantic's name for one of the types that a field may have."""
+    return isinstance(part, str) and _BRANCH.fullmatch(part) is not None
+
+
+def _told(errors: list[Any]) -> str:
+    words = " or ".join(
+        dict.fromkeys([errors[0]["msg"], *(error["msg"].removeprefix(_SHOULD) for error in errors[1:])])
+    )
+    found = errors[0].get("input")
+    simple = isinstance(found, (str, int, float, bool)) and len(str(found)) <= _LONGEST_FOUND
+    return f"{words}; found {found!r}" if simple and str(found).isprintable() else words

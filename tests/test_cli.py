@@ -149,6 +149,25 @@ def test_a_command_line_that_does_not_parse_is_a_usage_error(line: str, tarflow:
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --guidance text",
+        "generate --n many",
+        "export --patch-size four",
+        "serve --port abc",
+        "serve --port 99999",
+        "serve --max-body big",
+    ],
+)
+def test_a_value_of_another_type_is_shown(line: str, tarflow: Cli) -> None:
+    found = tarflow(*line.split())
+    _, option, value = line.split()
+    assert found.returncode == USAGE
+    assert f"Invalid value for '{option}'" in found.stderr
+    assert value in found.stderr.split("Invalid value for")[1]
+
+
 @pytest.mark.parametrize("name", ["nothing-here", "x" * 300, "x/" * 3000], ids=["absent", "long name", "long path"])
 @pytest.mark.parametrize("command", ["generate", "inspect", "verify", "likelihood", "export"])
 def test_a_path_to_nothing_is_refused(command: str, name: str, tarflow: Cli) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tarflow.runtime.flow import Flow
 from tarflow.serve.protocol import HEADER, LARGEST_JSON, TYPES, read_asked, write_answer
+from tarflow.serve.samples import read_drawing
 from tarflow.serve.service import Refusal
 
 from .serving import calling
@@ -170,3 +171,18 @@ async def test_what_a_model_cannot_do_is_refused_by_name(flow: Flow) -> None:
         for path in ("/v2/models/unet", "/v2/models/sample/versions/2", "/v2/models/..%2f..%2fetc/ready"):
             assert (await client.get(path)).status_code == 404
         assert b"tarflow_batches_total 0.0" in service.metrics.page(), "nothing was computed for any of them"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"labels": "cats"}, "labels: Input should be a valid integer or a valid list; found 'cats'"),
+        ({"n": "four"}, "n: Input should be a valid integer; found 'four'"),
+        ({"labels": "c" * 1000}, "labels: Input should be a valid integer or a valid list"),
+        ({"denoise": "x"}, "denoise: Input should be a valid boolean or a valid number; found 'x'"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named_once_with_what_was_found(body: dict[str, object], said: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        read_drawing("application/json", json.dumps(body).encode())
+    assert refused.value.detail == said
