@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import noise
 from .errors import InputError
+from .fields import told
 from .inputs import AS_THEY_ARE, Span, as_array, check_images, in_units, integers
 from .samples import Progress
 
@@ -106,7 +107,8 @@ def _check_classes(config: ModelShape, classes: ArrayLike | None, names: tuple[s
         return np.arange(config.classes)
     array = as_array(classes, "classes", f"a list of {integers(names)}")
     if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
-        raise InputError.of("classes", f"{array.dtype} of shape {array.shape}", "a list of integers")
+        found = told(classes) if array.dtype.kind in "SU" else f"{array.dtype} of shape {array.shape}"
+        raise InputError.of("classes", found, f"a list of {integers(names)}")
     outside = array[(array < 0) | (array >= config.classes)]
     if not len(array) or len(outside) or len(np.unique(array)) != len(array):
         found = "empty" if not len(array) else f"a list with {outside[0]}" if len(outside) else "a list with one twice"

@@ -61,12 +61,13 @@ def check_labels(config: ModelShape, labels: ArrayLike | None, count: int, names
         return np.full(count, -1, np.int64)
     array = as_array(labels, "labels", integers(names))
     if array.dtype.kind not in "iu":
-        raise InputError.of("labels", f"of type {array.dtype}", integers(names))
+        found = told(labels) if array.dtype.kind in "SU" else f"of type {array.dtype}"
+        raise InputError.of("labels", found, integers(names))
     if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
         raise InputError.of("labels", f"of shape {array.shape}", f"one label or ({count},), one a sample")
     if not config.classes and (array != -1).any():
-        message, found = "this model is unconditional and takes no `labels`; drop them", int(array[array != -1].flat[0])
-        raise InputError(message, field="labels", found=found, expected="none")
+        message, first = "this model is unconditional and takes no `labels`; drop them", int(array[array != -1].flat[0])
+        raise InputError(message, field="labels", found=first, expected="none")
     wrong = array[(array < -1) | (array >= config.classes)] if array.size else array
     if wrong.size:
         first = int(wrong.flat[0])
@@ -171,13 +172,10 @@ def as_array(given: ArrayLike, field: str, expected: str = "an array") -> NDArra
     """
     if field == "images":
         expected = "an array of images, (N, channels, size, size); read pictures into one first"
+    if given is None or isinstance(given, (str, bytes, os.PathLike)):
+        raise InputError.of(field, told(given), expected)
     try:
-        found = np.asarray(given)
-        if given is None or found.dtype.kind in "SU" or isinstance(given, os.PathLike):
-            raise InputError.of(field, told(given), expected)
-        return found
-    except InputError:
-        raise
+        return np.asarray(given)
     except (ValueError, TypeError) as error:
         raise InputError.of(field, told(given), "an array", str(error).splitlines()[0]) from None
 

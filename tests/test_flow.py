@@ -296,12 +296,13 @@ def test_a_class_that_is_no_number_is_told_the_names_and_numbers_there_are(flow:
         lambda: named.encode(images, ["cat", "dog"]),
         lambda: named.denoise(images, "cats"),
         lambda: named.classify(images, "cats"),
+        lambda: named.classify(images, ["cat"]),
     ):
         with pytest.raises(InputError) as refused:
             call()
         assert (refused.value.expected or "").endswith(known)
         said.append(refused.value)
-    assert [error.found for error in said] == ["'cats'", "['cat', 'dog']", "'cats'", "'cats'"]
+    assert [error.found for error in said] == ["'cats'", "['cat', 'dog']", "'cats'", "'cats'", "['cat']"]
     with pytest.raises(InputError, match=r"`labels` is 'cats'; expected integers$"):
         flow.sample(2, labels="cats")
     assert integers([str(k) for k in range(1000)]).endswith("19 19, ... 999 999")
