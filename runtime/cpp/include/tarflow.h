@@ -35,8 +35,8 @@
    belong to the handle, until its next call. Without a failure of the machine, no call ends the process.
 
    Arrays are row-major. Images are (n, channels, size, size) in [-1, 1] units, which drawn ones may leave: nothing is
-   clipped, and given ones that reach beyond [-8, 8] are refused. Labels are (n), one class each, -1 (and no other number below 0) for none, the null class; NULL stands for
-   all -1. Latents and noise are (n, tokens, patch_dim). */
+   clipped, and given ones are taken as they are: scale 0 to 255 to that. Labels are (n), one class each, -1 (and no
+   other number below 0) for none, the null class; NULL stands for all -1. Latents and noise are (n, tokens, patch_dim). */
 #ifndef TARFLOW_H
 #define TARFLOW_H
 

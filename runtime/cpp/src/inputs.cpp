@@ -1,8 +1,6 @@
 #include "inputs.hpp"
 
-#include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "error.hpp"
 #include "patches.hpp"
@@ -11,17 +9,6 @@ namespace tarflow::internal {
 namespace {
 
 constexpr double kLargestResult = 0x1p40;  // bytes; a slip of the keyboard, not a request
-constexpr float kLargestValue = 8;  // of a picture in [-1, 1] units: noise and guidance leave that, but not as far
-
-// Finite numbers that can be pictures in [-1, 1] units.
-const float* checked_bounded(const ModelShape& shape, std::int64_t n, const float* images) {
-  float largest = 0;
-  for (std::int64_t i = 0; i < n * shape.numbers(); ++i) largest = std::max(largest, std::fabs(images[i]));
-  if (largest <= kLargestValue) return images;
-  char text[32];
-  std::snprintf(text, sizeof text, "%g", double(largest));
-  throw field_error("images", std::string("an array up to ") + text, "floats in [-1, 1]: scale them to that");
-}
 
 }  // namespace
 
@@ -71,7 +58,7 @@ double checked_strength(const ModelShape& shape, double strength, const char* fi
 
 Images::Images(const ModelShape& shape, std::int64_t n, const float* images, const std::int64_t* labels)
     : n(n > 0 ? n : throw field_error("n", n, "1 or more images")),
-      pixels(checked_bounded(shape, n, checked_finite(shape, n, images, "images"))),
+      pixels(checked_finite(shape, n, images, "images")),
       classes(checked_labels(shape, n, labels)) {}
 
 }  // namespace tarflow::internal

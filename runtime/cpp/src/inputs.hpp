@@ -20,7 +20,7 @@ const float* checked_finite(const ModelShape& shape, std::int64_t rows, const fl
 // The factor on sigma^2 when denoising, given as this field.
 double checked_strength(const ModelShape& shape, double strength, const char* field);
 
-// Images that were given, (n, channels, size, size), finite and within [-8, 8], and a class for each.
+// Images that were given, (n, channels, size, size), and a class for each.
 struct Images {
   Images(const ModelShape& shape, std::int64_t n, const float* images, const std::int64_t* labels);
 

@@ -110,21 +110,6 @@ TEST_CASE("noise of the header is the noise that samples start from") {
   CHECK_NOTHROW(flow.sample(Labels(4, -1), how));
 }
 
-TEST_CASE("images that are no pictures in [-1, 1] are refused by whatever takes images") {
-  tarflow::Flow flow(TARFLOW_DEMO);
-  std::vector<float> images(static_cast<std::size_t>(flow.shape().image_numbers), -0.5F);
-  images[3] = -8;
-  CHECK_NOTHROW(flow.log_likelihood(images, {1}));
-  images[3] = -20.5F;
-  const std::function<void()> verbs[] = {[&] { flow.encode(images, {1}); }, [&] { flow.log_likelihood(images, {1}); },
-                                         [&] { flow.denoise(images, {1}); }};
-  for (const auto& verb : verbs) {
-    const auto found = failure(verb);
-    CHECK(found.status == TARFLOW_INPUT);
-    CHECK(found.message == "`images` is an array up to 20.5; expected floats in [-1, 1]: scale them to that");
-  }
-}
-
 TEST_CASE("what cannot be meant is refused in one sentence") {
   tarflow::Flow flow(TARFLOW_DEMO);
   const auto refused = [&](const std::function<void(tarflow::SampleOptions&)>& change, const char* words,
