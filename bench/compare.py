@@ -60,8 +60,7 @@ class Case:
 
 def cases(quick: bool) -> dict[str, Case]:
     """The models. ``quick`` leaves the smallest batch of each."""
-    rounds = {"demo": {1: 21, 8: 15, 32: 9, 64: 9}, "photos": {1: 5, 8: 3, 32: 3}}
-    rounds["wide"] = {1: 5, 8: 3, 32: 1}
+    rounds = {"demo": {1: 21, 8: 15, 32: 9, 64: 9}, "photos": {1: 5, 8: 3, 32: 3}, "wide": {1: 5, 8: 3, 32: 1}}
     rows = {
         name: [(batch, g, n) for batch, n in sizes.items() for g in (0.0, 1.0) if not quick or batch == 1]
         for name, sizes in rounds.items()

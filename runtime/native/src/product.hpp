@@ -108,8 +108,8 @@ inline void multiply_numbers(const T* weights, const float* scales, const Rows& 
   }
 }
 
-// R rows of bytes by V times sixteen outputs, upon what `out` holds (nothing if `begin`), some groups from `first` on. A
-// group's products are added exactly, then scaled.
+// R rows of bytes by V times sixteen outputs, upon what `out` holds (nothing if `first` is 0), some groups from `first`
+// on. A group's products are added exactly, then scaled.
 template <int R, int V>
 inline void tile_of_bytes(const Rows& rows, std::int64_t row, const std::uint8_t* weights, std::int64_t first,
                           std::int64_t groups, const float* scales, float* out, const Ahead& ahead,
